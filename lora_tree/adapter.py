@@ -24,6 +24,7 @@ from .errors import BaseMismatch, LoraTreeError, SpecError
 from .given import unchecked
 from .lowrank import LowRank
 from .lowrank.cast import cast, differs
+from .nesting import Nesting
 from .overlay import apart
 from .override import Override, tensor_owner
 from .storage import as_path, storage
@@ -360,21 +361,7 @@ class Adapter:
         >>> guess.renested({"x": ("down", "up")}).modules["x.down"] is up
         True
         """
-        _check_order(order)
-        moved: dict[str, str] = {}
-        nesting, assumed = dict(self.nesting), set(self.assumed)
-        for module, registered in order.items():
-            mine = tuple(p for p in registered if f"{module}.{p}" in self.modules)
-            guessed = self.nesting.get(module, ())
-            # If the two sets differ, the order came from another base. It stays
-            # assumed, and binding refuses it.
-            if module in assumed and set(mine) == set(guessed):
-                for was, now in zip(guessed, mine, strict=True):
-                    moved[f"{module}.{was}"] = f"{module}.{now}"
-                assumed.discard(module)
-            # A single parameter has no order to record.
-            if len(mine) > 1 and module not in assumed:
-                nesting[module] = mine
+        known, moved = Nesting(self.nesting, self.assumed).settled(order, self.modules)
 
         def name_of(name: str) -> str:
             return moved.get(name, name)
@@ -384,8 +371,8 @@ class Adapter:
             modules={name_of(name): value for name, value in self.modules.items()},
             errors={name_of(name): error for name, error in self.errors.items()},
             rounded=frozenset(map(name_of, self.rounded)),
-            nesting=nesting,
-            assumed=frozenset(assumed),
+            nesting=known.orders,
+            assumed=known.assumed,
         )
 
     def told_apart(self, own: Mapping[str, Tensor]) -> Adapter:
@@ -463,19 +450,3 @@ def _frozen(mapping: Mapping[str, Any]) -> Mapping[str, Any]:
     if not mapping:
         return _EMPTY
     return MappingProxyType({name: mapping[name] for name in sorted(mapping)})
-
-
-def _check_order(order: object) -> None:
-    """Check the argument of `Adapter.renested`.
-
-    Raises:
-        SpecError: it is no mapping from names to sequences.
-    """
-    if not isinstance(order, Mapping):
-        raise SpecError(
-            f"expected a mapping from modules to their parameters in order, got {order!r:.80}"
-        )
-    for module, registered in order.items():
-        # A string is a sequence too, of letters.
-        if isinstance(registered, str) or not isinstance(registered, Sequence):
-            raise SpecError(f"{module}: expected its parameters in order, got {registered!r:.80}")

@@ -15,7 +15,7 @@ from torch import nn
 
 from .budget import Budgets
 from .cache import Frequency, Policy
-from .engine.pristine import Place
+from .engine.copy_place import CopyPlace
 from .errors import SpecError, listing, suggest
 from .given import check_dtype, unchecked
 from .tree import AdapterTree
@@ -31,14 +31,14 @@ class Attachment:
         SpecError: one of them makes no sense.
     """
 
-    pristine: Place = "auto"
+    pristine: CopyPlace = "auto"
     compute_dtype: torch.dtype | None = None
     host_budget: int | str | None = None
     device_budget: int | str | None = None
     eviction: Callable[[], Policy] = Frequency
 
     def __post_init__(self) -> None:
-        known = get_args(Place)
+        known = get_args(CopyPlace)
         if self.pristine not in known:
             raise SpecError(
                 f"pristine must be {listing(map(repr, known))}, got "

@@ -12,6 +12,7 @@ from .adapter import Adapter
 from .carried import is_same_tensor, wider_tensor
 from .errors import BaseMismatch, LoraTreeError, ShapeMismatch, SpecError
 from .lowrank import LowRank, concat, same_place
+from .nesting import Nesting
 from .override import Override
 from .weights import GivenWeight, Weight, check_matched
 
@@ -75,9 +76,7 @@ def combine(terms: Sequence[tuple[Adapter, GivenWeight]], *, names: Sequence[str
     # that knows it settles it for all.
     certain: dict[str, tuple[str, ...]] = {}
     for adapter, _ in terms:
-        for module, order in adapter.nesting.items():
-            if module not in adapter.assumed:
-                certain[module] = order
+        certain |= Nesting(adapter.nesting, adapter.assumed).certain
     total = _Combination(names)
     for at, (adapter, coefficient) in enumerate(terms):
         renested = adapter.renested(certain)

@@ -12,6 +12,7 @@ from torch import nn
 from .adapter import Adapter
 from .errors import LoraTreeError, ShapeMismatch
 from .lowrank import LowRank, same_place
+from .nesting import Nesting
 from .override import counted_modules
 from .patterns import Patterns
 from .renaming import Renaming
@@ -199,11 +200,9 @@ def _clashes(path: str, lineage: Mapping[str, Adapter]) -> Iterator[str]:
     """
     # A file may not say in which order the base registers a module's raw parameters. `combine`
     # takes the order from a node on the lineage that does say, and so does this.
-    certain = {}
+    certain: dict[str, tuple[str, ...]] = {}
     for outline in lineage.values():
-        for module, nesting in outline.nesting.items():
-            if module not in outline.assumed:
-                certain[module] = nesting
+        certain |= Nesting(outline.nesting, outline.assumed).certain
     modules = {node: outline.renested(certain).modules for node, outline in lineage.items()}
     for module, value in modules[path].items():
         nearest = None

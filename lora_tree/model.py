@@ -17,8 +17,6 @@ from __future__ import annotations
 import contextlib
 import threading
 import warnings
-import weakref
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, Literal, NoReturn, get_args
@@ -38,22 +36,22 @@ from .engine.batch import Batch
 from .engine.batch_axis import BatchAxis, SeenSites
 from .engine.behaviour import Mode, Request, RoutedRows, State
 from .engine.binder import Binder
+from .engine.copy_place import Copies, CopyPlace
 from .engine.expansion import expansions
 from .engine.forms import Strategy
 from .engine.fresh import settle_fresh
-from .engine.host import Claim, CompileWatch, MergedWarning, claim, let_go, unwrapped
+from .engine.host import CompileWatch, MergedWarning, claim, let_go, unwrapped
 from .engine.merged import MergedWeights
 from .engine.plan import Plan
 from .engine.planner import KEPT_PLANS, Planner
 from .engine.prepared import Prepared, increments_beside
-from .engine.pristine import Copies, Place
 from .engine.side import Manner
 from .engine.stage import Stage
 from .engine.unmerged import Unmerged
-from .engine.view import viewed
 from .errors import SpecError, StateError, suggest
 from .given import check_iterable
 from .path_model import PathModel
+from .path_models import PathModels
 from .storage import Source
 from .training.every_rank import joined
 from .training.factors import Factors
@@ -72,7 +70,7 @@ def attach(
     tree: AdapterTree,
     base: nn.Module,
     *,
-    pristine: Place = "auto",
+    pristine: CopyPlace = "auto",
     compute_dtype: torch.dtype | None = None,
     host_budget: int | str | None = None,
     device_budget: int | str | None = None,
@@ -180,7 +178,7 @@ class TreeModel(AnswersForBase):
             return cache.reclaims and plan.lies_in_buffers
 
         name = getattr(inner, "name_or_path", None)
-        self._own_name = own_name = name if isinstance(name, str) and name else None
+        own_name = name if isinstance(name, str) and name else None
         # The caller stands behind attach and this method.
         warn_of_base("the tree", tree.base, own_name, stacklevel=3)
         self._binder = Binder(
@@ -206,9 +204,16 @@ class TreeModel(AnswersForBase):
             pin=Pinning(self.cache, inner),
             factors=self.factors,
         )
-        self._path_models: weakref.WeakSet[PathModel] = weakref.WeakSet()
-        self._dropped: deque[Stage] = deque()
-        """Stages of path models that were collected; the next verb closes them."""
+        self._path_models = PathModels(
+            tree,
+            inner,
+            base_name=own_name,
+            stage=self._stage,
+            binder=self._binder,
+            cache=self.cache,
+            factors=self.factors,
+            manner=self._manner,
+        )
         self._training = Training(
             inner,
             tree,
@@ -413,39 +418,7 @@ class TreeModel(AnswersForBase):
         with self._lock:
             self._usable()
             asked = dict(blend) if isinstance(blend, Mapping) else blend
-            # Here and not in the view: fresh nodes take their factors once, from the base itself.
-            settle_fresh(
-                self.tree, self.base, self.tree.coefficients(asked), self._binder.own_value
-            )
-            view = viewed(self.base)
-            stage = Stage(
-                view,
-                self.tree,
-                Claim(view),
-                merged=MergedWeights(view, place="none"),
-                beside=Unmerged(
-                    view, self._manner, ledger=self.cache, reached=self._stage.beside.reached
-                ),
-                planner=Planner(
-                    Binder(view, self.tree.base, own_name=self._own_name),
-                    origin=self.cache.origin,
-                    kept=1,
-                ),
-                compiled=CompileWatch(False),
-                pin=Pinning(self.cache, view),
-                factors=self.factors,
-            )
-            made = PathModel(
-                asked,
-                view,
-                stage,
-                self.factors,
-                owner=self,
-                check=partial(_refuse_merged, self._stage),
-                dropped=self._dropped.append,
-            )
-            self._path_models.add(made)
-            return made
+            return self._path_models.add(asked, owner=self)
 
     def prefetch(self, paths: Blend | Iterable[Blend]) -> None:
         """Load the nodes of some paths or blends in the background, and return at once.
@@ -506,8 +479,7 @@ class TreeModel(AnswersForBase):
             if self._detached:
                 return
             self._usable()
-            for path_model in list(self._path_models):
-                path_model.close()
+            self._path_models.close()
             # In this order: the base is bare before anything that made it so is dropped.
             self._stage.close()
             self._training.close()
@@ -533,8 +505,7 @@ class TreeModel(AnswersForBase):
         train.
         """
         used = {path for path in self.factors.training_paths if path in self.tree}
-        for path_model in list(self._path_models):
-            used.update(path_model.nodes)
+        used |= self._path_models.nodes
         for request in self._stage.requests():
             for blend in request.blends:
                 # The whole lineage, and not the nodes with a coefficient: if a node of weight 0 got
@@ -743,19 +714,6 @@ class TreeModel(AnswersForBase):
         """
         self._attached()
         self._stage.blocks.check_mine()
-        while self._dropped:
-            self._dropped.popleft().close()
-
-
-def _refuse_merged(stage: Stage) -> None:
-    """Refuse a forward of a path model while its base's weights hold another path.
-
-    Raises:
-        StateError: names what is merged.
-    """
-    if stage.current.weights.terms:
-        raise StateError(
-            f"{stage.current.request.asked!r} is merged into the base's weights, and a path model "
-            "adds to the base's own",
-            'model.deactivate(), or model.activate(path, mode="unmerged")',
-        )
+        # Looked at here, without a call: every switch asks, and there is hardly ever one.
+        if self._path_models.dropped:
+            self._path_models.close_dropped()

@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from .adapter import Adapter
+from .errors import LoraTreeError
 from .spec import LoraSpec
 from .storage import Source
 from .weights import Weight
@@ -55,6 +56,19 @@ class Node:
     def has_adapter(self) -> bool:
         """It has increments of its own, in memory or in files."""
         return self.loaded is not None or self.source is not None
+
+    def outline(self) -> Adapter | None:
+        """Return its adapter; if it is not in memory, its shapes on the meta device.
+
+        Raises:
+            FormatError: its files are gone or broken; names the node.
+        """
+        if self.loaded is not None or self.source is None:
+            return self.loaded
+        try:
+            return self.source.outline()
+        except LoraTreeError as error:
+            raise error.within(self.path) from error
 
     # ------------------------------------------------------------------ the same node, changed
     def holding(self, adapter: Adapter) -> Node:

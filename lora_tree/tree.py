@@ -450,13 +450,7 @@ class AdapterTree:
             PathError: the node is not there.
             FormatError: its files are gone or broken.
         """
-        node = self[path]
-        if node.loaded is not None or node.source is None:
-            return node.loaded
-        try:
-            return node.source.outline()
-        except LoraTreeError as error:
-            raise error.within(path) from error
+        return self[path].outline()
 
     def terms(
         self,
@@ -693,12 +687,7 @@ def _check_patterns(node: Node) -> None:
     """
     if isinstance(node.weight, float) or not node.has_adapter:
         return
-    adapter = node.loaded
-    if adapter is None and node.source is not None:
-        try:
-            adapter = node.source.outline()  # names alone, no factors
-        except LoraTreeError as error:
-            raise error.within(node.path) from error
+    adapter = node.outline()  # names alone, no factors
     assert adapter is not None
     check_matched([(node.path, node.weight, adapter.module_names)])
 

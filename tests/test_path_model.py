@@ -10,6 +10,7 @@ import copy
 import functools
 import gc
 import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -305,6 +306,18 @@ def test_its_nodes_are_in_use_until_it_is_closed_or_dropped() -> None:
         last(inputs())
     with pytest.raises(StateError, match="detached"):
         model.at("fr")
+
+
+def test_it_keeps_its_tree_model_alive_and_both_are_collected_with_it() -> None:
+    model = lt.attach(forest(), net())
+    policy, reference = model.at("fr/legal"), model.at("fr")
+    alive = [weakref.ref(each) for each in (model, policy, reference)]
+    del model, reference
+    policy(inputs())
+    assert [each() is None for each in alive] == [False, False, True]
+    del policy
+    gc.collect()
+    assert [each() is None for each in alive] == [True, True, True]
 
 
 def test_under_a_budget_it_pins_its_lineage_until_it_is_dropped(tmp_path: Path) -> None:

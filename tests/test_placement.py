@@ -20,7 +20,7 @@ from benchmarks.host_link import HostLink
 from lora_tree.cache.link import Arrived
 from lora_tree.combining import combine
 from lora_tree.engine import batch as batch_module
-from lora_tree.engine import pristine as pristine_module
+from lora_tree.engine import copy_place
 from lora_tree.errors import BudgetError, SpecError
 from lora_tree.training.factors import Factors
 
@@ -217,8 +217,9 @@ def test_a_new_batch_sends_its_lists_of_rows_once_for_all_sites(
 def card(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """The host plays a device with memory of its own, and with so much room."""
     room = {"bytes": 1 << 30}
-    monkeypatch.setattr(pristine_module, "_is_apart", lambda device: True)
-    monkeypatch.setattr(pristine_module, "_room_bytes", lambda device: room["bytes"])
+    for module in ("copy_place", "pristine"):
+        monkeypatch.setattr(f"lora_tree.engine.{module}.is_apart", lambda device: True)
+    monkeypatch.setattr(copy_place, "_room_bytes", lambda device: room["bytes"])
     return room
 
 
@@ -261,7 +262,7 @@ def test_a_place_asked_for_is_taken_whatever_auto_would_take(
 def test_out_of_memory_on_the_device_falls_to_the_host_with_a_warning(
     card: dict[str, int], monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
-    real, failed = pristine_module._copy, []
+    real, failed = copy_place._copy, []
 
     def short(parameter: Tensor, device: torch.device) -> Tensor:
         if len(failed) < 2:  # the second copy on the device finds no room
@@ -270,7 +271,7 @@ def test_out_of_memory_on_the_device_falls_to_the_host_with_a_warning(
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB.")
         return real(parameter, device)
 
-    monkeypatch.setattr(pristine_module, "_copy", short)
+    monkeypatch.setattr(copy_place, "_copy", short)
     own = base()
     bare = {name: value.clone() for name, value in own.state_dict().items()}
     model = lt.attach(forest(), own, pristine=place)  # type: ignore[arg-type]
@@ -299,7 +300,7 @@ def test_without_memory_anywhere_the_model_is_what_it_was(
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     with monkeypatch.context() as patch:
-        patch.setattr(pristine_module, "_copy", none_left)
+        patch.setattr(copy_place, "_copy", none_left)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with pytest.raises(torch.OutOfMemoryError):

@@ -19,11 +19,12 @@ from ..errors import StateError
 from ..lowrank import LowRank
 from ..sites import Site
 from .arithmetic import Scratch, add_bias, add_weight, exact_mode
+from .copy_place import CopyPlace
 from .kernels import MergePart, merge_launch, usable
 from .launches import KeptLaunch, Launches, part_of
 from .mergeable import Mergeable
 from .plan import EMPTY_PLAN, OverrideTerms, Plan
-from .pristine import Place, Pristine, Source
+from .pristine import Pristine, Source
 from .switches import KeptSwitches, SiteWrite, Switch, Writes
 from .tile_log import LaidPlans, LogWrite, TileLog, write_logs
 from .undo_log import UndoLog, add_in_blocks, can_log
@@ -40,7 +41,7 @@ class MergedWeights:
             subtracted from the weights in place, which drifts with every switch.
     """
 
-    def __init__(self, base: nn.Module, *, place: Place) -> None:
+    def __init__(self, base: nn.Module, *, place: CopyPlace) -> None:
         self._base = base
         self._in_place = place == "none"
         self._logs = place == "log"

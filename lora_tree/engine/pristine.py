@@ -1,10 +1,7 @@
 """Pristine: copies of the base's own weights, from which every merged weight is computed.
 
-A copy is taken of a weight when a path is first merged into it:
-
-    device    beside the weight: a switch reads and writes at the speed of the device's memory
-    host      in host memory, pinned where the weight is on CUDA: a switch is as fast as the bus
-    log       no copy: two bits a number beside what is merged (`undo_log.py`, `tile_log.py`)
+A copy is taken of a weight when a path is first merged into it. `copy_place.py` says where it goes;
+instead of a copy there may be an undo log.
 
 A copy counts as long as only we write to its weight. `watch.py` notices other writes, and
 `Pristine.verify` asks it before every switch.
@@ -16,30 +13,28 @@ import warnings
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
-import torch
 from torch import Tensor, nn
 
-from ..budget import format_bytes
 from ..errors import ForeignWrite, StateError, listing
 from ..sites import Site
 from .arithmetic import Scratch, exact_mode
+from .copy_place import (
+    Copies,
+    CopyPlace,
+    copies_beside,
+    copy_on_host,
+    goes_beside,
+    is_apart,
+)
 from .kernels import logs
 from .switches import Switch, Writes
 from .tile_log import TileLog
 from .undo_log import UndoLog, can_log
 from .watch import Watch, WatchedWeight
 
-__all__ = ["Copies", "Place", "Pristine", "Source"]
-
-Place: TypeAlias = Literal["auto", "device", "log", "host", "none"]
-
-MARGIN = 8
-"""One part in so many of a device's memory stays free for activations when ``auto`` puts copies
-there.
-"""
-
+__all__ = ["Pristine", "Source"]
 
 LARGEST_LOG = 0.5
 """A log that takes more than this part of its weight gives way to a copy."""
@@ -47,39 +42,6 @@ LARGEST_LOG = 0.5
 
 Source: TypeAlias = Tensor | UndoLog
 """What a tensor is computed from: its own numbers, or the log that brings them back."""
-
-
-@dataclass(frozen=True)
-class Copies:
-    """Where the base's own weights are kept now.
-
-    Args:
-        asked: what `attach` was told: ``auto``, ``device``, ``log``, ``host`` or ``none``.
-        device_bytes: bytes of copies beside the weights, on a device that has memory of its own.
-        host_bytes: bytes of copies in host memory.
-        log_bytes: bytes of undo logs, which are beside the weights.
-
-    >>> Copies("auto", host_bytes=64).kind
-    'host'
-    """
-
-    asked: Place
-    device_bytes: int = 0
-    host_bytes: int = 0
-    log_bytes: int = 0
-
-    @property
-    def kind(self) -> str:
-        """``device``, ``log``, ``host``, several with a plus between them; ``none`` if nothing is
-        kept, as before a merge.
-        """
-        parts = {"device": self.device_bytes, "log": self.log_bytes, "host": self.host_bytes}
-        return "+".join(name for name, nbytes in parts.items() if nbytes) or "none"
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all copies and logs."""
-        return self.device_bytes + self.host_bytes + self.log_bytes
 
 
 @dataclass(eq=False)
@@ -141,7 +103,7 @@ class Pristine:
             memory has its copies there in any case.
     """
 
-    def __init__(self, place: Place = "auto") -> None:
+    def __init__(self, place: CopyPlace = "auto") -> None:
         self._place = place
         self._scratch = Scratch()
         # By the module's id, which its copy keeps from being used again: it holds the module.
@@ -255,19 +217,19 @@ class Pristine:
                     self._copied(kept)
         if not missing:
             return
-        on_device = self._goes_beside([weight.parameter for weight in missing])
+        on_device = goes_beside(self._place, [weight.parameter for weight in missing])
         if not on_device:
             missing = self._without_logged(missing, can_be_logged)
         parameters = [weight.parameter for weight in missing]
         # All copies are made before the first is kept, so that an error leaves none behind.
-        copies = _beside(parameters) if on_device else None
+        copies = copies_beside(parameters) if on_device else None
         if copies is None:
             if on_device:
                 missing = self._without_logged(missing, can_be_logged)
             on_device = False
-            copies = [_on_host(weight.parameter) for weight in missing]
+            copies = [copy_on_host(weight.parameter) for weight in missing]
         for weight, copy in zip(missing, copies, strict=True):
-            beside = on_device and _is_apart(weight.parameter.device)
+            beside = on_device and is_apart(weight.parameter.device)
             self._kept[id(weight.module), weight.attribute] = _PristineCopy(weight, copy, beside)
         self._changed()
         # The watch has to know the new weights before they are written.
@@ -324,7 +286,7 @@ class Pristine:
 
     def _copied(self, kept: _PristineCopy) -> None:
         """Put a copy in the place of a log."""
-        copy = _on_host(kept.own())
+        copy = copy_on_host(kept.own())
         kept.copy = copy
         self._changed()
 
@@ -402,66 +364,7 @@ class Pristine:
         # These hold copies that may be dropped now.
         self._begun.clear()
 
-    def _goes_beside(self, parameters: Sequence[Tensor]) -> bool:
-        """Return whether the copies of some weights go where these are."""
-        if self._place in ("host", "log", "none"):
-            return False
-        taken: dict[torch.device, int] = {}
-        for parameter in parameters:
-            nbytes = parameter.numel() * parameter.element_size()
-            taken[parameter.device] = taken.get(parameter.device, 0) + nbytes
-        cards = [device for device in taken if _is_apart(device)]
-        # All go to one kind of memory: a switch is as slow as its slowest copy.
-        if self._place == "device":
-            return bool(cards)
-        return bool(cards) and all(taken[device] <= _room_bytes(device) for device in cards)
-
 
 def _watched(site: Site, attribute: str) -> WatchedWeight:
     weight: Tensor = getattr(site.module, attribute)
     return WatchedWeight(f"{site.module_name}.{attribute}", site.module, attribute, weight)
-
-
-# ---------------------------------------------------------------------- where copies go
-def _is_apart(device: torch.device) -> bool:
-    """Return whether a device has memory of its own, and says how much of it is free."""
-    return device.type == "cuda"
-
-
-def _room_bytes(device: torch.device) -> int:
-    """Return the bytes that copies may take on a device, which leaves a margin for activations."""
-    free, total = torch.cuda.mem_get_info(device)
-    # CUDA counts memory as taken that torch's allocator has reserved and does not use.
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return free + cached - total // MARGIN
-
-
-def _beside(parameters: Sequence[Tensor]) -> list[Tensor] | None:
-    """Return copies where the parameters are; None, with a warning, if not all of them fit."""
-    try:
-        return [_copy(parameter, parameter.device) for parameter in parameters]
-    except torch.OutOfMemoryError as error:
-        nbytes = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
-        reason = str(error).partition("\n")[0]
-    # Outside of the `except`: the exception's traceback held the copies made so far, and with it
-    # gone their memory is free for the base.
-    warnings.warn(
-        f"no room on the device for {format_bytes(nbytes)} of copies of the base's own weights "
-        f"({reason:.200}): "
-        "undo logs take their place where a kernel writes them, and copies on the host elsewhere, "
-        'where switches are slower; pristine="log" or "host" asks for that',
-        RuntimeWarning,
-        stacklevel=2,
-    )
-    return None
-
-
-def _on_host(parameter: Tensor) -> Tensor:
-    return _copy(parameter, torch.device("cpu"))
-
-
-def _copy(parameter: Tensor, device: torch.device) -> Tensor:
-    # Pinned, so that a switch sends it to the device without waiting for the host.
-    pinned = device.type == "cpu" and parameter.device.type == "cuda"
-    copy = torch.empty_like(parameter, device=device, pin_memory=pinned, requires_grad=False)
-    return copy.copy_(parameter)

@@ -6,7 +6,8 @@ from .gguf import LlamaRequest, export_gguf, export_gguf_nodes, llama_request
 from .leaves import export_leaves
 from .merged_check import MergedCheck, TensorCheck, check_merged
 from .mlx import export_mlx
-from .portable import ENGINE_RANKS, Portable, ceil_rank_of, portable
+from .portable import Portable, portable
+from .portable_rank import ENGINE_RANKS, ceil_rank_of
 
 __all__ = [
     "ENGINE_RANKS",

@@ -12,16 +12,14 @@ r and wants one r; llama.cpp (2025) takes alpha over the rank of each B; vLLM re
 whole modules.
 
 Law: the form of a path depends on its lineage and on what the caller names, never on what else lies
-in the tree.
+in the tree; and what the form costs is known.
 
-Law: what the form costs is known. Every module's error is ‖ΔW − ΔW'‖ / ‖ΔW‖, from QR cores in
-float64, against the exact sum of the lineage; it counts truncation, the folding of scales and the
-rounding to a dtype alike.
+`portable_rank.py` finds the one rank, `form_errors.py` measures what the form costs, and
+`siblings.py` completes q, k, v and gate, up.
 """
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -32,22 +30,16 @@ from torch import nn
 
 from ..adapter import Adapter
 from ..blend import Blend, spelled
-from ..combining import combine
 from ..errors import BaseMismatch, FormatError, LoraTreeError, SpecError, listing
-from ..given import check_rank
-from ..lowrank import LowRank, concat
+from ..lowrank import LowRank
 from ..override import check_none
 from ..tree import AdapterTree
+from .form_errors import FormErrors, exact_sum
+from .portable_rank import groups_of, rank_to_write
 from .siblings import Shapes, completed, missing, stated
 from .unloaded_base import Base
 
-__all__ = ["ENGINE_RANKS", "Portable", "ceil_rank_of", "portable"]
-
-ENGINE_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""The values of vLLM's ``max_lora_rank`` (0.32). An adapter costs as much as the next of them."""
-
-ROUNDING = 1e-6
-"""The error that a ``max_error`` always allows: fp32 rounds by that much, and no rank mends it."""
+__all__ = ["Portable", "portable"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,16 +153,16 @@ def portable(
     try:
         _check_sayable(flat, terms, known)
         # Apart from `flat`, whose factors may be in bf16 and have rounded scales already.
-        exact = _exact_sum(terms)
-        rank_written = _rank(exact, rank, max_error, ceil_rank=ceil_rank)
+        exact = exact_sum(terms)
+        rank_written = rank_to_write(exact, rank, max_error, ceil_rank=ceil_rank)
         cut = {
-            name: _of_rank(value, exact[name], rank_written // _groups(value))
+            name: _of_rank(value, exact[name], rank_written // groups_of(value))
             for name, value in flat.modules.items()
         }
         rounded = _in_one_dtype(cut, dtype)
         # After the rounding, so that it counts; before the completion, which adds zeros only.
-        errors, error = _errors(exact, rounded)
-        _check_within(errors, max_error, dtype)
+        errors = FormErrors.between(exact, rounded)
+        errors.check_within(max_error, dtype)
         full = rounded
         if complete:
             full = completed(rounded, lambda name: _shape(name, known, shape_of))
@@ -178,7 +170,7 @@ def portable(
         # an export of all leaves has many paths
         raise wrong.within(path) from wrong
     # Zero factors of the completion have rank 1 and are padded like the others.
-    padded = {name: value.padded(rank_written // _groups(value)) for name, value in full.items()}
+    padded = {name: value.padded(rank_written // groups_of(value)) for name, value in full.items()}
     made = Adapter(
         padded,
         base=flat.base or tree.base,
@@ -191,36 +183,11 @@ def portable(
         path,
         _with_short_targets(made, known),
         rank_written,
-        MappingProxyType(errors),
-        error,
+        MappingProxyType(errors.by_module),
+        errors.overall,
         added=tuple(sorted(set(padded) - set(flat.modules))),
         incomplete=tuple(missing(padded)),
     )
-
-
-def ceil_rank_of(rank: int) -> int:
-    """Return the next rank that an engine allows.
-
-    Raises:
-        SpecError: the rank is larger than all of them.
-
-    >>> ceil_rank_of(17)
-    32
-    """
-    found = next((allowed for allowed in ENGINE_RANKS if allowed >= rank), None)
-    if found is None:
-        raise SpecError(
-            f"rank {rank} is over the largest that vLLM serves, {ENGINE_RANKS[-1]}",
-            "cut it: rank=…",
-        )
-    return found
-
-
-def _exact_sum(terms: list[tuple[str, float, Adapter]]) -> Mapping[str, LowRank]:
-    """Return the lineage's sum in float64, with which everything is compared."""
-    nodes = [node for node, _, _ in terms]
-    wide = [(adapter.to(dtype=torch.float64), by) for _, by, adapter in terms]
-    return combine(wide, names=nodes).modules
 
 
 def _of_rank(flat: LowRank, exact: LowRank, rank: int) -> LowRank:
@@ -281,52 +248,6 @@ def _shape(name: str, base: Base, stated: Shapes) -> tuple[int, int] | None:
     return own or told
 
 
-def _groups(value: LowRank) -> int:
-    """Return how many matrices share PEFT's r: the groups of a convolution."""
-    is_grouped = value.layout.kind == "conv" and value.A.ndim == 3
-    return value.A.shape[0] if is_grouped else 1
-
-
-def _rank(
-    modules: Mapping[str, LowRank], rank: int | None, max_error: float | None, *, ceil_rank: bool
-) -> int:
-    """The one rank to write, a multiple of every module's groups.
-
-    Raises:
-        SpecError: the bounds make no sense, or can't both be met; names the module.
-    """
-    step = math.lcm(*(_groups(value) for value in modules.values()))
-    if rank is not None:
-        check_rank(rank)
-        if rank < step:
-            raise SpecError(
-                f"rank {rank} is less than the {step} groups of a convolution, which share it",
-                f"rank={step} or more",
-            )
-    needed = 1
-    for name, value in modules.items():
-        needed = max(needed, _needed(name, value, rank, max_error) * _groups(value))
-    kept = needed if rank is None else min(rank, needed)
-    if ceil_rank:
-        kept = ceil_rank_of(kept)
-    # PEFT divides r by the groups. A bound that the caller gave is not exceeded; otherwise nothing
-    # is lost.
-    if rank is None or ceil_rank:
-        return math.ceil(kept / step) * step
-    return kept // step * step
-
-
-def _needed(name: str, value: LowRank, rank: int | None, max_error: float | None) -> int:
-    """Return the rank that one module needs, for each of its groups."""
-    if max_error is None:
-        return value.rank
-    most = None if rank is None else rank // _groups(value)
-    try:
-        return value.truncate(most, max_error=max_error).value.rank
-    except SpecError as error:
-        raise error.within(name) from error
-
-
 def _in_one_dtype(
     modules: Mapping[str, LowRank], dtype: torch.dtype | None
 ) -> Mapping[str, LowRank]:
@@ -343,60 +264,6 @@ def _in_one_dtype(
         if dtypes == {torch.bfloat16} or dtypes == {torch.float16}:
             dtype = dtypes.pop()
     return Adapter(modules).to(dtype=dtype).modules
-
-
-def _errors(
-    exact: Mapping[str, LowRank], made: Mapping[str, LowRank]
-) -> tuple[dict[str, float], float]:
-    """Return module → relative error, and the same over all of them, in float64."""
-    errors: dict[str, float] = {}
-    all_off, all_norm = 0.0, 0.0
-    for name, wanted in exact.items():
-        norm = wanted.norm()
-        off = _distance(wanted, made[name])
-        errors[name] = _relative(off, norm)
-        # hypot: the squares of norms could overflow
-        all_off = math.hypot(all_off, off)
-        all_norm = math.hypot(all_norm, norm)
-    return errors, _relative(all_off, all_norm)
-
-
-def _distance(wanted: LowRank, made: LowRank) -> float:
-    """Return ‖ΔW − ΔW'‖."""
-    got = made.to(dtype=torch.float64)
-    folded = wanted.folded()
-    # The norm of a difference is never quite zero in floating point; equal factors are equal.
-    has_same_rank = folded.A.shape == got.A.shape
-    if has_same_rank and torch.equal(folded.A, got.A) and torch.equal(folded.B, got.B):
-        return 0.0
-    return concat([got.folded(), folded.scaled(-1.0)]).norm()
-
-
-def _relative(off: float, norm: float) -> float:
-    if norm:
-        return off / norm
-    # A sum that is zero has no relative error, unless something was added to it.
-    return 0.0 if off == 0.0 else math.inf
-
-
-def _check_within(
-    errors: Mapping[str, float], max_error: float | None, dtype: torch.dtype | None
-) -> None:
-    """Check that no module is further off than was allowed, once its factors are rounded.
-
-    Raises:
-        SpecError: one is; names it.
-    """
-    if max_error is None:
-        return
-    for name, error in errors.items():
-        if error > max_error + ROUNDING:
-            kind = str(dtype or torch.float32).removeprefix("torch.")
-            raise SpecError(
-                f"{name}: relative error {error:.3g} once the factors are rounded to {kind}, "
-                f"max_error={max_error:g}",
-                "keep a wider dtype, or allow more",
-            )
 
 
 def _with_short_targets(adapter: Adapter, base: Base) -> Adapter:

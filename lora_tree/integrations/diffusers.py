@@ -27,9 +27,9 @@ from ..attachment import Attachment
 from ..blend import Blend
 from ..cache import Frequency, Policy
 from ..engine.batch_axis import BatchAxis
+from ..engine.copy_place import CopyPlace
 from ..engine.forms import Strategy
 from ..engine.hook import Hook
-from ..engine.pristine import Place
 from ..errors import SpecError, StateError, listing
 from ..extras import foreign, need, open_pretrained
 from ..model import TreeModel
@@ -87,7 +87,7 @@ def attach_pipeline(
     tree: AdapterTree,
     pipe: Any,
     *,
-    pristine: Place = "auto",
+    pristine: CopyPlace = "auto",
     compute_dtype: torch.dtype | None = None,
     host_budget: int | str | None = None,
     device_budget: int | str | None = None,

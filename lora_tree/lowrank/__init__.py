@@ -4,6 +4,7 @@
 
     layout.py    how the (out, in) matrix lies in a module's weight
     fitting.py   whether A, B and a bias make one increment
+    magnitude.py how large its numbers are, and which dtypes hold them
     value.py     LowRank, and what one value becomes: scaled, cast, truncated, dense
     cast.py      a value moved or rounded, and whether that lost a number
     qr_core.py   the (r, r) core of a product, and its nearest smaller rank

@@ -10,7 +10,8 @@ from torch import Tensor
 from ..errors import ShapeMismatch, SpecError
 from ..given import unchecked
 from .layout import Layout
-from .value import LowRank, check_has_numbers
+from .magnitude import check_has_numbers
+from .value import LowRank
 
 __all__ = ["concat", "inner", "same_place", "stacked"]
 
@@ -119,7 +120,7 @@ def inner(x: LowRank, y: LowRank) -> float:
     """
     same_place(x, y)
     _check_same_device([x, y])
-    check_has_numbers(x)
+    check_has_numbers(x.A)
     left = x.B.detach().double().mT @ y.B.detach().double()  # (r_x, r_y)
     right = x.A.detach().double() @ y.A.detach().double().mT  # (r_x, r_y)
     return float((left * right).sum()) * x.scale * y.scale

@@ -17,6 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..errors import SpecError
+
 __all__ = ["Core", "SingularValues", "core_of"]
 
 
@@ -60,6 +62,28 @@ class SingularValues:
         """Return the smallest rank with a relative error of at most ``max_error``; 0 for ΔW = 0."""
         small_enough = self._errors <= max_error * self.norm
         return int(small_enough.nonzero()[0].item())
+
+    def rank_to_keep(self, most: int, max_error: float | None) -> int:
+        """Return the rank that a truncation keeps, at least 1.
+
+        Args:
+            most: the largest rank to keep.
+            max_error: the largest relative error allowed: the smallest rank that reaches it is
+                kept. None: ``most`` is kept.
+
+        Raises:
+            SpecError: both bounds can't be met.
+        """
+        if max_error is None:
+            return most
+        least = self.least_rank(max_error)
+        if least > most:
+            raise SpecError(
+                f"rank {most} leaves a relative error of {self.error(most) / self.norm:.3g}, "
+                f"max_error={max_error:g} needs rank {least}"
+            )
+        # A product that is zero needs rank 0, and there is no value of rank 0.
+        return max(least, 1)
 
     def factors(self, rank: int) -> tuple[Tensor, Tensor]:
         """Return B (*batch, out, rank) and A (*batch, rank, in) of the nearest such product.

@@ -27,9 +27,10 @@ from ..given import (
 )
 from .fitting import check_one_device, check_shapes, check_tensors
 from .layout import LINEAR, Layout
+from .magnitude import all_finite, check_has_numbers, increment_fits
 from .qr_core import Core, SingularValues, core_of
 
-__all__ = ["LowRank", "Truncated", "check_has_numbers", "is_sharded"]
+__all__ = ["LowRank", "Truncated", "is_sharded"]
 
 
 class Truncated(NamedTuple):
@@ -148,8 +149,8 @@ class LowRank:
         Raises:
             SpecError: the factors have no numbers (the meta device).
         """
-        check_has_numbers(self)
-        return all(bool(_comparable(t).isfinite().all()) for t in self.tensors)
+        check_has_numbers(self.A)
+        return all_finite(self.tensors)
 
     def fits(self, dtype: torch.dtype | None = None) -> bool:
         """Return whether ΔW, and scale · B on the way to it, are finite in a dtype.
@@ -166,19 +167,10 @@ class LowRank:
         False
         """
         check_dtype(dtype)
-        check_has_numbers(self)
+        check_has_numbers(self.A)
         most = torch.finfo(dtype or torch.promote_types(self.dtype, torch.float32)).max
-        a, b, *bias = (_largest(t) for t in self.tensors)
-        scale = abs(self.scale)
-        # A NaN compares as false, so it fails here.
-        if not all(scale * size <= most for size in (b, *bias)) or not math.isfinite(a):
-            return False
-        # No entry of B A is larger than this bound. It costs one pass over the
-        # factors, and almost always decides.
-        if scale * self.rank * a * b <= most:
-            return True
         blocks = self.dense_blocks(dtype=torch.float64)
-        return all(bool((block.abs() <= most).all()) for block in blocks)
+        return increment_fits(most, self.scale, self.A, self.B, self.bias, blocks=blocks)
 
     def __repr__(self) -> str:
         shape = "×".join(map(str, self.shape))
@@ -297,7 +289,7 @@ class LowRank:
         Raises:
             SpecError: a factor, or the product, is not finite.
         """
-        check_has_numbers(self)
+        check_has_numbers(self.A)
         core = core_of(self.B, self.A, self.scale)
         if core is None:
             why = "the factors are not finite"
@@ -351,7 +343,8 @@ class LowRank:
             check_max_error(max_error)
         # One decomposition serves both bounds: every rank's error can be read from it.
         cut = SingularValues(self.core())
-        keep = _rank_to_keep(cut, self.rank, rank, max_error)
+        most = self.rank if rank is None else min(rank, self.rank)
+        keep = cut.rank_to_keep(most, max_error)
         if keep >= self.rank:
             return Truncated(self, 0.0, 0.0)
         B, A = cut.factors(keep)
@@ -380,49 +373,6 @@ class LowRank:
 def is_sharded(tensor: Tensor) -> bool:
     """Return whether every rank of a run holds only a part of a tensor, as FSDP2 leaves it."""
     return hasattr(tensor, "full_tensor")
-
-
-def check_has_numbers(value: LowRank) -> None:
-    """Refuse a value that is an outline: shapes on the meta device.
-
-    Raises:
-        SpecError: it is.
-    """
-    if value.A.is_meta:
-        raise SpecError(
-            "the factors have no numbers: they are on the meta device",
-            "load the adapter itself first",
-        )
-
-
-def _rank_to_keep(cut: SingularValues, own: int, rank: int | None, max_error: float | None) -> int:
-    """Return the rank that a truncation keeps, at least 1.
-
-    Raises:
-        SpecError: both bounds are given and can't be met.
-    """
-    most = own if rank is None else min(rank, own)
-    if max_error is None:
-        return most
-    least = cut.least_rank(max_error)
-    if least > most:
-        raise SpecError(
-            f"rank {most} leaves a relative error of {cut.error(most) / cut.norm:.3g}, "
-            f"max_error={max_error:g} needs rank {least}"
-        )
-    # A product that is zero needs rank 0, and there is no value of rank 0.
-    return max(least, 1)
-
-
-def _comparable(t: Tensor) -> Tensor:
-    """Return the tensor in a dtype that torch compares: it has no kernels for 8-bit floats."""
-    return t.float() if t.element_size() == 1 else t
-
-
-def _largest(t: Tensor) -> float:
-    """Return max |x|; NaN if there is one."""
-    least, most = torch.aminmax(_comparable(t.detach()))
-    return float(torch.maximum(least.abs(), most.abs()))
 
 
 def _times(t: Tensor, scale: float) -> Tensor:

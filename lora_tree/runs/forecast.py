@@ -10,7 +10,7 @@ A node above those trains only on request: what is trained in it changes every n
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ..errors import SpecError, listing
@@ -23,7 +23,6 @@ __all__ = [
     "NodeForecast",
     "becoming_stale",
     "chosen",
-    "losses_of",
     "what_trains",
     "why_not_fresh",
 ]
@@ -134,21 +133,6 @@ def why_not_fresh(tree: AdapterTree, path: str) -> str | None:
     if adapter is None or not adapter.overrides:
         return None
     return f"it replaces {listing(adapter.overrides, most=2)}, and only factors can be drawn anew"
-
-
-def losses_of(
-    tree: AdapterTree, nodes: Iterable[str], by_path: Mapping[str, float]
-) -> dict[str, float]:
-    """Return for each node the mean loss of the paths that go through it.
-
-    A node is left out if no path with a loss goes through it.
-    """
-    found = {}
-    for node in nodes:
-        mine = [loss for path, loss in by_path.items() if path and node in tree.lineage(path)]
-        if mine:
-            found[node] = sum(mine) / len(mine)
-    return found
 
 
 def _can_train(tree: AdapterTree, path: str) -> bool:

@@ -5,16 +5,13 @@
               its rates       a function of n
               factors, state  the steps before it left them in checkpoint-n, whole or not at all
 
-So a checkpoint is factors and the optimiser's state, and nothing that is random has to be kept.
+So a checkpoint is factors and the optimiser's state (`run_checkpoints.py`), and nothing that is
+random has to be kept.
 
-    run/checkpoint-40/factors.safetensors      the factors that train, bit for bit
-                      nodes/fr/legal/…         the same as PEFT adapters, to be promoted
-                      optimizer.safetensors
-                      run.json                 step, settings, nodes, losses, a hash of the rows
-
-`refusals.py` refuses a run before it changes anything; `place.py` says which checkpoint a run goes
-on from, and where finished runs go; `step.py` takes one step; `resume.py` writes and reads a
-checkpoint's numbers.
+`refusals.py` refuses a run before it changes anything; `identity.py` says which runs are the same;
+`place.py` finds the checkpoints in the folder, and sets those of finished runs aside; `step.py`
+takes one step; `run_losses.py` keeps the losses; `resume.py` reads a checkpoint's numbers back;
+`run_notes.py` tells others how the run trains, and `recording.py` what it does.
 """
 
 from __future__ import annotations
@@ -27,34 +24,20 @@ from typing import Any
 
 import torch
 
-from ..errors import DivergedError, FolderError, FormatError, SpecError, listing
-from ..folder import disk
+from ..errors import DivergedError, FormatError, SpecError, listing
 from ..folder.run_records import NodeOutcome, PathMetric, RunRecord, RunState, read_run
 from ..lowrank import draw_again
 from ..model import TreeModel
-from ..provenance import DataFile, SaveNote, TrainedWith, seen_from
+from ..provenance import DataFile, SaveNote, TrainedWith
 from ..storage import as_path
-from ..system.reading import is_file
 from ..training.diverged import Start
 from ..training.levels import weight_decays
 from ..training.sampling import PathSampler
 from ..tree import AdapterTree
-from .checkpoint_factors import save_factors
-from .checkpoint_place import appearing, retire
-from .forecast import NodeForecast, becoming_stale, chosen, losses_of, what_trains
+from .forecast import NodeForecast, becoming_stale, chosen, what_trains
 from .held_back import Verdict, hold_back, keep_what_helps, loss_of_rows
-from .place import (
-    ABOUT,
-    LastCheckpoint,
-    checkpoints,
-    differing,
-    last_of,
-    measured_of,
-    refuse_other,
-    render_about,
-    set_aside,
-    superfluous,
-)
+from .identity import differing, refuse_other, run_identity
+from .place import ABOUT, LastCheckpoint, last_of, set_aside
 from .preferences import are_preferences
 from .recording import Recorder
 from .refusals import (
@@ -64,15 +47,11 @@ from .refusals import (
     check_weights,
     refuse_encoder,
 )
-from .resume import (
-    STATE,
-    digest_of_rows,
-    is_what_it_left,
-    losses_told,
-    render_state,
-    take_over,
-)
+from .resume import is_what_it_left, take_over
 from .rows import Row
+from .run_checkpoints import RunCheckpoints
+from .run_losses import RunLosses
+from .run_notes import RunNotes
 from .settings import Settings
 from .step import StepLosses, take_step
 from .watching import HeldOut, RunWatch, held_out_identity, held_out_rows
@@ -108,8 +87,6 @@ class Run:
         rows, held_back: the rows that are trained on, and those that are not.
         trained: the same, with what each begins from and stands on.
         outdated: the nodes that become stale: they were trained on what is about to change.
-        first, last: path → its loss in the first and the last step that had rows of it, resumed
-            ones included.
         was_over: the run had finished before, and the tree has its nodes: no step is left.
         aside: the finished run that was in the folder before this one, where it lies now; None if
             there was none.
@@ -141,10 +118,7 @@ class Run:
         self.model, self.settings, self.folder = model, settings, as_path(folder)
         self._records, self._by = records, by
         self._recorder: Recorder | None = None
-        self._data, self._max_length = list(data), max_length
-        if keep < 1:
-            raise SpecError(f"keep must be at least 1, got {keep}: the last checkpoint stays")
-        self._keep = keep
+        self._checkpoints = RunCheckpoints(self.folder, keep)
         tree = model.tree
         refuse_encoder(model)
         self.nodes = chosen(model, rows, nodes, with_ancestors=with_ancestors)
@@ -163,23 +137,28 @@ class Run:
                 f"no row goes through {listing(self.nodes)}",
                 "the path of a row is the node it is for",
             )
-        # Two runs with the same value come to the same bits, given the same base.
-        self._about = {
-            "version": 1,
-            "settings": settings.plain(),
-            "nodes": self.nodes,
-            "rows": digest_of_rows(self.rows),
-        }
         watched: Sequence[Row] = ()
+        watching = None
         if held_out is not None:
             watched = held_out_rows(held_out, self.held_back, model, self.nodes, self.prefers)
-            self._about["held_out"] = held_out_identity(held_out, watched)
+            watching = held_out_identity(held_out, watched)
+        self._notes = RunNotes(
+            tree,
+            self.nodes,
+            settings,
+            self.folder,
+            data=list(data),
+            max_length=max_length,
+            watched=None if held_out is None else held_out.noted,
+            prefers=self.prefers,
+        )
         before = last_of(self.folder)
-        if fresh or (before is not None and "fresh" in before.about):
-            self._about["fresh"] = fresh
+        self._identity = run_identity(
+            settings, self.nodes, self.rows, held_out=watching, fresh=fresh, before=before
+        )
         # Refuse before `trainable` changes the model: a run that can't begin leaves no trace.
         if before is not None and not before.is_finished:
-            refuse_other(before, self._about)
+            refuse_other(before, self._identity)
         groups = model.trainable(*self.nodes, dropout=settings.dropout)
         self._rates = {path: settings.lr_of.get(path, settings.lr) for path in self.nodes}
         decays = _decays(settings, tree, self._rates)
@@ -195,14 +174,12 @@ class Run:
         self.outdated = becoming_stale(tree, self.nodes)
         # A copy to go back to if the run diverges: the tree must not keep factors that are NaN.
         self._start = Start(model.factors)
-        self._held_out = held_out
         self._watch: RunWatch | None = None
         if held_out is not None:
             self._watch = RunWatch(model, held_out, watched, self.nodes, settings)
         self._diverged: DivergedError | None = None
         self._measured: float | None = None
-        self.first: dict[str, float] = {}
-        self.last: dict[str, float] = {}
+        self._losses = RunLosses()
         self.was_over = False
         self.aside: LastCheckpoint | None = None
         self.done = 0 if before is None else self._resume(before)
@@ -237,9 +214,7 @@ class Run:
                 self._check_sound()
                 step = self._step(order)
                 self.done += 1
-                # A path may have no row in the first step, so each has a first loss of its own.
-                self.first = {**step.losses, **self.first}
-                self.last.update(step.losses)
+                self._losses.note(step.losses)
                 if self._recorder is not None:
                     self._recorder.note(step.nodes)
                 if self._watch is not None:
@@ -272,32 +247,20 @@ class Run:
             FormatError: PEFT has no way to write a node.
         """
         self._check_sound()
-        name = f"checkpoint-{self.done}"
         self._measured = self._measure()
         # The lines first: a checkpoint of step 50 says that the lines up to 50 are there.
         if self._recorder is not None:
             self._recorder.sync()
-        with disk.named("make it", self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-        with appearing(self.folder, name, writes=True, meet=lambda: None) as stage:
-            save_factors(self.model, stage / name)
-            disk.write(stage / name / STATE, render_state(self.optimizer))
-            if self._watch is not None:
-                self._watch.save(stage / name)
-            disk.write(stage / name / ABOUT, render_about(self._told(saved=False)))
-        # Only now: a crash between the two leaves one checkpoint too many, never none.
-        found = [(step, old) for step, old in checkpoints(self.folder) if step <= self.done]
-        for old in superfluous(found, self._keep):
-            retire(old)
-        return self.folder / name
+        about = self._told(saved=False)
+        return self._checkpoints.save(self.done, about, self.model, self.optimizer, self._watch)
 
     def kept(self) -> dict[Path, float | None]:
         """Return the checkpoints in the run's folder with their losses on the rows held back."""
-        return {folder: measured_of(folder) for _, folder in checkpoints(self.folder)}
+        return self._checkpoints.kept()
 
     def _measure(self) -> float | None:
         """Return the loss on the rows held back, if a checkpoint is to be chosen by it."""
-        if self._keep == 1 or not self.held_back:
+        if not self._checkpoints.are_compared or not self.held_back:
             return None
         settings = self.settings
         return loss_of_rows(self.model, self.held_back, batch=settings.batch, beta=settings.beta)
@@ -308,10 +271,7 @@ class Run:
         Raises:
             FolderError: the folder can't be written, or has no checkpoint of the last step.
         """
-        file = self.folder / f"checkpoint-{self.done}" / ABOUT
-        if not is_file(file):
-            raise FolderError(f"{file.parent}: no checkpoint of the last step", "save() first")
-        disk.replace(file, render_about(self._told(saved=True)))
+        self._checkpoints.tell(self.done, self._told(saved=True))
         if self._recorder is not None:
             self._recorder.end("finished", self.taken, self.outcomes(), self.outdated)
 
@@ -327,14 +287,22 @@ class Run:
             self.model, self.held_back, self.nodes, batch=settings.batch, beta=settings.beta
         )
 
+    @property
+    def first(self) -> dict[str, float]:
+        """Path → its loss in the first step that had rows of it, resumed ones included."""
+        return self._losses.first
+
+    @property
+    def last(self) -> dict[str, float]:
+        """Path → its loss in the last step that had rows of it, resumed ones included."""
+        return self._losses.last
+
     def losses(self) -> dict[str, tuple[float, float]]:
         """Return each node's first and last loss, in nats per token.
 
         A node's loss is the mean over the paths that go through it.
         """
-        first = losses_of(self.model.tree, self.nodes, self.first)
-        last = losses_of(self.model.tree, self.nodes, self.last)
-        return {node: (first[node], last[node]) for node in first}
+        return self._losses.of_nodes(self.model.tree, self.nodes)
 
     @property
     def watched_on(self) -> int:
@@ -367,16 +335,7 @@ class Run:
     @property
     def training(self) -> TrainedWith | None:
         """Return the run's rows and settings, for the note of a save; None without ``data``."""
-        if not self._data:
-            return None
-        return TrainedWith(
-            nodes=self.nodes,
-            data=self._data,
-            settings=self.settings.plain(),
-            max_length=self._max_length,
-            run=self._seen_folder(),
-            held_out=None if self._held_out is None else self._held_out.noted,
-        )
+        return self._notes.training
 
     def note(self, by: str) -> SaveNote:
         """Return the note of the save that puts this run's nodes into the tree.
@@ -384,27 +343,17 @@ class Run:
         Args:
             by: the command, or what the program calls itself.
         """
-        training = self.training
-        told = {} if training is None else dict.fromkeys(self.nodes, training)
-        return SaveNote(by=by, training=told, losses=self.losses())
+        return self._notes.of_save(by, self.losses())
 
     # ------------------------------------------------------------------ private
-    def _seen_folder(self) -> str:
-        """Return the run's folder as seen from the tree, as the paths of its data are."""
-        home = self.model.tree.home
-        return str(self.folder) if home is None else seen_from(home.parent, self.folder)
-
     def _begin_record(self) -> None:
         # A run that was over has its record already, and takes no step.
         if self._records is None or self.was_over:
             return
-        about = {**self._about, "checkpoints": self._seen_folder()}
-        more = {
-            "data": [file.model_dump() for file in self._data],
-            "max_length": self._max_length,
-            "unit": "nats per preference" if self.prefers else "nats per token",
-        }
-        self._recorder = Recorder(self._records, about, more, by=self._by, done=self.done)
+        about = {**self._identity, "checkpoints": self._notes.seen_folder}
+        self._recorder = Recorder(
+            self._records, about, self._notes.facts, by=self._by, done=self.done
+        )
 
     def _end_record(self) -> None:
         if self._recorder is None:
@@ -446,8 +395,8 @@ class Run:
 
     def _told(self, *, saved: bool) -> dict[str, Any]:
         """Return the content of run.json."""
-        losses = {"first": self.first, "last": self.last}
-        told = {**self._about, "step": self.done, "losses": losses, "saved": saved}
+        told = {**self._identity, "step": self.done, "saved": saved}
+        told["losses"] = self._losses.plain()
         if self._measured is not None:
             told["measured"] = self._measured
         if self._watch is not None:
@@ -477,7 +426,7 @@ class Run:
 
     def _resume(self, before: LastCheckpoint) -> int:
         """Go on from a checkpoint, or set it aside; return how many steps are done."""
-        is_same = differing(before.about, self._about) is None
+        is_same = differing(before.about, self._identity) is None
         if is_same and before.is_saved and is_what_it_left(self.model, self.nodes, before):
             # The tree has these very numbers, so there is nothing to load and no step to take.
             self._remember(before)
@@ -509,9 +458,7 @@ class Run:
                 draw_again(value)
 
     def _remember(self, before: LastCheckpoint) -> None:
-        known = {"", *self.model.tree}
-        self.first.update(losses_told(before.about, "first", known))
-        self.last.update(losses_told(before.about, "last", known))
+        self._losses.resume(before.about, {"", *self.model.tree})
         if self._watch is not None:
             self._watch.resume(before.about, before.folder)
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import FolderError, FormatError, LoraTreeError, SpecError
+from ..errors import FolderError, FormatError, LoraTreeError
 from ..folder import disk
 from ..formats import strict_json
 from ..system.reading import is_folder, stat_of
@@ -32,10 +32,8 @@ __all__ = [
     "ABOUT",
     "LastCheckpoint",
     "checkpoints",
-    "differing",
     "last_of",
     "measured_of",
-    "refuse_other",
     "render_about",
     "set_aside",
     "superfluous",
@@ -173,40 +171,3 @@ def render_about(about: Mapping[str, Any]) -> bytes:
     """Return the bytes of a run.json."""
     # Sorted, so that two runs of one kind differ in nothing but what is different.
     return json.dumps(about, indent=2, sort_keys=True).encode()
-
-
-def refuse_other(before: LastCheckpoint, mine: Mapping[str, Any]) -> None:
-    """Refuse to begin a run where another one is unfinished.
-
-    Raises:
-        SpecError: the two differ; says in what.
-    """
-    what = differing(before.about, mine)
-    if what is not None:
-        raise SpecError(
-            f"{before.folder}: of a run with other {what}: "
-            f"{_difference(before.about.get(what), mine[what])}",
-            "that run is not finished: give the command that began it, and it goes on "
-            "(lora-tree runs FOLDER lists runs)",
-            "or keep the checkpoints of this run in another folder: --run DIR",
-            "or give the other run up: delete that checkpoint",
-        )
-
-
-def differing(about: Mapping[str, Any], mine: Mapping[str, Any]) -> str | None:
-    """Return the first word of a run.json that differs from ``mine``; None: it is the same run."""
-    for what, value in mine.items():
-        if about.get(what) != value:
-            return what
-    return None
-
-
-def _difference(theirs: Any, mine: Any) -> str:
-    if not (isinstance(theirs, dict) and isinstance(mine, dict)):
-        return f"was {theirs!r} and is {mine!r}"
-    differences = []
-    for key in sorted({*theirs, *mine}):
-        was, now = theirs.get(key), mine.get(key)
-        if was != now:
-            differences.append(f"{key} was {was!r} and is {now!r}")
-    return "; ".join(differences)

@@ -20,7 +20,7 @@ from ..tree import AdapterTree, Node
 from .checkpoint_factors import NODES, ancestors_now, ancestors_then
 from .checkpoint_place import where_it_lies
 from .place import ABOUT
-from .resume import losses_told
+from .run_losses import losses_told
 
 __all__ = ["promote", "promotion_note"]
 

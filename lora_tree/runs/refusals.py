@@ -2,7 +2,7 @@
 
 Each check here reads the tree, the rows and the settings, and writes nothing: a run that is refused
 leaves no trace. The checks that compare a run with the checkpoint of an earlier one are in
-`place.py`.
+`identity.py`.
 """
 
 from __future__ import annotations

@@ -1,14 +1,12 @@
 """The numbers of a run on their way to a checkpoint and back.
 
-checkpoint-40/optimizer.safetensors      "3.exp_avg": of the optimiser's parameter 3
-              run.json                   losses so far, by path; a hash of the rows
+checkpoint-40/factors.safetensors        the factors that train
+              optimizer.safetensors      "3.exp_avg": of the optimiser's parameter 3
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +17,8 @@ from ..formats.safetensors import read_tensors, render_tensors
 from ..model import TreeModel
 from .checkpoint_factors import FACTORS, ancestors_now, ancestors_then, load_factors
 from .place import LastCheckpoint
-from .rows import Row
 
-__all__ = ["STATE", "digest_of_rows", "is_what_it_left", "losses_told", "render_state", "take_over"]
+__all__ = ["STATE", "is_what_it_left", "render_state", "take_over"]
 
 STATE = "optimizer.safetensors"
 
@@ -57,23 +54,6 @@ def take_over(model: TreeModel, optimizer: torch.optim.Optimizer, checkpoint: Pa
     model.follow(optimizer)
 
 
-def losses_told(about: Mapping[str, Any], which: str, known: set[str]) -> dict[str, float]:
-    """Return the losses in a run.json: ``which`` is ``first`` or ``last``.
-
-    Anything in the file that is no loss of a known path is passed over: it is shown, not computed
-    with.
-    """
-    losses = about.get("losses")
-    told = losses.get(which) if isinstance(losses, Mapping) else None
-    if not isinstance(told, Mapping):
-        return {}
-    found = {}
-    for path, loss in told.items():
-        if path in known and isinstance(loss, (int, float)):
-            found[path] = float(loss)
-    return found
-
-
 def is_what_it_left(model: TreeModel, nodes: Sequence[str], before: LastCheckpoint) -> bool:
     """Tell whether the nodes, and those above them, are still what a finished run saved."""
     file = before.folder / FACTORS
@@ -94,15 +74,3 @@ def is_what_it_left(model: TreeModel, nodes: Sequence[str], before: LastCheckpoi
         if list(then.values()) != list(above.values()):
             return False
     return True
-
-
-def digest_of_rows(rows: Sequence[Row]) -> str:
-    """Return the SHA-256 of the tokens, labels and paths, row by row."""
-    hashed = hashlib.sha256()
-    for row in rows:
-        # JSON, not the raw bytes: it tells apart [1, 23] and [12, 3].
-        told = [row.path, row.ids, row.labels]
-        if row.rejected is not None:
-            told += [row.rejected.ids, row.rejected.labels]
-        hashed.update(json.dumps(told).encode())
-    return hashed.hexdigest()

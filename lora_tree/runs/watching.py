@@ -22,8 +22,8 @@ from ..provenance import DataFile, WatchedWith
 from ..system.reading import is_file
 from ..training.patience import NodePatience
 from .held_back import losses_of_rows
+from .identity import digest_of_rows
 from .preferences import are_preferences
-from .resume import digest_of_rows
 from .rows import Row
 from .settings import Settings
 

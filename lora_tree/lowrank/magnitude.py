@@ -1,0 +1,78 @@
+"""How large the numbers of an increment are: whether they are finite, and fit into a dtype.
+
+    max |scale · B A|  ≤  |scale| · r · max |A| · max |B|
+
+Law: numbers are said to fit only if each of them does. The bound costs one pass over the factors
+and nearly always decides; where it is too large, the product is looked at, in blocks of its rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from ..errors import SpecError
+
+__all__ = ["all_finite", "check_has_numbers", "increment_fits"]
+
+
+def check_has_numbers(A: Tensor) -> None:
+    """Refuse a factor of an outline: shapes on the meta device.
+
+    Raises:
+        SpecError: it is one.
+    """
+    if A.is_meta:
+        raise SpecError(
+            "the factors have no numbers: they are on the meta device",
+            "load the adapter itself first",
+        )
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Return whether tensors are free of NaN and infinities."""
+    return all(bool(_comparable(t).isfinite().all()) for t in tensors)
+
+
+def increment_fits(
+    most: float,
+    scale: float,
+    A: Tensor,
+    B: Tensor,
+    bias: Tensor | None,
+    *,
+    blocks: Iterable[Tensor],
+) -> bool:
+    """Return whether no number of scale · B, scale · bias and scale · B A is larger than ``most``.
+
+    Args:
+        most: the largest number of a dtype.
+        scale: of the increment.
+        A: (\\*batch, r, in).
+        B: (\\*batch, out, r).
+        bias: (batch · out,) or None.
+        blocks: scale · B A in float64, in blocks; iterated only if the bound does not decide.
+    """
+    scale = abs(scale)
+    a, b = _largest(A), _largest(B)
+    sizes = [b] if bias is None else [b, _largest(bias)]
+    # A NaN compares as false, so it fails here.
+    if not all(scale * size <= most for size in sizes) or not math.isfinite(a):
+        return False
+    if scale * A.shape[-2] * a * b <= most:
+        return True
+    return all(bool((block.abs() <= most).all()) for block in blocks)
+
+
+def _comparable(t: Tensor) -> Tensor:
+    """Return the tensor in a dtype that torch compares: it has no kernels for 8-bit floats."""
+    return t.float() if t.element_size() == 1 else t
+
+
+def _largest(t: Tensor) -> float:
+    """Return max |x|; NaN if there is one."""
+    least, most = torch.aminmax(_comparable(t.detach()))
+    return float(torch.maximum(least.abs(), most.abs()))

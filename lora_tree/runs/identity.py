@@ -1,0 +1,104 @@
+"""The identity of a run: the part of run.json by which two runs are the same one.
+
+    version, settings, nodes, rows, held_out, fresh     what the run is
+    step, losses, saved, …                              how far it has come
+
+Law: two runs of one identity come to the same bits, given the same base. So a run goes on from a
+checkpoint of its own identity, and from no other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..errors import SpecError
+from .place import LastCheckpoint
+from .rows import Row
+from .settings import Settings
+
+__all__ = ["differing", "digest_of_rows", "refuse_other", "run_identity"]
+
+
+def run_identity(
+    settings: Settings,
+    nodes: Sequence[str],
+    rows: Sequence[Row],
+    *,
+    held_out: Mapping[str, Any] | None,
+    fresh: bool,
+    before: LastCheckpoint | None,
+) -> dict[str, Any]:
+    """Return the identity of a run, as plain data.
+
+    Args:
+        settings: how it trains.
+        nodes: what trains, in the order of the tree.
+        rows: those that it trains on.
+        held_out: how it is watched; None: it is not.
+        fresh: it begins from new factors.
+        before: the last checkpoint in its folder, with which the identity will be compared.
+    """
+    identity: dict[str, Any] = {
+        "version": 1,
+        "settings": settings.plain(),
+        "nodes": nodes,
+        "rows": digest_of_rows(rows),
+    }
+    if held_out is not None:
+        identity["held_out"] = held_out
+    # A run.json without the word is that of a run that was not fresh, and may go on.
+    if fresh or (before is not None and "fresh" in before.about):
+        identity["fresh"] = fresh
+    return identity
+
+
+def digest_of_rows(rows: Sequence[Row]) -> str:
+    """Return the SHA-256 of the tokens, labels and paths, row by row."""
+    hashed = hashlib.sha256()
+    for row in rows:
+        # JSON, not the raw bytes: it tells apart [1, 23] and [12, 3].
+        told = [row.path, row.ids, row.labels]
+        if row.rejected is not None:
+            told += [row.rejected.ids, row.rejected.labels]
+        hashed.update(json.dumps(told).encode())
+    return hashed.hexdigest()
+
+
+def refuse_other(before: LastCheckpoint, mine: Mapping[str, Any]) -> None:
+    """Refuse to begin a run where another one is unfinished.
+
+    Raises:
+        SpecError: the two differ; says in what.
+    """
+    what = differing(before.about, mine)
+    if what is not None:
+        raise SpecError(
+            f"{before.folder}: of a run with other {what}: "
+            f"{_difference(before.about.get(what), mine[what])}",
+            "that run is not finished: give the command that began it, and it goes on "
+            "(lora-tree runs FOLDER lists runs)",
+            "or keep the checkpoints of this run in another folder: --run DIR",
+            "or give the other run up: delete that checkpoint",
+        )
+
+
+def differing(about: Mapping[str, Any], mine: Mapping[str, Any]) -> str | None:
+    """Return the first word of a run.json that differs from ``mine``; None: it is the same run."""
+    for what, value in mine.items():
+        if about.get(what) != value:
+            return what
+    return None
+
+
+def _difference(theirs: Any, mine: Any) -> str:
+    if not (isinstance(theirs, dict) and isinstance(mine, dict)):
+        return f"was {theirs!r} and is {mine!r}"
+    differences = []
+    for key in sorted({*theirs, *mine}):
+        was, now = theirs.get(key), mine.get(key)
+        if was != now:
+            differences.append(f"{key} was {was!r} and is {now!r}")
+    return "; ".join(differences)
