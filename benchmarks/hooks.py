@@ -2,7 +2,8 @@
 
     224 sites, rank 16, bf16; inputs so small that a layer's own product is the same as nothing
     path     one path of three nodes, 1 token
-    batch    64 rows over 64 paths of three, 1 token a row: the same batch, and another each time
+    batch    64 rows over 64 paths of three, 1 token a row: a second forward, and the first one
+             with all that makes it another batch
     device   host memory: launches get as far as the call that would hand them to the driver
 
 A forward on a GPU takes at least this long if it waits for its host. Run it with
@@ -15,7 +16,6 @@ import importlib
 import random
 import statistics
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 from unittest import mock
@@ -44,37 +44,37 @@ class Compiled:
 
 
 def hooked(*, sites: int = SITES, rounds: int = 40) -> dict[str, float]:
-    """Return the microseconds a site that each kind of forward adds to the bare one.
+    """Return the microseconds a site that each kind of forward adds to the bare one: medians, every
+    kind once in every round.
 
     Args:
         sites: of the base.
-        rounds: forwards of each kind; of another batch each time a quarter as many.
+        rounds: of all kinds.
     """
     base = nn.Sequential(*[nn.Linear(WIDTH, WIDTH) for _ in range(sites)])
     base.to(torch.bfloat16).requires_grad_(False)
     tree, leaves = _tree(sites)
-    token, rows = torch.randn(1, WIDTH), torch.randn(LEAVES, 1, WIDTH)
-    token, rows = token.to(torch.bfloat16), rows.to(torch.bfloat16)
-    found: dict[str, float] = {}
+    token = torch.randn(1, WIDTH).to(torch.bfloat16)
+    rows = torch.randn(LEAVES, 1, WIDTH).to(torch.bfloat16)
+    path, batch, other = [], [], []
     with ExitStack() as stack, torch.no_grad():
         _without_a_driver(stack)
-        bare = {"path": _median(lambda: base(token), rounds)}
-        bare["batch"] = _median(lambda: base(rows), rounds)
         model = lt.attach(tree, base)
-        model.activate(leaves[0], mode="unmerged")
-        found["path"] = _median(lambda: base(token), rounds)
-        with model.route(leaves, batch_first=True):
-            found["batch"] = _median(lambda: base(rows), rounds)
-
-        def another() -> None:
-            batch = random.sample(leaves, LEAVES)
-            with model.route(batch, batch_first=True):
+        for _ in range(rounds + 2):
+            bare, bare_rows = _seconds(base, token), _seconds(base, rows)
+            with model.using(leaves[0], mode="unmerged"):
+                _seconds(base, token)  # the hooks are put in, and launches are found
+                path.append(_seconds(base, token) - bare)
+            begun = time.process_time()
+            with model.route(random.sample(leaves, LEAVES), batch_first=True):
                 base(rows)
-
-        found["another batch"] = _median(another, rounds // 4)
+                other.append(time.process_time() - begun - bare_rows)
+                batch.append(_seconds(base, rows) - bare_rows)
         model.detach()
-    for name in found:
-        found[name] = 1e6 * (found[name] - bare[name.split()[-1]]) / sites
+    found = {}
+    for name, seconds in (("path", path), ("batch", batch), ("another batch", other)):
+        # The first two rounds warm up.
+        found[name] = 1e6 * statistics.median(seconds[2:]) / sites
     return found
 
 
@@ -83,16 +83,25 @@ def _without_a_driver(stack: ExitStack) -> None:
     relaunch = importlib.import_module("lora_tree.engine.kernels.relaunch")
     for name in ON_DEVICE:
         module = f"lora_tree.engine.{name}.routes"
-        stack.enter_context(mock.patch(module, return_value=True))
+        stack.enter_context(mock.patch(module, _yes))
     changes: dict[str, Any] = {
-        "_can_skip_triton": lambda device: True,
+        "_can_skip_triton": _yes,
         "_stream_of": lambda: lambda device: 0,
         "_has_several": lambda: False,
     }
     for name, change in changes.items():
         stack.enter_context(mock.patch.object(relaunch, name, change))
-    ask = mock.patch.object(relaunch.Relaunch, "ask", return_value=Compiled)
+    ask = mock.patch.object(relaunch.Relaunch, "ask", _compiled)
     stack.enter_context(ask)
+
+
+# Plain functions: a mock counts its calls, which takes longer than what is measured here.
+def _yes(device: torch.device) -> bool:
+    return True
+
+
+def _compiled(*arguments: Any) -> type[Compiled]:
+    return Compiled
 
 
 def _tree(sites: int) -> tuple[lt.AdapterTree, list[str]]:
@@ -117,14 +126,11 @@ def _adapter(sites: int) -> lt.Adapter:
     return lt.Adapter(modules)
 
 
-def _median(call: Callable[[], Tensor | None], rounds: int) -> float:
-    """Return the median of a call's processor time in seconds; two more warm it up."""
-    found = []
-    for _ in range(rounds + 2):
-        begun = time.process_time()
-        call()
-        found.append(time.process_time() - begun)
-    return statistics.median(found[2:])
+def _seconds(base: nn.Module, x: Tensor) -> float:
+    """Return the processor time of a forward."""
+    begun = time.process_time()
+    base(x)
+    return time.process_time() - begun
 
 
 def main() -> None:

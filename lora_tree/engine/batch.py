@@ -14,9 +14,10 @@ Law: what a row owes depends on its own path alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import compress
 
 import torch
 from torch import Tensor
@@ -109,7 +110,8 @@ class Batch:
                 if key not in known:
                     known[key] = len(owed)
                     owed.append({})
-                    for node, weight in tree.coefficients(blend).items():
+                    coefficients = tree.coefficients(blend)
+                    for node, weight in coefficients.items():
                         # Rows with numbers share one column, and owe it their numbers. A weight
                         # per module goes into the factors' scales, so each has its own column.
                         if isinstance(weight, float):
@@ -119,7 +121,11 @@ class Batch:
                             column = node, weight_digest(weight)
                             owed[-1][column] = 1.0
                             weights[column] = weight
-                    lineages.append(tuple(map(tuple, tree.counting_lineages(blend))))
+                    if isinstance(blend, str) and (blend in tree or not blend):
+                        # The nodes that a path owes to are those of its lineage that count.
+                        lineages.append((tuple(coefficients),))
+                    else:
+                        lineages.append(tuple(map(tuple, tree.counting_lineages(blend))))
             except LoraTreeError as error:
                 raise error.within(f"row {row}") from error
             of_row.append(known[key])
@@ -256,10 +262,25 @@ class Batch:
     @cached_property
     def largest(self) -> dict[str, float]:
         """Node → the largest coefficient that any row owes to it, without its sign."""
-        found = {}
-        for node, owed in zip(self.nodes, zip(*self.kinds, strict=True), strict=True):
-            found[node] = max(max(owed), -min(owed))
-        return found
+        found = [0.0] * len(self.nodes)
+        for kind, places in zip(self.kinds, self.owing, strict=True):
+            for place in places:
+                found[place] = max(found[place], abs(kind[place]))
+        return dict(zip(self.nodes, found, strict=True))
+
+    @cached_property
+    def owing(self) -> tuple[tuple[int, ...], ...]:
+        """Kind → the places in `nodes` of those that it owes to: few of the nodes of a batch."""
+        places = range(len(self.nodes))
+        return tuple([tuple(compress(places, kind)) for kind in self.kinds])
+
+    @cached_property
+    def debts(self) -> Hashable:
+        """What the rows owe, as a key."""
+        numbers = []
+        for kind, places in zip(self.kinds, self.owing, strict=True):
+            numbers.append(tuple([kind[place] for place in places]))
+        return self.nodes, self.owing, tuple(numbers), self.of_row
 
     @cached_property
     def adapted(self) -> tuple[int, ...]:

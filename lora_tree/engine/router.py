@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Callable, Hashable
-from itertools import chain
+from collections.abc import Callable
 
 from .batch import Batch
 from .factor_tables import FactorTables
@@ -59,7 +57,7 @@ class Router:
         # By value: each request makes a batch of its own. The plan is known by identity, and holds
         # the factors. A plan with factors that train is never met again, and neither is its route.
         lineages = batch.lineages if placed.plan.overrides else ()
-        owed = _debts(batch), lineages, strategy, placed.dtypes
+        owed = batch.debts, lineages, strategy, placed.dtypes
         key = placed.plan, owed
         route = self._kept.again(key)
         if route is None:
@@ -75,13 +73,3 @@ class Router:
         """Drop the routes kept."""
         self._kept.forget()
         self._tables.forget()
-
-
-def _debts(batch: Batch) -> Hashable:
-    """Return a key for what a batch's rows owe.
-
-    It is looked up several times. Bytes are hashed once, and a tuple of thousands of numbers would
-    be hashed each time.
-    """
-    numbers = array("d", chain.from_iterable(batch.kinds)).tobytes()
-    return batch.nodes, numbers, array("q", batch.of_row).tobytes()
