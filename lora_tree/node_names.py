@@ -35,6 +35,11 @@ def check_name(name: str) -> str:
         PathError: it is no file name that is safe on every system, or an adapter has such a file.
     """
     is_spelled_right = isinstance(name, str) and _NAME.match(name) is not None
+    if isinstance(name, str) and any(sign in name for sign in "*?["):
+        raise PathError(
+            f"{name!r} is not a valid node name, but a pattern",
+            "one path is wanted here; where several nodes may be named, a pattern is taken",
+        )
     # Windows drops a dot at the end of a name, so two nodes would have one folder.
     if not is_spelled_right or name.endswith(".") or _RESERVED.match(name):
         raise PathError(

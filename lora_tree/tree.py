@@ -652,8 +652,11 @@ class AdapterTree:
         if not isinstance(path, str):
             raise PathError(f"a path is a string like 'fr/legal', got {path!r}")
         if path not in self._graph:
+            meant = suggest_path(path, self._graph)
+            if any(sign in path for sign in "*?["):
+                meant = ": one path is wanted here, and this is a pattern"
             raise PathError(
-                f"no node {path!r} in the tree{suggest_path(path, self._graph)}",
+                f"no node {path!r} in the tree{meant}",
                 f"the tree has: {listing(self.paths()) or 'no nodes yet'}",
             )
 

@@ -123,6 +123,7 @@ def test_a_blend_gives_every_node_the_weight_that_passes_through_it() -> None:
         ("legal", "did you mean 'fr/legal'"),
         ("de/leagl", "did you mean 'fr/legal'"),
         ("../fr", "not a valid node name"),
+        ("fr/*", r"but a pattern\n  one path is wanted here"),
     ],
 )
 def test_a_blend_that_makes_no_sense_is_refused(blend: lt.Blend, message: str) -> None:
@@ -349,6 +350,7 @@ def test_changes_that_can_not_be_made_are_refused_and_change_nothing() -> None:
         ),
         (lambda: tree.remove("fr"), "has children: fr/legal, fr/legal/seven, fr/medical"),
         (lambda: tree.remove("nl"), "no node 'nl'"),
+        (lambda: tree.lineage("fr/*"), "one path is wanted here, and this is a pattern"),
         (lambda: tree.move("fr", "fr/legal/fr"), "below itself"),
         (lambda: tree.move("fr", "de"), "exists already"),
         (lambda: tree.move("fr", ""), "root"),

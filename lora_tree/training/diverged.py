@@ -100,12 +100,14 @@ def _refuse(broken: list[str], losses: Mapping[str, float], step: int) -> NoRetu
     where = listing(path or BASE_LABEL for path in broken or lost) or "another rank"
     what = "the factors are" if broken else "the loss is"
     told = listing(f"{path or BASE_LABEL} {loss:.4g}" for path, loss in losses.items())
+    advice = "train with a smaller learning rate or clip norm"
+    if step > 1:
+        advice += "; its checkpoints of the steps before are good"
     raise DivergedError(
         f"{where}: step {step}: {what} not finite; "
         f"losses of this step: {told or 'none on this rank'}",
         "nothing of it was saved, and what trained is again what it was when the run began",
-        "train with a smaller learning rate or clip norm; "
-        "its checkpoints of the steps before are good",
+        advice,
     )
 
 
