@@ -113,7 +113,9 @@ def test_blame_is_what_a_base_without_that_part_does(by: Any, batch: int) -> Non
     for part in found.parts:
         told = chances(plain, without(tree, part.node, parts[part.node, part.part]), "fr/legal/x")
         assert part.loss == pytest.approx(loss(told), rel=1e-6)
-        assert part.change == pytest.approx(loss(told) - loss(whole), rel=1e-4, abs=1e-9)
+        # The model's norms round to fp32, and rows that are padded are rounded otherwise: so much
+        # of a loss of 5 is noise.
+        assert part.change == pytest.approx(loss(told) - loss(whole), rel=1e-4, abs=1e-8)
         assert part.divergence == pytest.approx(apart(whole, told), rel=1e-4, abs=1e-9)
     changes = [abs(part.change) for part in found.parts]
     assert changes == sorted(changes, reverse=True)
