@@ -144,14 +144,14 @@ def test_the_kernels_are_the_sum_in_float64_and_their_plain_functions(
 
 
 ONE_ROW = {
-    "one input": (1, (700, 130), (4, 20, 1)),
+    "one input": (1, (700, 70), (4, 20, 1)),
     "a few inputs": (5, (48, 140), (3, 3, 3)),
-    "sixteen inputs": (16, (2100, 20), (16, 17, 2)),
-    "more entries than a program takes": (2, (40, 300), (40, 8, 33, 64, 1, 9)),
+    "sixteen inputs": (16, (300, 20), (16, 17, 2)),
+    "more entries than a program takes": (2, (40, 100), (40, 8, 33, 64, 1, 9)),
 }
 
 
-@pytest.mark.parametrize("factor", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("factor", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ONE_ROW)
 def test_one_launch_adds_what_a_row_of_few_inputs_owes(
     modules: dict[str, Any], name: str, factor: torch.dtype

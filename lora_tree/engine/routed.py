@@ -81,13 +81,16 @@ class Route:
         self._owed: dict[Hashable, list[Owed]] = {}
         self._forms: dict[Hashable, SumForm] = {}
         self._shares: dict[Hashable, Callable[[], Share]] = {}
-        self._grounds: dict[str, RowGrounds] = {}
+        self.grounds: dict[str, RowGrounds] = {}
+        """Site → what stands under each row, where a node overrides the site's tensors."""
+        self.known_forms: dict[Hashable, list[SumForm]] = {}
+        """What `forms` has returned, by whatever the caller knows a call by."""
         self._rows: dict[tuple[float, ...], Batch] = {}
         """Coefficients that all rows owe at some site → a batch of one row that owes the same."""
         for name, overrides in grounds_of(plan).items():
             site, terms = plan.sites[name], plan.terms[name]
-            self._grounds[name] = RowGrounds(site, overrides, terms, batch)
-            self._charge(self._grounds[name].nbytes)
+            self.grounds[name] = RowGrounds(site, overrides, terms, batch)
+            self._charge(self.grounds[name].nbytes)
 
     # ------------------------------------------------------------------ before a forward
     @cached_property
@@ -97,7 +100,7 @@ class Route:
         """For sites without overrides, by what tells whose terms they have."""
         found = []
         for name, site in self.plan.sites.items():
-            grounds = self._grounds.get(name)
+            grounds = self.grounds.get(name)
             if grounds is not None:
                 if not (grounds.is_uniform and self._grounded_batch(name).is_uniform):
                     found.append(site)
@@ -119,7 +122,7 @@ class Route:
             if name in mixed:
                 continue
             terms = self._terms(name)
-            if name in self._grounds:
+            if name in self.grounds:
                 batch = self._grounded_batch(name)
             else:
                 batch = self._batch(self._known[name].nodes)
@@ -133,7 +136,7 @@ class Route:
                 self._charge(draft.nbytes)  # before it is made: there may be no room
             with exact_mode(draft.device):
                 found[name] = PathSide(draft, self.manner)
-            ground = self._grounds[name].only if name in self._grounds else None
+            ground = self.grounds[name].only if name in self.grounds else None
             if ground is not None:
                 found[name] = GroundedSide(ground, found[name])
         return found
@@ -144,7 +147,7 @@ class Route:
         """
         name = draft.site.name
         # The draft's factors are the plan's only where nothing trains and nothing is overridden.
-        if self._trains or name in self._grounds or name in self.plan.biased:
+        if self._trains or name in self.grounds or name in self.plan.biased:
             return
         if not routes(draft.device):
             return
@@ -158,14 +161,10 @@ class Route:
         if OneRowForm.suits(owed, 1):
             draft.reads_by(OneRowForm(owed))
 
-    def grounds(self, site: Site) -> RowGrounds | None:
-        """Return what stands under each row at a site; None if no node overrides it."""
-        return self._grounds.get(site.name)
-
     def _terms(self, name: str) -> Terms:
         """Return the increments at a site, without those that no row owes because of overrides."""
         terms = self.plan.terms[name]
-        grounds = self._grounds.get(name)
+        grounds = self.grounds.get(name)
         if grounds is None:
             return terms
         owing = self.batch.at([term.node for term in terms], grounds.without)
@@ -202,7 +201,7 @@ class Route:
         key = site.name, spread, device
         found = self._owed.get(key)
         if found is None:
-            if self._trains or site.name in self._grounds:
+            if self._trains or site.name in self.grounds:
                 found = self._owed_in_parts(site, spread, device)
             else:
                 known = self._known[site.name]
@@ -215,7 +214,7 @@ class Route:
         """Return what is owed where some terms train, or an override may leave some out."""
         found = []
         # A plan's tables are of all its values, and here there may be fewer.
-        tables = self._tables if site.name not in self._grounds else PlanTables({})
+        tables = self._tables if site.name not in self.grounds else PlanTables({})
         # Apart, because only what trains sees dropout, and only what is frozen is laid out.
         every = self._terms(site.name)
         for trains in (False, True):
@@ -254,7 +253,7 @@ class Route:
 
     def _without(self, name: str) -> tuple[frozenset[str], ...] | None:
         """Return kind → the nodes that overrides leave out at a site; None: there are none."""
-        grounds = self._grounds.get(name)
+        grounds = self.grounds.get(name)
         return None if grounds is None else tuple(grounds.without)
 
     def _batch(

@@ -38,8 +38,7 @@ class RoutedSide:
 
     def __init__(self, route: Route, site: Site, axis: BatchAxis) -> None:
         self._route, self._site, self._axis = route, site, axis
-        self._known: tuple[tuple[Spread, int, int], list[SumForm]] | None = None
-        """The spread, the tokens and the device of the last call, and its forms."""
+        self._grounds = route.grounds.get(site.name)
 
     def __call__(self, out: Tensor, x: Tensor, spare: bool, layout: RowLayout | None) -> Tensor:
         axis, site = self._axis, self._site
@@ -53,7 +52,7 @@ class RoutedSide:
             wide = out.reshape(layout.count, -1, out.shape[-1])
             rows = x.reshape(layout.count, -1, x.shape[-1])
             return self._by_rows(wide, rows, spare, layout.spread).view(out.shape)
-        if self._route.grounds(site) is not None:
+        if self._grounds is not None:
             return self._by_rows(out, x, spare, axis.spread(site, x, out))  # or refuses it
         return self._by_tokens(out, x, layout)
 
@@ -70,7 +69,7 @@ class RoutedSide:
     def _by_rows(self, out: Tensor, x: Tensor, spare: bool, spread: Spread) -> Tensor:
         """Add what the rows owe, the first axis is the rows."""
         dtype = out.dtype
-        grounds = self._route.grounds(self._site)
+        grounds = self._grounds
         if grounds is not None:
             out, spare = grounds.applied(out, x, spread), False
         tokens = out.numel() // (out.shape[0] * out.shape[self._site.channels])
@@ -85,13 +84,13 @@ class RoutedSide:
         return out if out.dtype == dtype else out.to(dtype)
 
     def _forms(self, out: Tensor, spread: Spread, tokens: int) -> list[SumForm]:
-        """Return the route's forms; those of the last call, where it was alike."""
-        called = spread, tokens, out.get_device()
-        known = self._known
-        if known is not None and known[0] == called:
-            return known[1]
-        forms = self._route.forms(self._site, spread, tokens, out.device)
-        self._known = called, forms
+        """Return the route's forms, which are looked up once for all calls that are alike."""
+        known = self._route.known_forms
+        called = self._site.name, spread, tokens, out.get_device()
+        forms = known.get(called)
+        if forms is None:
+            forms = self._route.forms(self._site, spread, tokens, out.device)
+            known[called] = forms
         return forms
 
     def _by_tokens(self, out: Tensor, x: Tensor, layout: RowLayout) -> Tensor:
