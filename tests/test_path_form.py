@@ -51,22 +51,21 @@ def test_a_graph_captures_two_launches_a_site_which_are_compiled_before(
     base, tree = net(), forest()
     model = lt.attach(tree, base)
     x = torch.randn(3, 20)
-    count_direct = modules["in_place"].bound_direct
-
-    def not_loaded(*args: Any) -> Any:
-        launch = count_direct(*args)
-        launch.is_loaded = lambda device: False
-        return launch
-
-    monkeypatch.setattr(modules["in_place"], "bound_direct", not_loaded)
+    monkeypatch.setattr(modules["in_place"], "_LOADED", set())
     with torch.no_grad():
         model.activate("a/b/c", mode="unmerged")
         first = base(x)
         assert launched == ["shrink", "expand", "direct"] * 2
         del launched[:]
         assert torch.equal(base(x), first)
-        assert launched == ["direct"] * 2
+        model.activate({"a/b": 0.5, "e": 0.25}, mode="unmerged")
+        base(x)
+        assert launched == ["direct"] * 4, "other nodes, as many, need no other kernels"
         del launched[:]
+        base(x[:1])
+        assert launched == ["shrink", "expand", "direct"] * 2, "a single input does"
+        del launched[:]
+        model.activate("a/b/c", mode="unmerged")
         monkeypatch.setattr(modules["in_place"], "_is_captured", lambda tensor: True)
         torch.testing.assert_close(base(x), first, rtol=1e-5, atol=1e-5)
         assert launched == ["shrink", "expand"] * 2

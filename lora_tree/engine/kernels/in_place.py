@@ -9,7 +9,7 @@ Whatever follows from the batch, from the site and from the size of the inputs i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from .shrink import bound_shrink
 from .tiling import Tiling
 
 __all__ = ["bound_in_place"]
+
+_LOADED: set[Hashable] = set()
+"""The kinds of pairs that were launched, so that their kernels are compiled."""
 
 
 def bound_in_place(
@@ -41,7 +44,8 @@ def bound_in_place(
     pair = _Pair(x, segments, table, tiling)
     if not is_direct(segments, table, tiling):
         return pair
-    return _DirectOrPair(bound_direct(x, out, segments, table, tiling), pair)
+    kind = x.device, x.dtype, out.dtype, tiling, table.kind
+    return _DirectOrPair(bound_direct(x, out, segments, table, tiling), pair, kind)
 
 
 class _Pair:
@@ -74,24 +78,23 @@ class _DirectOrPair:
     Args:
         direct: adds the sum in one launch.
         pair: in two.
+        kind: tells the kernels of the pair.
     """
 
-    __slots__ = ("_direct", "_is_first", "_pair")
+    __slots__ = ("_direct", "_kind", "_pair")
 
-    def __init__(self, direct: BoundLaunch, pair: _Pair) -> None:
-        self._direct, self._pair = direct, pair
-        self._is_first = True
+    def __init__(self, direct: BoundLaunch, pair: _Pair, kind: Hashable) -> None:
+        self._direct, self._pair, self._kind = direct, pair, kind
 
     def __call__(self, x: Tensor, out: Tensor) -> None:
         if _is_captured(out):
             self._pair(x, out)
             return
-        if self._is_first:
+        if self._kind not in _LOADED:
             # Kernels can't be compiled while a graph is captured. Whoever captures runs the model
             # before, and that run has to leave the pair compiled, too.
-            self._is_first = False
-            if not self._direct.is_loaded(out.device):
-                self._pair(x, torch.empty_like(out))
+            self._pair(x, torch.empty_like(out))
+            _LOADED.add(self._kind)
         self._direct(x, out)
 
 

@@ -130,10 +130,6 @@ class Relaunch:
             launch = self._kernel[plan.grid]
             return launch(*tensors, *plan.numbers, *plan.constants, **plan.options)
 
-    def knows(self, plan: LaunchPlan, device: torch.device) -> bool:
-        """Return whether a plan's kernel is compiled, and loaded on a device."""
-        return (device.index, plan.kind) in self._compiled
-
     def compiled(
         self, plan: LaunchPlan, moving: Sequence[Tensor], lists: Pointers, table: Pointers
     ) -> tuple[_Compiled, bool]:
@@ -168,10 +164,6 @@ class BoundLaunch:
         self._is_aligned = lists.aligned and table.aligned
         self._last = (*lists.addresses, *table.addresses, *plan.numbers, *plan.constants)
         self._compiled = plan.compiled if self._is_aligned else None
-
-    def is_loaded(self, device: torch.device) -> bool:
-        """Return whether a launch on a device takes no compilation."""
-        return self._relaunch.knows(self._plan, device)
 
     def __call__(self, *moving: Tensor) -> None:
         """Launch it on the device of its lists and table, in the current stream there.
