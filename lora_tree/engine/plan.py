@@ -54,12 +54,7 @@ class Term:
     coefficient: float
     value: LowRank
     version: int
-    scaled: LowRank = field(init=False, repr=False)
-    """The increment with the coefficient in its scale; it shares its factors with `value`."""
-
-    def __post_init__(self) -> None:
-        # Merging and side paths ask for it at every switch. Nearly always it is the value itself.
-        object.__setattr__(self, "scaled", self.value.scaled(self.coefficient))
+    _scaled: LowRank | None = field(default=None, init=False, repr=False)
 
     @classmethod
     def of(cls, node: str, coefficient: float, value: LowRank) -> Term:
@@ -70,6 +65,16 @@ class Term:
     def trains(self) -> bool:
         """Whether autograd follows its factors."""
         return self.value.trains
+
+    @property
+    def scaled(self) -> LowRank:
+        """The increment with the coefficient in its scale; it shares its factors with `value`."""
+        # Kept, because side paths ask for it at every switch; it holds no tensor of its own.
+        found = self._scaled
+        if found is None:
+            found = self.value.scaled(self.coefficient)
+            object.__setattr__(self, "_scaled", found)
+        return found
 
 
 Terms = tuple[Term, ...]

@@ -126,7 +126,8 @@ class Draft:
         self.frozen: list[LowRank] = []
         self.live: list[LowRank] = []
         for term in terms:
-            (self.live if trains and term.trains else self.frozen).append(term.scaled)
+            value = term.value if term.coefficient == 1.0 else term.scaled
+            (self.live if trains and term.trains else self.frozen).append(value)
         self.form: PathForm | None = None
         """Reads the frozen factors where they lie; None: nothing does."""
         self.stacks = len(self.frozen) > 1
