@@ -25,9 +25,10 @@ from torch import Tensor, nn
 
 import lora_tree as lt
 
+from .small_layers import SITES, WIDTH, small_adapter, small_base
+
 __all__ = ["hooked"]
 
-SITES, WIDTH, RANK = 224, 32, 16
 MIDDLE, LEAVES = 8, 64
 ON_DEVICE = ("forms", "path_form", "routed", "segmented", "unmerged")
 """Modules of the engine that ask whether kernels run."""
@@ -51,8 +52,7 @@ def hooked(*, sites: int = SITES, rounds: int = 40) -> dict[str, float]:
         sites: of the base.
         rounds: of all kinds.
     """
-    base = nn.Sequential(*[nn.Linear(WIDTH, WIDTH) for _ in range(sites)])
-    base.to(torch.bfloat16).requires_grad_(False)
+    base = small_base(sites)
     tree, leaves = _tree(sites)
     token = torch.randn(1, WIDTH).to(torch.bfloat16)
     rows = torch.randn(LEAVES, 1, WIDTH).to(torch.bfloat16)
@@ -107,23 +107,15 @@ def _compiled(*arguments: Any) -> type[Compiled]:
 def _tree(sites: int) -> tuple[lt.AdapterTree, list[str]]:
     """Return a tree 1 → 8 → 64 and its leaves."""
     tree = lt.AdapterTree()
-    tree.add("n", adapter=_adapter(sites))
+    tree.add("n", adapter=small_adapter(sites))
     leaves = []
     for i in range(MIDDLE):
-        tree.add(f"n/{i}", adapter=_adapter(sites))
+        tree.add(f"n/{i}", adapter=small_adapter(sites))
         for j in range(LEAVES // MIDDLE):
             leaf = f"n/{i}/{j}"
-            tree.add(leaf, adapter=_adapter(sites))
+            tree.add(leaf, adapter=small_adapter(sites))
             leaves.append(leaf)
     return tree, leaves
-
-
-def _adapter(sites: int) -> lt.Adapter:
-    modules = {}
-    for i in range(sites):
-        A, B = torch.randn(RANK, WIDTH), torch.randn(WIDTH, RANK)
-        modules[str(i)] = lt.LowRank(A.to(torch.bfloat16), B.to(torch.bfloat16), 0.5)
-    return lt.Adapter(modules)
 
 
 def _seconds(base: nn.Module, x: Tensor) -> float:

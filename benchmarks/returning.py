@@ -15,18 +15,15 @@ import time
 from contextlib import ExitStack
 from unittest import mock
 
-import torch
-from torch import nn
-
 import lora_tree as lt
 from lora_tree.cache.link import Arrived
 from lora_tree.cache.pack import held_bytes, pack
 
 from .host_link import HostLink
+from .small_layers import SITES, small_adapter, small_base
 
 __all__ = ["Returned", "returned"]
 
-SITES, WIDTH, RANK = 224, 32, 16
 PATHS, HELD = 11, 6
 KERNELS = ("segmented", "routed", "path_form", "unmerged")
 
@@ -56,13 +53,12 @@ def returned(depth: int, *, sites: int = SITES, rounds: int = 3) -> Returned:
         rounds: how often each path comes back.
     """
     link = Returned()
-    base = nn.Sequential(*[nn.Linear(WIDTH, WIDTH) for _ in range(sites)])
-    base.to(torch.bfloat16).requires_grad_(False)
+    base = small_base(sites)
     tree, leaves, nbytes = lt.AdapterTree(), [], 0
     for i in range(PATHS):
         path = f"n{i}"
         for _ in range(depth):
-            node = pack(_adapter(sites), link.allocate)
+            node = pack(small_adapter(sites), link.allocate)
             tree.add(path, adapter=node)
             nbytes, leaf, path = held_bytes(node), path, f"{path}/n"
         leaves.append(leaf)
@@ -82,14 +78,6 @@ def returned(depth: int, *, sites: int = SITES, rounds: int = 3) -> Returned:
         link.laid_out_bytes = model.cache.stats().tiers[-1].laid_out_bytes
         model.detach()
     return link
-
-
-def _adapter(sites: int) -> lt.Adapter:
-    modules = {}
-    for i in range(sites):
-        A, B = torch.randn(RANK, WIDTH), torch.randn(WIDTH, RANK)
-        modules[str(i)] = lt.LowRank(A.to(torch.bfloat16), B.to(torch.bfloat16), 0.5)
-    return lt.Adapter(modules)
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ import re
 
 from .errors import PathError
 
-__all__ = ["MAX_DEPTH", "NAME", "check_name", "check_path"]
+__all__ = ["MAX_DEPTH", "NAME", "check_name", "check_path", "is_pattern"]
 
 NAME = r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,127}"
 """The characters of a name. A leading dot would hide the folder."""
@@ -26,6 +26,16 @@ _NAME = re.compile(rf"{NAME}\Z")  # \Z: $ would let a name end in a newline
 _RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?\Z", re.IGNORECASE)
 _OF_A_NODE = frozenset(("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"))
 _OF_A_TREE = (".yaml", ".yml", ".lock")
+_SIGNS = frozenset("*?[")
+
+
+def is_pattern(text: str) -> bool:
+    """Return whether a text is a pattern like ``fr/*``, which no path is.
+
+    >>> is_pattern("fr/*"), is_pattern("fr/legal")
+    (True, False)
+    """
+    return not _SIGNS.isdisjoint(text)
 
 
 def check_name(name: str) -> str:
@@ -35,7 +45,7 @@ def check_name(name: str) -> str:
         PathError: it is no file name that is safe on every system, or an adapter has such a file.
     """
     is_spelled_right = isinstance(name, str) and _NAME.match(name) is not None
-    if isinstance(name, str) and any(sign in name for sign in "*?["):
+    if isinstance(name, str) and is_pattern(name):
         raise PathError(
             f"{name!r} is not a valid node name, but a pattern",
             "one path is wanted here; where several nodes may be named, a pattern is taken",

@@ -29,7 +29,7 @@ from .flattening import NodeTerms, flattened, resolved
 from .given import check_iterable
 from .lowrank import LowRank
 from .node import Node
-from .node_names import check_name, check_path
+from .node_names import check_name, check_path, is_pattern
 from .provenance import SaveNote
 from .spec import CacheSpec, HistorySpec, LoraSpec, lora_spec, tree_defaults
 from .storage import Source, as_path, names_of, storage
@@ -653,7 +653,7 @@ class AdapterTree:
             raise PathError(f"a path is a string like 'fr/legal', got {path!r}")
         if path not in self._graph:
             meant = suggest_path(path, self._graph)
-            if any(sign in path for sign in "*?["):
+            if is_pattern(path):
                 meant = ": one path is wanted here, and this is a pattern"
             raise PathError(
                 f"no node {path!r} in the tree{meant}",

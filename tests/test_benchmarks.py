@@ -21,6 +21,7 @@ from benchmarks import (
     first_use,
     flatten,
     forms,
+    hooks,
     opening,
     page_locking,
     policies,
@@ -234,6 +235,11 @@ def test_a_switch_changes_files_half_as_often_as_it_did() -> None:
     }
     assert moves.keys() == most.keys()
     assert {name: count for name, count in moves.items() if count > most[name]} == {}
+
+
+def test_the_hosts_part_of_a_forward_is_taken_for_a_path_and_for_batches() -> None:
+    pytest.importorskip("triton", reason="Triton has no build for this platform")
+    assert hooks.hooked(sites=3, rounds=1).keys() == {"path", "batch", "another batch"}
 
 
 def test_what_comes_back_to_a_device_is_sent_and_nothing_is_laid_out() -> None:

@@ -14,6 +14,8 @@ from typing import Annotated
 import typer
 
 from ..errors import FolderError, SpecError, listing
+from ..formats.peft import CONFIG, PICKLE, WEIGHTS
+from ..formats.recognise import DIFFUSERS_WEIGHTS, MLX_WEIGHTS
 from ..storage import as_path
 from ..tree import AdapterTree
 
@@ -21,13 +23,7 @@ __all__ = ["Replace", "check_free", "check_place"]
 
 # The files of PEFT, the pickle of older PEFT, and the files of mlx-lm and diffusers. A folder with
 # none of them holds no adapter, and an export adds its files to the others there.
-ADAPTER_FILES = (
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "adapter_model.bin",
-    "adapters.safetensors",
-    "pytorch_lora_weights.safetensors",
-)
+ADAPTER_FILES = (CONFIG, WEIGHTS, PICKLE, MLX_WEIGHTS, DIFFUSERS_WEIGHTS)
 
 Replace = Annotated[
     bool,

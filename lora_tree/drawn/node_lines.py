@@ -10,6 +10,7 @@ from typing import Literal
 from ..errors import LoraTreeError, PathError, listing, suggest_path
 from ..folder import Problem
 from ..folder.problem import HARMLESS
+from ..node_names import is_pattern
 from ..tree import AdapterTree
 from ..weights import Weight, plain_weight
 from .stale_words import stale_words
@@ -117,7 +118,7 @@ def matching_lines(lines: Iterable[NodeLine], pattern: str) -> list[NodeLine]:
         PathError: no path does.
     """
     lines = list(lines)
-    if set(pattern) & set("*?["):
+    if is_pattern(pattern):
         # The star of fnmatch crosses slashes, so fr/* shows every node below fr, at any depth, as
         # the patterns of the other commands do.
         found = [line for line in lines if fnmatch(line.path, pattern)]

@@ -213,7 +213,7 @@ class Batch:
             rows.setdefault(kind, []).append(row)
         found = []
         for kind, members in rows.items():
-            if any(self.kinds[kind]):
+            if self.owing[kind]:
                 found.append((tuple(members), self.kinds[kind]))
         return found
 
@@ -236,10 +236,7 @@ class Batch:
         """The products of all nodes over rows that lie side by side, in the order of the sum."""
         # Nodes stand in depth-first order, so kinds that are sorted by the nodes that they owe lie
         # beside those with which they share the most ancestors.
-        owed = []
-        for kind in self.kinds:
-            owed.append([node for node, coefficient in enumerate(kind) if coefficient])
-        by_path = self._runs(sorted(self.adapted, key=lambda row: owed[self.of_row[row]]))
+        by_path = self._runs(sorted(self.adapted, key=lambda row: self.owing[self.of_row[row]]))
         as_it_is = self._runs(range(len(self)))
         # Another order costs a copy of the inputs and two of the outputs: worth it for half of the
         # calls.
@@ -276,7 +273,7 @@ class Batch:
 
     @cached_property
     def debts(self) -> Hashable:
-        """What the rows owe, as a key."""
+        """A key for what the rows owe: two batches with equal keys owe the same."""
         numbers = []
         for kind, places in zip(self.kinds, self.owing, strict=True):
             numbers.append(tuple([kind[place] for place in places]))
@@ -285,7 +282,7 @@ class Batch:
     @cached_property
     def adapted(self) -> tuple[int, ...]:
         """The rows that owe anything."""
-        return tuple([row for row, kind in enumerate(self.of_row) if any(self.kinds[kind])])
+        return tuple([row for row, kind in enumerate(self.of_row) if self.owing[kind]])
 
     def coefficients(self, rows: Sequence[int]) -> Tensor:
         """Return what some rows owe to each node: (rows, nodes), float64, in host memory."""

@@ -67,7 +67,7 @@ class Route:
         self.batch, self.plan, self.strategy = batch, plan, strategy
         self._trains = placed.trains
         self.manner, self.mark = manner, mark
-        # Whatever does not depend on the rows is found for the first batch of a plan.
+        # Terms do not depend on the rows, so the first batch of a plan lists them for all.
         asked = manner.dtype
         key = "terms", placed.dtypes, asked
         self._known = tables.once(key, partial(_known_terms, plan, asked))
@@ -83,8 +83,8 @@ class Route:
         self._shares: dict[Hashable, Callable[[], Share]] = {}
         self.grounds: dict[str, RowGrounds] = {}
         """Site → what stands under each row, where a node overrides the site's tensors."""
-        self.known_forms: dict[Hashable, list[SumForm]] = {}
-        """What `forms` has returned, by whatever the caller knows a call by."""
+        self.known_forms: dict[tuple[str, Spread, int, int], list[SumForm]] = {}
+        """(site, spread, tokens, device) → its forms, which side paths keep here from `forms`."""
         self._rows: dict[tuple[float, ...], Batch] = {}
         """Coefficients that all rows owe at some site → a batch of one row that owes the same."""
         for name, overrides in grounds_of(plan).items():

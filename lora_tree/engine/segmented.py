@@ -28,8 +28,8 @@ __all__ = ["NARROW", "SegmentedForm", "route_dtype"]
 NARROW = (torch.bfloat16, torch.float16, torch.float32)
 
 _Size: TypeAlias = tuple[torch.dtype, torch.dtype, torch.dtype, int, int]
-"""What is multiplied in, the dtypes of an input and an output, the input's numbers, and the
-output's device.
+"""The dtypes of the products, of an input and of an output; how many numbers the input has; and the
+index of the output's device.
 """
 
 

@@ -17,7 +17,7 @@ and write again gives the same bytes.
 from __future__ import annotations
 
 from .peft_keys import CONFIG, WEIGHTS
-from .peft_read import read_adapter, read_folder
+from .peft_read import PICKLE, read_adapter, read_folder
 from .peft_write import peft_form, render
 
-__all__ = ["CONFIG", "WEIGHTS", "peft_form", "read_adapter", "read_folder", "render"]
+__all__ = ["CONFIG", "PICKLE", "WEIGHTS", "peft_form", "read_adapter", "read_folder", "render"]

@@ -33,7 +33,7 @@ from .peft_outline import PeftTexts, outline_of
 from .peft_products import product_config, read_products
 from .safetensors import open_tensors, parse_header
 
-__all__ = ["read_adapter", "read_folder"]
+__all__ = ["PICKLE", "read_adapter", "read_folder"]
 
 PICKLE = "adapter_model.bin"
 """The weights as older PEFT wrote them, and as it still does with safe_serialization=False."""

@@ -88,11 +88,13 @@ def _kernel(  # type: ignore[no-untyped-def]
     to = out + i.to(tl.int64)[:, None] * outputs + c[None, :]
     stored = owes & (c < outputs)[None, :]
     total = tl.full((INPUTS, OUTPUTS), 0.0, tl.float32)
-    wait_for_last(EARLY)  # for x, and for out
+    wait_for_last(EARLY)  # the kernel before this one writes x and out
     before = tl.load(to, mask=stored, other=0.0)
     for begin in range(0, entries, ENTRIES):
         node = tl.load(nodes + begin + of)
-        fields = table + tl.where(node < 0, 0, node) * FIELDS
+        # As in `shrink`: loads under a mask, as `expand` has them, would take 60 registers more.
+        there = tl.where(node < 0, 0, node)
+        fields = table + there * FIELDS
         rank = tl.where(node < 0, 0, tl.load(fields + 6))
         used = r < rank
         if ALIGNED:
@@ -103,16 +105,16 @@ def _kernel(  # type: ignore[no-untyped-def]
                 tl.load(fields + 3), tl.load(fields + 4), rank, r, c, outputs,
                 1, FACTOR, ALIGNED, RANK,
             )  # fmt: skip
-            lanes = tl.load(fields).to(tl.pointer_type(FACTOR)) + r * tl.load(fields + 1)
+            stride = tl.load(fields + 1)
+            lanes = tl.load(fields).to(tl.pointer_type(FACTOR)) + r * stride
             if ALIGNED:
                 lanes = tl.multiple_of(lanes, [16])
-            stride = tl.load(fields + 1)
             low = of_few_inputs(
                 source, owes, lanes, stride, used, 0, width, width,
                 0, COMPUTE, ALIGNED, PRECISION, INPUTS, RANK, ENTRIES * RANK, WIDTH, SHARES,
             )  # fmt: skip
             coefficient = tl.load(coefficients + begin + of)
-            low *= (coefficient * tl.load(scales + tl.where(node < 0, 0, node)))[None, :]
+            low *= (coefficient * tl.load(scales + there))[None, :]
             # Not a product with 0: an input may have made a number infinite.
             low = tl.where((used & (coefficient != 0.0))[None, :], low, 0.0)
             narrow, factor = low.to(COMPUTE), y.to(COMPUTE)

@@ -1,10 +1,9 @@
-"""Add a batch's sum to outputs in place, call after call, with as little of the host's time as can
-be.
+"""Add a batch's sum to outputs in place, in as little of the host's time as possible.
 
     many rows, or many inputs       shrink ─▶ expand
     one row of few inputs           direct; while a graph is captured, shrink ─▶ expand
 
-Whatever follows from the batch, from the site and from the size of the inputs is worked out once.
+Only the addresses of inputs and outputs differ between calls. Everything else is worked out once.
 """
 
 from __future__ import annotations
