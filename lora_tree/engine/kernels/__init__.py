@@ -66,14 +66,14 @@ __all__ = [
 
 
 InPlace: TypeAlias = Callable[[Tensor, Tensor], None]
-"""Adds a sum to its second argument, the outputs, for the first one, the inputs."""
+"""(inputs, outputs) → None: adds the sum for the inputs to the outputs, in place."""
 
 
 class Launch(Protocol):
-    """Many weights laid out for a kernel: addresses, and none of the memory that they lead to."""
+    """Many weights laid out for a kernel, by their addresses: it keeps no memory alive."""
 
     def run(self) -> None:
-        """Write all of them; the device works on while this returns."""
+        """Write all of them; this returns before the device is done."""
         ...
 
 
@@ -81,7 +81,7 @@ class LogLaunch(Protocol):
     """Weights and their undo logs laid out for a kernel."""
 
     def run(self) -> list[bool]:
-        """Rewrite them in place; return which had tiles without room, which are as they were."""
+        """Rewrite them in place; return which had tiles without room. Those tiles are unchanged."""
         ...
 
 
@@ -129,7 +129,7 @@ def merge_launch(parts: Sequence[MergePart]) -> Launch:
     Weights of one kind share a launch.
 
     Args:
-        parts: of devices for which `usable` is true; `can_merge` says yes to each.
+        parts: of devices for which `usable` is true; `can_merge` is true for each.
     """
     launch: Launch = importlib.import_module(f"{__name__}.merge").lay_out_parts(parts)
     return launch
@@ -139,7 +139,7 @@ def lay_terms(terms: Sequence[MergeTerm], batch: int) -> LaidTerms:
     """Lay the terms of a weight out for `log_launch`.
 
     Args:
-        terms: alike, in the order of the sum; `can_merge` says yes to them.
+        terms: of one dtype and layout, in the order of the sum; `can_merge` is true for them.
         batch: matrices of the weight.
     """
     lay: Callable[[Sequence[MergeTerm], int], LaidTerms]
@@ -168,7 +168,7 @@ def sample_launch(tensors: Sequence[Tensor], steps: Sequence[int]) -> Callable[[
 
     Args:
         tensors: on one device, laid out row by row.
-        steps: how far the sampled numbers of each lie apart.
+        steps: for each tensor, the distance between the numbers that are sampled.
     """
     module = importlib.import_module(f"{__name__}.sample")
     take: Callable[[], Tensor] = module.lay_out_samples(tensors, steps)
@@ -177,7 +177,7 @@ def sample_launch(tensors: Sequence[Tensor], steps: Sequence[int]) -> Callable[[
 
 @functools.cache
 def _tried(device: torch.device) -> bool:
-    # Asked without an import: where there is no Triton, its absence is no reason to warn.
+    # Looked for without an import, because a missing Triton is no reason to warn.
     if importlib.util.find_spec("triton") is None:
         return False
 

@@ -6,10 +6,10 @@
             acc (inputs, outputs) += low @ B (lanes, outputs)
         load out ─▶ + acc ─▶ round ─▶ store
 
-Every program computes the narrow sum for itself, so each of them reads all of A: more work for the
-device than that of `shrink` and `expand`, and one launch less. A model that writes one token after
-the other waits for its host, and the device has time to spare. In a captured graph nothing waits
-for the host, so the pair is taken there.
+Every program computes the whole narrow sum, so each of them reads all of A: more work for the
+device than `shrink` and `expand` have, and one launch less. A model that writes one token after the
+other waits for its host, and the device has time to spare. In a captured graph nothing waits for
+the host, so the pair of `shrink` and `expand` is taken there.
 
 Law: the sum of an input does not depend on what ran before. It may differ in its last bits from the
 pair's, which adds the parts of a width in another order.
@@ -33,17 +33,17 @@ from .tiling import Tiling, entries_at_once
 __all__ = ["bound_direct", "is_direct"]
 
 INPUTS, STAGES = 16, 3
-"""Inputs, at most: one tile of a product, which a single input takes, too, since only the loops of
-products read ahead. Stages of that loop: two programs fit beside each other.
+"""The most inputs: one tile of a product. A single input takes a tile too, because only loops with
+products read ahead. And the stages of that loop: with so many, two programs fit beside each other.
 """
 
 MOST_BYTES = 2 << 20
-"""Bytes of all A of a site, at most, since every program reads them."""
+"""The most bytes of all A of a site, because every program reads them."""
 
 WIDE = 8192
-"""Outputs from which on a program computes 128 at once, and not 64."""
+"""The number of outputs from which on a program computes 128 at once, and not 64."""
 
-# To compile for their values would take a second each, and `Relaunch` does not look at them.
+# Compiling for each of their values would take a second, and `Relaunch` does not look at them.
 CHANGING = ["inputs", "width", "outputs", "entries"]
 
 
@@ -74,7 +74,7 @@ def _kernel(  # type: ignore[no-untyped-def]
     FIELDS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    # So that the compiler knows it: a hint on an argument is lost.
+    # This shows the compiler that they are multiples of 16: a hint on an argument is lost.
     if WHOLE:
         width = width // 16 * 16
     if WHOLE_OUT:
@@ -100,7 +100,7 @@ def _kernel(  # type: ignore[no-untyped-def]
         if ALIGNED:
             used = tl.max_constancy(used, [8])  # ranks are multiples of 8: 8 lanes are one load
         if tl.reduce(used.to(tl.int32), 0, larger) > 0:
-            # Asked for first, so that it arrives while the narrow sum is computed.
+            # Loaded first, so that it arrives while the narrow sum is computed.
             y = factor_of(
                 tl.load(fields + 3), tl.load(fields + 4), rank, r, c, outputs,
                 1, FACTOR, ALIGNED, RANK,
@@ -115,12 +115,13 @@ def _kernel(  # type: ignore[no-untyped-def]
             )  # fmt: skip
             coefficient = tl.load(coefficients + begin + of)
             low *= (coefficient * tl.load(scales + there))[None, :]
-            # Not a product with 0: an input may have made a number infinite.
+            # Masked, not multiplied by 0: an input may have made a number infinite.
             low = tl.where((used & (coefficient != 0.0))[None, :], low, 0.0)
             narrow, factor = low.to(COMPUTE), y.to(COMPUTE)
             total = tl.dot(narrow, factor, total, input_precision=PRECISION)
             if COMPUTE == tl.bfloat16:
-                # The pair keeps the narrow sum of one input in fp32. Two numbers in bf16 hold it.
+                # `shrink` and `expand` keep the narrow sum of one input in fp32. Here two bf16
+                # numbers hold it.
                 rest = (low - narrow.to(tl.float32)).to(COMPUTE)
                 total = tl.dot(rest, factor, total)
     store_sum(to, before, total, i < inputs, stored, False)
@@ -130,8 +131,8 @@ _launch = Relaunch(_kernel)
 
 
 def is_direct(segments: Segments, table: FactorTable, tiling: Tiling) -> bool:
-    """Return whether one launch adds up a batch's sum: it is one row of few inputs, and the
-    factors are not so many that the device would have more to do than the host.
+    """Return whether one launch adds up a batch's sum: it is one row of few inputs, and has so few
+    factors that the device takes less time than the host.
     """
     if segments.sizes.rows > 1 or tiling.inputs > INPUTS:
         return False

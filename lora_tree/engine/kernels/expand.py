@@ -5,13 +5,13 @@
         load base ─▶ + acc ─▶ round ─▶ store
 
 All nodes of a row are added in fp32 and the sum is rounded once. A row that owes nothing keeps its
-bits: in place it is not written, and a copy holds its base's numbers.
+bits: in place it is not written, and otherwise the base's numbers are copied.
 
-To reach a factor takes three loads, each of which needs the one before: the entry's node, its
-address, its numbers. For the next entries they are made while these are multiplied, and for the
-first entries while `shrink` still runs, where the device lets a kernel begin early.
+Reaching a factor takes three loads, each of which needs the one before: the entry's node, its
+address, its numbers. The loads for the next entries are made while the present ones are multiplied,
+and those for the first entries while `shrink` still runs, if the device lets a kernel begin early.
 
-The forward takes the sums of A, and B; the backward those of B, and A, without a base.
+The forward takes the narrow sums of A, and B; the backward those of B, and A, without a base.
 """
 
 from __future__ import annotations
@@ -34,12 +34,13 @@ __all__ = ["bound_expand", "expand", "expanded_plainly", "factor_of", "outputs_o
 WARPS, STAGES = 4, 1
 
 MANY, SPAN = 16, 4
-"""With so many tiles of inputs, a program computes a span of so many tiles of outputs."""
+"""A program computes a span of `SPAN` tiles of outputs if there are `MANY` tiles of inputs or more.
+"""
 
 FACTOR_BYTES, LARGE = 16 << 10, 160 << 10
-"""Shared memory for a factor, and shared memory in which three of them fit beside outputs."""
+"""Bytes of shared memory for a factor; and the bytes in which three factors fit beside outputs."""
 
-# To compile for their values would take a second each, and `Relaunch` does not look at them.
+# Compiling for each of their values would take a second, and `Relaunch` does not look at them.
 CHANGING = ["rows", "tokens", "width", "entries", "room", "chunks"]
 
 
@@ -134,7 +135,7 @@ def store_sum(  # type: ignore[no-untyped-def]
         tl.store(out, total.to(out.dtype.element_ty), mask=stored)
     else:
         after = (before.to(tl.float32) + total).to(out.dtype.element_ty)
-        # Not a sum with 0: −0 + 0 would be +0.
+        # Masked, not a sum with 0: −0 + 0 would be +0.
         changed = adapted[:, None] & (total != 0.0)
         tl.store(out, tl.where(changed, after, before), mask=stored)
 
@@ -176,7 +177,7 @@ def _kernel(  # type: ignore[no-untyped-def]
     EARLY: tl.constexpr,
 ):
     if WHOLE:
-        width = width // 16 * 16  # so that the compiler knows it: a hint on an argument is lost
+        width = width // 16 * 16  # shows it to the compiler: a hint on an argument is lost
     group = tl.program_id(0) // chunks
     i = (tl.program_id(0) % chunks) * INPUTS + tl.arange(0, INPUTS)
     place = i // tokens
@@ -192,7 +193,7 @@ def _kernel(  # type: ignore[no-untyped-def]
     address, stride, rank = _lanes_of(table, node, SIDE, FIELDS)
     c = tl.program_id(1) * (SPAN * WIDTH) + tl.arange(0, WIDTH)
     if SPAN > 1:
-        # These entries are all. Their narrow sum is read once, for a span of outputs.
+        # The group has no other entries. Their narrow sum is read once, for a span of outputs.
         wait_for_last(EARLY)
         narrow = _narrow(low, first + of, end, entries, room, i, inside, r, INPUTS, RANK, PARTS)
         for _ in tl.range(SPAN, num_stages=LOOP):
@@ -212,7 +213,7 @@ def _kernel(  # type: ignore[no-untyped-def]
         to = at[:, None] * width + c[None, :]
         stored = kept[:, None] & (c[None, :] < width)
         before = tl.load(base + to, mask=stored & (not FRESH), other=0.0)
-        wait_for_last(EARLY)  # for low; all else was there before it
+        wait_for_last(EARLY)  # for low; all else was complete before this kernel could begin
         total = tl.full((INPUTS, WIDTH), 0.0, tl.float32)
         for begin in range(first, end, ENTRIES):
             if AHEAD:
@@ -319,7 +320,8 @@ def _plan(
 
 
 def outputs_of(most: int, lanes: int, dtype: torch.dtype) -> int:
-    """Return how many outputs a program computes at once: its factor fits into shared memory.
+    """Return how many outputs a program computes at once, so that its factor fits into shared
+    memory.
 
     >>> outputs_of(128, 64, torch.bfloat16), outputs_of(128, 128, torch.float32)
     (128, 32)

@@ -1,4 +1,4 @@
-"""FactorTable: where the factors of some nodes lie at one site, for kernels to read them there."""
+"""FactorTable: the addresses of some nodes' factors at one site, for kernels to read them there."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ def can_route(factors: Sequence[tuple[Tensor, Tensor, float]], device: torch.dev
 
 @dataclass(frozen=True, eq=False)
 class FactorTable:
-    """Where the factors of some nodes lie, at one site.
+    """The addresses of some nodes' factors at one site.
 
-    It holds addresses, and none of the memory that they lead to.
+    It does not keep the factors' memory alive.
 
     Args:
         numbers: (nodes, FIELDS) int64, on the device.
         scales: (nodes,) fp32, on the device.
-        key: what tells whether the factors are still where they were.
+        key: changes when a factor moves, or gets another rank or scale; see `key_of`.
         rank: the largest, rounded up to what a tile takes.
         wide: (in, out).
         dtype: of all factors.
@@ -82,12 +82,12 @@ class FactorTable:
 
     @cached_property
     def kind(self) -> object:
-        """One object for all tables whose sites are launched alike."""
+        """One object for all tables with which a kernel is launched in the same way."""
         return _kind(self.rank, self.wide, self.dtype, self.aligned)
 
     @staticmethod
     def key_of(factors: Sequence[tuple[Tensor, Tensor, float]]) -> tuple[object, ...]:
-        """Return what a table is made of: if it is the same, so is the table."""
+        """Return the key of a table of these factors: tables with one key have the same content."""
         key: list[object] = []
         for A, B, scale in factors:
             key += [A.data_ptr(), B.data_ptr(), A.shape[0], scale]
@@ -102,7 +102,7 @@ class FactorTable:
     def of_all(
         sites: Sequence[Sequence[tuple[Tensor, Tensor, float]]], device: torch.device
     ) -> tuple[list[FactorTable], Tensor]:
-        """Return the tables of several sites, and the numbers of all of them, sent as one."""
+        """Return the tables of several sites, and the one tensor with the numbers of them all."""
         fields: list[int] = []
         all_scales: list[float] = []
         shapes: list[tuple[int, bool, tuple[int, int]]] = []
@@ -118,8 +118,8 @@ class FactorTable:
                 fields += [A.shape[0], 0]
                 rank = max(rank, 1 << (A.shape[0] - 1).bit_length())
                 all_scales.append(scale)
-            # Each site's scales begin at a multiple of 16 bytes. Triton compiles a kernel anew for
-            # a pointer that does not.
+            # Each site's scales begin at a multiple of 16 bytes. For a pointer that does not,
+            # Triton would compile a kernel again.
             all_scales += [0.0] * (-len(factors) % 4)
             shapes.append((rank, aligned, (sizes[0], sizes[1])))
         numbers = torch.tensor(fields, dtype=torch.int64, device="cpu").view(-1, FIELDS)

@@ -24,7 +24,7 @@ from .tiling import Tiling
 __all__ = ["bound_in_place"]
 
 _LOADED: set[Hashable] = set()
-"""The kinds of pairs that were launched, so that their kernels are compiled."""
+"""The kinds of pairs that were launched before, so that their kernels are compiled already."""
 
 
 def bound_in_place(
@@ -37,7 +37,7 @@ def bound_in_place(
         x: (rows · tokens, in), row by row.
         out: (rows · tokens, out), row by row.
         segments: of the batch.
-        table: the factors; they stay where they are, or the table is rewritten.
+        table: the factors. If they move, the table has to be rewritten in place.
         tiling: of the batch.
     """
     pair = _Pair(x, segments, table, tiling)
@@ -72,12 +72,12 @@ class _Pair:
 
 
 class _DirectOrPair:
-    """`direct`, and in a graph the pair.
+    """The launch of `direct`, or while a graph is captured the pair.
 
     Args:
         direct: adds the sum in one launch.
-        pair: in two.
-        kind: tells the kernels of the pair.
+        pair: adds it in two.
+        kind: identifies the kernels of the pair.
     """
 
     __slots__ = ("_direct", "_kind", "_pair")
@@ -90,8 +90,8 @@ class _DirectOrPair:
             self._pair(x, out)
             return
         if self._kind not in _LOADED:
-            # Kernels can't be compiled while a graph is captured. Whoever captures runs the model
-            # before, and that run has to leave the pair compiled, too.
+            # Kernels can't be compiled while a graph is captured. A caller runs the model before it
+            # captures, and that run has to leave the pair compiled, too.
             self._pair(x, torch.empty_like(out))
             _LOADED.add(self._kind)
         self._direct(x, out)

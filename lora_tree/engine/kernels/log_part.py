@@ -5,9 +5,9 @@
     columns    the list: which column of its row an exception is in
     bits       the list: the base's own bits there
 
-The kernel holds these four columns of a row in one thread, so packing them moves nothing between
-threads. A list is sorted by rows: all rows of a tile are read and written at once, first the first
-exception of each, then the second.
+The kernel holds the four columns of a byte in one thread, so packing them moves nothing between
+threads. A list is sorted by rows, because all rows of a tile are read and written at once: first
+the first exception of each row, then the second.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ column alone.
 """
 
 SHARE = 128
-"""A tile has room for one exception in so many numbers at first."""
+"""At first a tile has room for one exception in this many of its numbers."""
 
 INTEGERS = {2: torch.int16, 4: torch.int32}
 
@@ -46,9 +46,9 @@ class LogMemory:
 
     Args:
         codes: (batch, rows, 8 · ⌈cols / 32⌉) uint8, four codes a byte.
-        states: (tiles,) int32: which terms a tile has in it, by the numbers that the log gave them.
+        states: (tiles,) int32: the terms in each tile, by the numbers that the log gave them.
         depths: (tiles,) int32: how many exceptions the row with the most of them has.
-        ends: (tiles, 1 + height), of integers that count to the room: 0, and where each row ends.
+        ends: (tiles, 1 + height), integers that can hold the room: 0, and where each row ends.
         columns: (tiles, room) uint8.
         bits: (tiles, room): the base's own bits.
     """
@@ -67,14 +67,15 @@ class LogMemory:
         Args:
             weight: (batch, rows, cols).
             height: rows of a tile.
-            share: a tile has room for one exception in so many of its numbers.
+            share: a tile has room for one exception in ``share`` of its numbers.
         """
         batch, rows, cols = weight.shape
         tiles = batch * -(-rows // height) * -(-cols // WIDTH)
         room = -(-min(rows, height) * min(cols, WIDTH) // share)
         counter = torch.uint8 if room <= torch.iinfo(torch.uint8).max else torch.int16
         bits = INTEGERS[weight.itemsize]
-        # One allocation, because a base has hundreds of logs; zeros are wanted at its beginning.
+        # One allocation, because a base has hundreds of logs. The tables that have to be zeros come
+        # first.
         zeros = ((torch.int32, (tiles,)), (counter, (tiles, height + 1)))
         others = (
             (torch.int32, (tiles,)),
@@ -99,12 +100,12 @@ class LogMemory:
 
     @cached_property
     def room(self) -> int:
-        """How many exceptions a tile has room for."""
+        """The number of exceptions that a tile has room for."""
         return self.columns.shape[1]
 
     @cached_property
     def addresses(self) -> tuple[int, ...]:
-        """Where its tensors are, in the order of the arguments."""
+        """The addresses of its tensors, in the order in which the kernel's table has them."""
         return tuple([table.data_ptr() for table in self._tables])
 
     @property
@@ -120,9 +121,8 @@ class LaidTerms:
     layout of each factor takes longer than everything else that the host does in a switch.
 
     Args:
-        terms: alike, in the order of the sum; they keep the factors alive.
-        slots: what `merge.add_slots` makes of them.
-        ratios: likewise.
+        terms: of one dtype and layout, in the order of the sum; they keep the factors alive.
+        slots, ratios: the ones that `merge.add_slots` makes of them.
         scale: of the last slot.
         lie: the factors' dtype, and whether they lie transposed; None if there are no terms.
         aligned: whether all factors begin at multiples of 16 bytes, row by row.
@@ -151,8 +151,8 @@ class LogPart:
         memory: its log.
         old: the terms that are in it, as they were put in; none: it holds W0. Tiles in another
             state than theirs are left as they are.
-        new: the terms to put in, alike and laid as the old ones; none: W0.
-        states: the numbers of both.
+        new: the terms to put in, in the layout of the old ones; none: W0.
+        states: of a tile that holds the old terms, and of one that holds the new ones.
     """
 
     weight: Tensor

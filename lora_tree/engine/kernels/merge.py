@@ -7,8 +7,8 @@
        for each slot, 16 ranks of a term:        ├─▶ + acc · scale ─▶ round ─▶ store W
           acc += left (64, 16) @ right (16, 128)    in fp32
 
-The weights are read once and written once, and so nearly all the time goes into moving them; how
-large the ranks are hardly matters. Factors are read from where they are: nothing is stacked.
+The weights are read once and written once. Moving them takes nearly all the time, so the size of
+the ranks hardly matters. Factors are read where they lie: nothing is stacked.
 
 Law: the bits of a tile depend on W0, the factors and the scales alone. Tile sizes and the order of
 the sum are constants, never tuned for a machine or a size; which weights share a launch changes
@@ -57,8 +57,8 @@ the bits.
 """
 
 UNROLLED = 4
-"""Slots whose loads are in flight together; with more, one comes after the other. It changes no
-bits.
+"""The most slots whose loads are in flight together; more are loaded one after the other. It
+changes no bits.
 """
 
 TILES = 8
@@ -70,12 +70,12 @@ POLICY = "evict_first"
 """Cache hint for weights: each is read once, and the factors many times."""
 
 PART_FIELDS, SLOT_FIELDS = 8, 7
-"""Numbers that the table has for each."""
+"""Numbers that the table has for a part, and for a slot."""
 
 
 @triton.jit
 def part_of_program(table, parts, program):  # type: ignore[no-untyped-def]
-    """The part that a program belongs to: the last one that begins at or before it."""
+    """Return the part of a program: the last one whose first program is not after it."""
     low = 0
     high = parts
     while high - low > 1:
@@ -157,23 +157,23 @@ def _kernel(  # type: ignore[no-untyped-def]
 class MergeLaunch:
     """Parts laid out for the kernel: a table on the device, for each kind of part.
 
-    It holds addresses, and none of the memory that they lead to: the caller makes sure that the
-    weights, their pristine values and the factors are still where they were.
+    It holds addresses, and keeps no memory alive: the caller makes sure that the weights, their
+    pristine values and the factors are still where they were.
     """
 
     calls: tuple[Callable[[], object], ...]
 
     def run(self) -> None:
-        """Write all of them; the device works on while this returns."""
+        """Write all of them; this returns before the device is done."""
         for call in self.calls:
             call()
 
 
 def lay_out_parts(parts: Sequence[MergePart], *, interpreted: bool = False) -> MergeLaunch:
-    """Lay parts out: one launch for all that lie alike on one device.
+    """Lay parts out: one launch for all parts of one kind.
 
     Args:
-        parts: `can_merge` says yes to each; their pristine values are on their weights' devices.
+        parts: `can_merge` is true for each; their pristine values are on their weights' devices.
         interpreted: it runs in Triton's interpreter, which multiplies no bf16.
     """
     alike: dict[tuple[Any, ...], list[MergePart]] = {}
@@ -189,7 +189,7 @@ def _call(
     table, scales, programs = _table(parts, device)
     count, exact = len(parts), weight == torch.float32 or interpreted
 
-    # Everything that the launch needs is settled here: a switch runs it again as it is.
+    # Everything that the launch needs is computed here, so that later switches just run it again.
     def call() -> None:
         with on(device):
             _kernel[(programs,)](
@@ -232,7 +232,7 @@ def merged_plainly(part: MergePart) -> Tensor:
 def is_right_on(device: torch.device) -> bool:
     """Return whether a small problem comes out right on a device.
 
-    Then the compiler is there, and sums are kept in fp32.
+    If so, there is a compiler, and sums are kept in fp32.
     """
     draw = torch.Generator("cpu").manual_seed(0)
     base, left, right = (
@@ -252,7 +252,7 @@ def is_right_on(device: torch.device) -> bool:
 
 # ---------------------------------------------------------------------- the table
 def _kind(part: MergePart) -> tuple[Any, ...]:
-    """Return what a launch is compiled for; parts of one kind share a launch."""
+    """Return the constants that a launch is compiled for; parts of one kind share a launch."""
     # All of it follows from the part alone, so that its bits do not depend on the other parts.
     weight, pristine = part.weight, part.pristine
     factor = part.terms[0].left.dtype
@@ -312,7 +312,7 @@ def add_slots(
     """Append some terms' slots to a table; return the scale of the last one, 0 if there is none.
 
     Args:
-        terms: alike, in the order of the sum.
+        terms: of one dtype and layout, in the order of the sum.
         turned: they lie transposed.
         batch: matrices of the weight.
         slots: gets `SLOT_FIELDS` numbers a slot.

@@ -28,7 +28,7 @@ __all__ = ["outer", "outer_plainly"]
 
 WARPS, STAGES = 4, 2
 
-# Numbers that change from batch to batch: to compile for their values would take a second each.
+# Numbers that change from batch to batch: compiling for each of their values would take a second.
 CHANGING = ["rows", "entries", "chunks", "parts"]
 
 

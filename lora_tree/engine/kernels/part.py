@@ -15,11 +15,10 @@ __all__ = ["MergePart", "MergeTerm", "can_merge", "on"]
 DTYPES = frozenset((torch.bfloat16, torch.float16, torch.float32))
 
 LARGEST = 1 << 31
-"""Numbers in one matrix: a kernel counts within it in 32 bits."""
+"""A matrix has fewer numbers than this, because a kernel counts within it in 32 bits."""
 
 RATIO = 2.0**40
-"""How far the scales of one weight's terms may lie apart: a kernel carries the sum from one to the
-next.
+"""The largest ratio of the scales of successive terms: a kernel multiplies its sum by that ratio.
 """
 
 
@@ -39,8 +38,7 @@ class MergePart:
     Args:
         weight: (batch, rows, cols), a view of the weight itself.
         pristine: of the same shape and dtype, on any device; may be ``weight`` itself.
-        terms: in the order of the sum, on weight's device, alike in dtype and in how they lie; not
-            empty.
+        terms: in the order of the sum, on weight's device, of one dtype and layout; not empty.
     """
 
     weight: Tensor
@@ -49,16 +47,16 @@ class MergePart:
 
     @property
     def turned(self) -> bool:
-        """The factors lie transposed: a column of left, and of right, lies in one piece."""
+        """True: the factors lie transposed: a column of left, and of right, is contiguous."""
         return _is_turned(self.terms)
 
     @staticmethod
     def of(weight: Tensor, pristine: Tensor, terms: Sequence[MergeTerm]) -> MergePart:
         """Return a part of any terms; factors that are not like the others are copied.
 
-        Where dtypes differ all become fp32, which holds each of them exactly.
+        If dtypes differ, all factors become fp32, which holds each of them exactly.
         """
-        # A kernel is compiled for one dtype and one way to lie, so the factors have to be alike.
+        # A kernel is compiled for one dtype and one layout, so the factors have to be alike.
         dtypes: set[torch.dtype] = set()
         for term in terms:
             dtypes |= {term.left.dtype, term.right.dtype}
@@ -76,7 +74,7 @@ def _is_turned(terms: Sequence[MergeTerm]) -> bool:
 
 
 def _laid(factor: Tensor, dtype: torch.dtype, turned: bool) -> Tensor:
-    """Return a factor in ``dtype`` with each row, or if it is turned each column, in one piece."""
+    """Return a factor in ``dtype`` with contiguous rows, or if it is turned contiguous columns."""
     if factor.dtype != dtype:
         factor = factor.to(dtype)
     if turned and factor.stride(-2) != 1:
@@ -94,7 +92,7 @@ def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
 def can_merge(weight: Tensor, pristine: Tensor, terms: Sequence[MergeTerm]) -> bool:
     """Return whether a kernel covers such a part.
 
-    Values, shapes and dtypes decide alone: if history did, the same path would have other bits.
+    Only values, shapes and dtypes decide: if history did, the same path could get other bits.
     """
     _, rows, cols = weight.shape
     if weight.dtype not in DTYPES or not weight.is_contiguous() or not pristine.is_contiguous():

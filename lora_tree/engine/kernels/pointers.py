@@ -15,8 +15,8 @@ class Pointers:
 
     Args:
         tensors: they are not moved as long as this is used.
-        addresses: theirs.
-        aligned: all of them are multiples of 16 bytes.
+        addresses: of the tensors.
+        aligned: all addresses are multiples of 16 bytes.
     """
 
     tensors: tuple[Tensor, ...]

@@ -9,8 +9,8 @@ launch itself, and a forward launches two kernels for every site.
 
 A kernel is compiled for its constants, for the dtypes of its tensors, and for addresses that are
 multiples of 16 bytes or are not. (For its integers too, unless it is declared with
-``do_not_specialize``, as these kernels are.) A `LaunchPlan` stands for the first two, and the
-addresses are looked at here.
+``do_not_specialize``, as these kernels are.) A `LaunchPlan` decides the first two, and the
+addresses are checked at every launch.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ __all__ = ["LaunchPlan", "Relaunch", "shared_constants"]
 
 _VERSION = tuple([int(number) for number in triton.__version__.split(".")[:2]])
 _IS_KNOWN = (3, 6) <= _VERSION < (4, 0)
-"""Whether a compiled kernel takes all its arguments in the order of its signature."""
+"""True: this Triton's compiled kernels take all their arguments in the order of the signature."""
 
 if _IS_KNOWN:
     from triton import knobs
@@ -52,9 +52,9 @@ class LaunchPlan:
         grid: of programs.
         numbers: the integers.
         constants: in the order of the signature.
-        kind: tells the constants and the dtypes of the tensors.
+        kind: identifies the constants and the dtypes of the tensors.
         options: of its compilation, as ``num_warps``.
-        compiled: the kernel, when it is found.
+        compiled: the compiled kernel; None until it is found.
     """
 
     grid: tuple[int, int, int]
@@ -80,8 +80,8 @@ class _Compiled:
 def shared_constants(
     segments: Segments, table: FactorTable, side: int, tiling: Tiling
 ) -> tuple[Any, ...]:
-    """Return the constants with which the ones of `shrink` and of `expand` begin, in this order:
-    GROUP, SIDE, FACTOR, COMPUTE, ALIGNED, WHOLE and PRECISION.
+    """Return the constants that come first in both `shrink` and `expand`: GROUP, SIDE, FACTOR,
+    COMPUTE, ALIGNED, WHOLE and PRECISION, in this order.
     """
     compute, precision = products(table.numbers.device, tiling.compute)
     return (
@@ -107,7 +107,7 @@ class Relaunch:
         self._compiled: dict[tuple[int, Hashable], _Compiled] = {}
 
     def bind(self, plan: LaunchPlan, lists: Pointers, table: Pointers) -> BoundLaunch:
-        """Return a launch to which only the tensors are missing that differ from call to call.
+        """Return a launch that takes only the tensors that differ from call to call.
 
         Args:
             plan: of the launch.
@@ -119,7 +119,7 @@ class Relaunch:
     def ask(
         self, plan: LaunchPlan, moving: Sequence[Tensor], lists: Pointers, table: Pointers
     ) -> Any:
-        """Launch it by way of Triton, and return the compiled kernel.
+        """Launch it through Triton, and return the compiled kernel.
 
         Args:
             plan, lists, table: as `bind` takes them.
@@ -152,7 +152,7 @@ class BoundLaunch:
     """A kernel's launches for one plan, one batch and one site: two or three addresses differ.
 
     A forward calls hundreds of these for a token, and the host's time for them is most of what a
-    path beside the weights costs. So everything that can be is put together once.
+    path beside the weights costs. So every argument that stays the same is put together once.
     """
 
     __slots__ = ("_compiled", "_is_aligned", "_last", "_lists", "_plan", "_relaunch", "_table")
@@ -180,7 +180,8 @@ class BoundLaunch:
         if compiled is None or bits % 16 or _is_observed():
             self._by_triton(moving, bits)
             return
-        # A launch goes to the current device. To be sure of it takes as long as to launch.
+        # A launch goes to the current device. Setting that takes as long as the launch, so it is
+        # done only if there are several devices.
         with on(moving[0].device) if compiled.is_one_of_several else _NOTHING:
             compiled.run(
                 *self._plan.grid,
@@ -195,8 +196,8 @@ class BoundLaunch:
             )
 
     def _by_triton(self, moving: Sequence[Tensor], bits: int) -> None:
-        """Launch by way of Triton, and take the compiled kernel over if the next launch can do
-        without.
+        """Launch through Triton, and keep the compiled kernel if the next launch can do without
+        Triton.
         """
         device = moving[0].device
         is_aligned = self._is_aligned and not bits % 16
@@ -219,13 +220,13 @@ def _can_skip_triton(device: torch.device) -> bool:
 
 
 def _is_observed() -> bool:
-    """Return whether a profiler wants to be told of launches, which Triton does."""
+    """Return whether a profiler has asked to be told of launches, which only Triton's way does."""
     return bool(_RUNTIME.launch_enter_hook.calls)
 
 
 def _stream_of() -> Callable[[int], int]:
-    """Return what tells a device's current stream: to find the active driver takes longer than to
-    ask it.
+    """Return the function that returns a device's current stream. It is kept, because finding the
+    active driver takes longer than calling it.
     """
     find: Callable[[int], int] = driver.active.get_current_stream
     return find

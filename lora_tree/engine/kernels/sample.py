@@ -1,9 +1,9 @@
-"""A sample of many tensors in one launch: what the watch over written weights compares.
+"""A sample of many tensors in one launch, for the watch over written weights to compare.
 
     addresses ──▶ a program for each tensor ──▶ some of its numbers, at fixed steps, as integers in
     one buffer
 
-The plain way cuts a view of each tensor and puts them side by side; on a GPU these are a thousand
+Stock operations would cut a view of each tensor and concatenate them; on a GPU these are a thousand
 small calls a switch.
 """
 
@@ -22,7 +22,7 @@ from .part import on
 __all__ = ["lay_out_samples"]
 
 INTEGERS = {2: (torch.int16, tl.int16), 4: (torch.int32, tl.int32)}
-"""By a number's size in bytes: how its bits are read."""
+"""Size of a number in bytes → the integers as which its bits are read."""
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -38,17 +38,17 @@ def _kernel(table, out, NUMBER: tl.constexpr, MOST: tl.constexpr):  # type: igno
 
 
 def lay_out_samples(tensors: Sequence[Tensor], steps: Sequence[int]) -> Callable[[], Tensor]:
-    """Lay out a sample of some tensors; calling it takes it, as long as they lie where they lie
-    now.
+    """Return a function that takes a sample of some tensors, as long as these are not moved.
 
     Args:
         tensors: on one device, of 2 or 4 bytes a number, each laid out row by row and not empty.
-        steps: how far the samples of each lie apart, in numbers.
+        steps: for each tensor, the distance between its samples, in numbers.
 
     Returns:
-        what makes a new buffer of integers, the samples of all tensors one after the other.
+        A function that returns a new buffer of integers: the samples of all tensors, one after the
+        other.
     """
-    # All of it is settled here, so that taking the sample is one launch and asks no tensor.
+    # Everything is computed here, so that taking the sample is one launch and asks no tensor.
     fields: list[int] = []
     total = most = 0
     for tensor, step in zip(tensors, steps, strict=True):

@@ -29,10 +29,10 @@ from .pointers import Pointers
 __all__ = ["TOGETHER", "SegmentSizes", "Segments", "room_for", "segment_numbers"]
 
 TOGETHER = 4
-"""Entries of a group are so many, or a multiple."""
+"""The number of entries of a group is a multiple of this."""
 
 ALIGNED = 4
-"""Lists begin at multiples of so many numbers, which are 16 bytes."""
+"""Lists begin at multiples of this many numbers, which are 16 bytes."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ class SegmentSizes:
     Args:
         rows: of the batch.
         group: rows of a group.
-        entries: room for so many; those past the last are −1.
+        entries: the number of entries that there is room for; the nodes of unused ones are −1.
         nodes: of the table.
-        largest: entries of a group, at most.
+        largest: the most entries of a group.
     """
 
     rows: int
@@ -55,7 +55,7 @@ class SegmentSizes:
 
     @property
     def groups(self) -> int:
-        """How many groups the rows make."""
+        """The number of groups that the rows make."""
         return -(-self.rows // self.group)
 
     @property
@@ -74,10 +74,10 @@ class SegmentSizes:
 
     @property
     def places(self) -> list[int]:
-        """Where the lists begin in the buffer, and its length.
+        """The offsets of the lists in the buffer, and its length.
 
-        They begin at multiples of 16 bytes: Triton compiles a kernel anew for a pointer that does
-        not.
+        Lists begin at multiples of 16 bytes: for a pointer that does not, Triton would compile a
+        kernel again.
         """
         found = [0]
         for length in self.lengths:
@@ -101,7 +101,7 @@ class Segments:
         self.order = parts[0]
         """Place → row: rows that share nodes lie side by side."""
         self.owed = parts[1]
-        """Row → 1 if it owes anything; by place."""
+        """Place → 1 if its row owes anything."""
         self.begins = parts[2]
         """Group → its first entry."""
         self.nodes = parts[3]
@@ -110,7 +110,7 @@ class Segments:
         """Entry → its group."""
         self.coefficients = parts[5].view(torch.float32).view(sizes.entries, sizes.group)
         self.by_node = parts[6]
-        """The entries that have a node once more, one node's after the other's."""
+        """The entries that have a node, sorted by their nodes."""
         self.node_begins = parts[7]
         """Node → its first place in `by_node`."""
         self.plans: dict[tuple[object, ...], Any] = {}
@@ -127,14 +127,14 @@ class Segments:
         return Pointers.to(self.order, self.owed, self.begins, self.nodes)
 
     def clear(self) -> None:
-        """Let no row owe anything, in place."""
+        """Rewrite the lists in place so that no row owes anything."""
         self.nodes.fill_(-1)
         self.coefficients.zero_()
         self.owed.zero_()
 
     def take(self, other: Segments) -> None:
-        """Take another batch's lists over, in place: of as many rows, and no more entries or
-        nodes.
+        """Copy another batch's lists into these, in place. It has as many rows, and no more entries
+        or nodes.
         """
         if other.sizes == self.sizes:
             self.memory.copy_(other.memory)
@@ -150,7 +150,7 @@ class Segments:
             (self.by_node, other.by_node),
         ):
             mine[:entries].copy_(theirs)
-        # Entries past these are those of an earlier batch.
+        # The entries after these are left from an earlier batch.
         self.nodes[entries:].fill_(-1)
         self.coefficients[entries:].zero_()
         self.node_begins[: nodes + 1].copy_(other.node_begins)
@@ -167,14 +167,14 @@ def segment_numbers(
     """Return the lists of a batch in one buffer, in host memory.
 
     Args:
-        kinds: a coefficient for every node, for every distinct thing that a row can owe.
-        of_row: row → its kind.
-        group: rows of a group.
-        entries: room for so many, at least.
-        nodes: of the table, at least.
+        kinds: for each kind of row, its coefficient of every node.
+        of_row: row → the index of its kind.
+        group: the number of rows in a group.
+        entries: the least number of entries to make room for.
+        nodes: the least number of nodes of the table.
     """
-    # What a kind owes: its nodes that are not 0. Nodes come in depth-first order, so kinds sorted
-    # by them lie beside those with which they share the most ancestors.
+    # The nodes that a kind owes: those whose coefficient is not 0. Nodes come in depth-first order,
+    # so kinds sorted by them lie beside those with which they share the most ancestors.
     owed: list[list[int]] = []
     for kind in kinds:
         owed.append(list(compress(range(len(kind)), kind)))
@@ -201,7 +201,7 @@ def segment_numbers(
     room += -room % TOGETHER
     largest = max([after - before for before, after in pairwise(begins)])
     if entries:
-        # Other batches are written over this one: a group may come to have as many as any can.
+        # Other batches may be written over this one, so a group may get as many entries as any can.
         largest = max(largest, entries // (len(begins) - 1))
     sizes = SegmentSizes(len(of_row), group, room, max(nodes, len(kinds[0])), largest)
     spare = sizes.entries - len(listed)
@@ -240,7 +240,7 @@ def room_for(rows: int, group: int, depth: int) -> int:
     Args:
         rows: of the batch.
         group: rows of a group.
-        depth: nodes that a row owes, at most.
+        depth: the most nodes that a row owes.
     """
     each = min(rows, group) * depth
     return -(-rows // group) * (each + -each % TOGETHER)

@@ -42,11 +42,11 @@ __all__ = ["bound_shrink", "of_few_inputs", "shrink", "shrunk_plainly"]
 WARPS, MOST_STAGES = 4, 5
 
 LARGEST_STEP, STAGE_BYTES, SPARE_BYTES = 512, 40 << 10, 4 << 10
-"""Numbers of a width that a program takes at once, at most; shared memory for them, in one stage of
-the loop; shared memory that is left free for the sum.
+"""The most numbers of a width that a program takes at once; the bytes of shared memory for them in
+one stage of the loop; and the bytes of shared memory that are left free for the sum.
 """
 
-# To compile for their values would take a second each, and `Relaunch` does not look at them.
+# Compiling for each of their values would take a second, and `Relaunch` does not look at them.
 CHANGING = ["rows", "tokens", "width", "entries", "room", "part"]
 
 
@@ -91,7 +91,7 @@ def of_few_inputs(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Return the sum for one tile of sixteen inputs, (inputs, lanes).
 
-    Products along one width wait for each other, so each warp has a share of the width.
+    Products that are added to one sum wait for each other, so each warp has a share of the width.
     """
     total = tl.full((SHARES, INPUTS, LANES), 0.0, tl.float32)
     share = tl.arange(0, SHARES) * (WIDTH // SHARES)
@@ -162,7 +162,7 @@ def _kernel(  # type: ignore[no-untyped-def]
     EARLY: tl.constexpr,
 ):
     if WHOLE:
-        width = width // 16 * 16  # so that the compiler knows it: a hint on an argument is lost
+        width = width // 16 * 16  # shows it to the compiler: a hint on an argument is lost
     part = part // WIDTH * WIDTH
     LANES: tl.constexpr = ENTRIES * RANK
     first = tl.program_id(0) * ENTRIES
@@ -182,7 +182,7 @@ def _kernel(  # type: ignore[no-untyped-def]
     row = owner * GROUP + place
     inside = (place < GROUP) & (row < rows)
     if GROUP > 1:
-        # One entry: which rows of the group owe it.
+        # The program has one entry, and this says which rows of the group owe it.
         coefficient = tl.load(coefficients + first * GROUP + place, mask=inside, other=0.0)[:, None]
         owes = coefficient != 0.0
     else:
@@ -218,7 +218,7 @@ def _kernel(  # type: ignore[no-untyped-def]
                 SIDE, COMPUTE, ALIGNED, PRECISION, INPUTS, RANK, LANES, WIDTH,
             )  # fmt: skip
         total *= tl.load(scales + tl.where(node < 0, 0, node))[None, :]
-        # Not a product with 0: an input that owes nothing may have made a number infinite.
+        # Masked, not multiplied by 0: an input that owes nothing may have made a number infinite.
         total = tl.where((coefficient != 0.0) & used[None, :], total * coefficient, 0.0)
     else:
         wait_for_last(EARLY)  # low may be memory that the last kernel still reads
@@ -230,8 +230,8 @@ _launch = Relaunch(_kernel)
 
 
 def shrink(x: Tensor, segments: Segments, table: FactorTable, side: int, tiling: Tiling) -> Tensor:
-    """Return (parts, entries, inputs of a group in whole tiles, rank): in fp32, or in the tiling's
-    dtype if there is one part.
+    """Return the narrow sums, (parts, entries, inputs of a group in whole tiles, rank): in fp32, or
+    in the tiling's dtype if there is one part.
 
     Args:
         x: (rows · tokens, width), row by row.
@@ -293,7 +293,7 @@ def _plan(
 
 
 def shares_of(tile: int) -> int:
-    """Return into how many shares the warps of a program divide what it takes of a width."""
+    """Return the number of shares into which a program's warps divide each step of a width."""
     return WARPS if tile == 16 else 1
 
 
@@ -303,7 +303,7 @@ def warps_of(tile: int) -> int:
 
 
 def stages_for(device: torch.device) -> int:
-    """Return how many stages the loop has: with more, more of a factor is on its way at a time."""
+    """Return the stages of the loop: with more, more of a factor is being loaded at a time."""
     if device.type != "cuda":
         return 1
     stages = MOST_STAGES
@@ -313,8 +313,8 @@ def stages_for(device: torch.device) -> int:
 
 
 def width_at_once(tile: int, lanes: int, dtype: torch.dtype) -> int:
-    """Return how much of a width a program takes at once: the stages of its loop fit into a GPU's
-    shared memory.
+    """Return how much of a width a program takes at once, so that the stages of its loop fit into a
+    GPU's shared memory.
 
     Args:
         tile: inputs of a program.

@@ -3,8 +3,8 @@
     left (rows, 16)  ─┐
     right (16, cols) ─┴─▶ acc (rows, columns) ← acc · ratio + left @ right     in fp32
 
-Law: the order of the sum is one for all kernels, so that an increment that one of them puts in has
-the bits of the one that another takes out.
+Law: all kernels add in the same order, so that the increment that one of them takes out has the
+same bits as the one that another has put in.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def left_tile(  # type: ignore[no-untyped-def]
     ALIGNED: tl.constexpr,
     RANKS: tl.constexpr,
 ):
-    """A slot's left tile (rows, ranks), zeros outside; and its right factor: address, stride and
-    ranks.
+    """Return a slot's left tile (rows, ranks), zeros outside; and the address, stride and ranks of
+    its right factor.
     """
     left = tl.load(fields).to(tl.pointer_type(FACTOR)) + batch * tl.load(fields + 5)
     right = tl.load(fields + 1).to(tl.pointer_type(FACTOR)) + batch * tl.load(fields + 6)
@@ -40,7 +40,7 @@ def left_tile(  # type: ignore[no-untyped-def]
         stride = tl.multiple_of(stride, 8)
         right_stride = tl.multiple_of(right_stride, 8)
     k = tl.arange(0, RANKS)
-    # where it is turned, a column of it lies in one piece
+    # A turned factor has contiguous columns.
     at = r[:, None] + k[None, :] * stride if TURNED else r[:, None] * stride + k[None, :]
     x = tl.load(left + at, mask=(r[:, None] < rows) & (k[None, :] < ranks), other=0.0)
     return x, right, right_stride, ranks
@@ -57,7 +57,7 @@ def right_tile(  # type: ignore[no-untyped-def]
     FULL: tl.constexpr,  # no column lies outside
     RANKS: tl.constexpr,
 ):
-    """A slot's right tile (ranks, columns), zeros outside."""
+    """Return a slot's right tile (ranks, columns), zeros outside."""
     k = tl.arange(0, RANKS)
     at = k[:, None] + c[None, :] * stride if TURNED else k[:, None] * stride + c[None, :]
     inside = k[:, None] < ranks
@@ -86,7 +86,7 @@ def summed_slots(  # type: ignore[no-untyped-def]
     RANKS: tl.constexpr,
     SLOT_FIELDS: tl.constexpr,
 ):
-    """A tile (rows, columns) of an increment in fp32, but for the scale of its last slot."""
+    """Return a tile (rows, columns) of an increment in fp32, without its last slot's scale."""
     total = tl.full((ROWS, COLUMNS), 0.0, tl.float32)
     for slot in range(slots):
         here = slot_table + slot * SLOT_FIELDS
@@ -115,7 +115,7 @@ def left_tiles(  # type: ignore[no-untyped-def]
     RANKS: tl.constexpr,
     SLOT_FIELDS: tl.constexpr,
 ):
-    """Return what all tiles of a program share: the left tiles, and where the right factors are."""
+    """Return what all tiles of a program share: the left tiles, and the right factors' places."""
     xs = ()
     rights = ()
     strides = ()
@@ -159,10 +159,10 @@ def increment_tile(  # type: ignore[no-untyped-def]
     RANKS: tl.constexpr,
     SLOT_FIELDS: tl.constexpr,
 ):
-    """Return a tile of an increment in fp32, but for the scale of its last slot.
+    """Return a tile of an increment in fp32, without its last slot's scale.
 
-    Few slots (``SLOTS``) come with ``lefts``, as `left_tiles` returns them; more are read one after
-    the other.
+    Few slots (``SLOTS`` > 0) use ``lefts``, as `left_tiles` returns them; more slots are read one
+    after the other.
     """
     if SLOTS > 0:
         xs, rights, strides, counts, factors = lefts

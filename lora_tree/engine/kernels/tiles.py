@@ -1,4 +1,4 @@
-"""Tiles: what the kernels share in Triton's own words."""
+"""Tiles: the functions, types and options of Triton that the kernels share."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ __all__ = [
 ]
 
 added = _sum_combine
-"""Returns a sum, for ``tl.reduce`` and scans. `tl.sum` itself does not run in the interpreter. That
-knows this very function, and would take any other number by number.
+"""The sum of two numbers, for ``tl.reduce`` and scans. `tl.sum` does not run in the interpreter.
+The interpreter recognises this function, and would apply any other one number by number.
 """
 
 smallest, greatest = _elementwise_min, _elementwise_max
@@ -68,7 +68,7 @@ def wait_for_last(EARLY: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def begin_next(EARLY: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Let the kernel after this one begin; it waits by itself for what this one writes."""
+    """Let the kernel after this one begin; its `wait_for_last` waits for what this one writes."""
     if EARLY:
         gdc_launch_dependents()
 

@@ -20,16 +20,16 @@ from .segments import TOGETHER, SegmentSizes
 __all__ = ["KEPT", "Tiling", "entries_at_once", "group_of", "width_of"]
 
 LARGEST_GROUP = 16
-"""Rows of a group: a tile of a product has at least so many inputs on a GPU."""
+"""The most rows of a group: a tile of a product has at least this many inputs on a GPU."""
 
 LANES = 64
 """Lanes of a program that takes several entries: one lane is one rank of one entry."""
 
 LEAST, MOST_PARTS = 128, 64
-"""A part of a width is so much, at least; a single input has so many, at most."""
+"""The least width of a part, and the most parts that a single input has."""
 
 LARGEST_TILE, PROGRAMS = 64, 64
-"""Inputs of a program, at most; a launch has so many programs if it can."""
+"""The most inputs of a program, and the number of programs that a launch has if it can."""
 
 KEPT = 1024
 """Tilings, and kinds of tables, that are remembered."""
@@ -66,14 +66,14 @@ def entries_at_once(rank: int) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Tiling:
-    """How the kernels cut the inputs of a batch up: constants by its size, never tuned.
+    """The sizes by which kernels cut a batch's inputs up: constants by its size, never tuned.
 
     Args:
         tokens: inputs of a row.
         inputs: of a group.
         tile: inputs of a program that shrinks.
         wide_tile: inputs of a program that expands.
-        most_parts: programs that share the width of one, at most.
+        most_parts: the most programs that share a width.
         compute: the dtype in which factors and inputs are multiplied; sums are fp32.
     """
 

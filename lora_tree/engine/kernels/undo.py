@@ -4,8 +4,8 @@
     weights, codes, exceptions, states ────────────────┼─▶ table of the parts ─▶ `undo_kernel.py`
     the logs' old and new terms ───────────────────────┘
 
-Afterwards the states are read back, in one wait: a tile with more exceptions than it has room for
-was left as it was, and says so.
+Afterwards the flags are read back, in one wait: a tile with more exceptions than it has room for
+was left as it was, and has set the flag of its part.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def lay_out_terms(terms: Sequence[MergeTerm], batch: int) -> LaidTerms:
     """Lay the terms of a weight out, for any number of switches.
 
     Args:
-        terms: alike, in the order of the sum.
+        terms: of one dtype and layout, in the order of the sum.
         batch: matrices of the weight.
     """
     if not terms:
@@ -69,12 +69,12 @@ def lay_out_terms(terms: Sequence[MergeTerm], batch: int) -> LaidTerms:
 
 
 class LaidLogs:
-    """Parts laid out for the kernel, to be run whenever their weights and logs are as they say.
+    """Parts laid out for the kernel, to be run when weights and logs are in the parts' old states.
 
-    It holds addresses, and none of the memory that they lead to.
+    It holds addresses, and keeps no memory alive.
 
     Args:
-        calls: of each kind of part, what launches the kernel over them; it takes the flags.
+        calls: for each kind of part, a function that launches the kernel, and takes the flags.
         order: the parts, as the calls take them.
         devices: of the calls.
     """
@@ -109,16 +109,16 @@ class LaidLogs:
 
 
 def lay_out_logs(parts: Sequence[LogPart], *, interpreted: bool = False) -> LaidLogs:
-    """Lay parts out: one launch for all that lie alike on one device.
+    """Lay parts out: one launch for all parts of one kind.
 
     Args:
-        parts: of each, old and new lie alike.
+        parts: in each, old and new terms have the same layout.
         interpreted: it runs in Triton's interpreter, which multiplies no bf16.
     """
     alike: dict[_Kind, list[int]] = {}
     for i, part in enumerate(parts):
         alike.setdefault(_Kind.of(part), []).append(i)
-    # All memory is taken before the first launch, so that a want of it changes nothing.
+    # All memory is allocated before the first launch, so that running out of it changes nothing.
     calls = []
     order: list[int] = []
     for kind, group in alike.items():
@@ -190,7 +190,7 @@ def _call(
 
     count = len(parts)
 
-    # Everything that the launch needs is settled here: a switch runs it again as it is.
+    # Everything that the launch needs is computed here, so that later switches just run it again.
     def call(flags: Tensor) -> None:
         with on(kind.device):
             rewrite_logged[(programs,)](
@@ -238,7 +238,7 @@ def _table(
     Args:
         parts: of one kind.
         height: rows of a tile.
-        unrolled: slots that the terms of each part have in the table; 0: their own number.
+        unrolled: the slots that each part's terms get in the table; 0: as many as they have.
     """
     starts: list[int] = []
     fields: list[int] = []
@@ -256,8 +256,8 @@ def _table(
         for laid in (part.old, part.new):
             begin = len(ratios)
             if laid.terms:
-                # Slots of rank 0 before the others: they add 0 to a sum of 0, so the bits are those
-                # of the same terms in any launch.
+                # Slots of rank 0 come before the others: they add 0 to a sum of 0, so the bits are
+                # those of the same terms in any launch.
                 for _ in range(unrolled - len(laid.ratios)):
                     slots += [*laid.slots[:2], 0, *laid.slots[3:SLOT_FIELDS]]
                     ratios.append(1.0)

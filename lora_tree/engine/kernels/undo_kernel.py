@@ -1,4 +1,4 @@
-"""W ← round_once( W0 + Σ new ) for many weights in one launch, in place: W0 comes out of a log.
+"""W ← round_once( W0 + Σ new ) for many weights in one launch, in place; a log brings W0 back.
 
     a tile      load W and its codes ─▶ D = Σ old ─▶ W0 = bits⁻¹(bits(round(W − D)) + code − 1)
                 D' = Σ new ─▶ W' = round(W0 + D') ─▶ code' = bits(W0) − bits(round(W' − D')) + 1
@@ -6,20 +6,20 @@
 
 `undo_log.py` has the formula, and does the same with stock operations; `log_part.py` has the
 layout. Exceptions, for which two bits are too few, lie in lists tile by tile. A tile with more
-exceptions than it has room for is refused: it is left as it was, and says so.
+exceptions than it has room for is left as it was, and sets the flag of its part.
 
 Law: D is computed with the same bits when it is put in and when it is taken out. Both are one
 function here, over the same slots and tiles, and the subtraction is one fused operation. The bits
 of W' equal those of `merge.py`: the order of the sum is the same.
 
-It has to move little more than the weights, so it is written to be bound by that. What it needs of
-a tile is loaded while the tile before is computed, every number stays in the thread that multiplied
-it, and integer operations, of which a GPU does half as many as of others, are few:
+The kernel has to move little more than the weights, and it is written so that only moving them
+limits it. A tile is loaded while the tile before is computed, every number stays in the thread that
+multiplied it, and there are few integer operations, of which a GPU does half as many as of others:
 
     pairs        two 16-bit numbers, side by side in a row, are one int32: one operation takes a
                  guess from both. It may carry from the lower into the upper one if the lower is an
-                 exception; so the codes are tried, and a number that they do not bring back is an
-                 exception, too.
+                 exception. So the codes are decoded again, and a number that they do not bring back
+                 is an exception, too.
     exceptions   of all rows at once: the smallest that a row has left, until no row has more
                  (nearly always there is one row in thirty with one, and none with two)
 """
@@ -37,8 +37,8 @@ from .undo_numbers import guess_bits, patched, written_bits
 __all__ = ["rewrite_logged"]
 
 
-# Numbers that a compiler would take for multiples of 16, or for 1, in one launch and not in the
-# next: it would be compiled anew.
+# Triton specialises a kernel for integers that are 1 or multiples of 16. These numbers may be that
+# in one launch and not in the next, and the kernel would be compiled again.
 @triton.jit(do_not_specialize=["parts", "length", "first_flag"])  # type: ignore[untyped-decorator]
 def rewrite_logged(  # type: ignore[no-untyped-def]
     # int64: programs before each part; then FIELDS numbers a part; then the slots; then as fp32:
@@ -60,7 +60,7 @@ def rewrite_logged(  # type: ignore[no-untyped-def]
     HAS_NEW: tl.constexpr,
     SLOTS: tl.constexpr,
     EVEN: tl.constexpr,  # all ratios are 1
-    FULL: tl.constexpr,  # no tile sticks out
+    FULL: tl.constexpr,  # no tile reaches beyond its weight
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
     ROWS: tl.constexpr,
@@ -80,7 +80,7 @@ def rewrite_logged(  # type: ignore[no-untyped-def]
     CODE_LANES: tl.constexpr = LANES // 4
     ONE: tl.constexpr = 0x00010001 if PAIRS else 1
     THREE: tl.constexpr = 3 * ONE
-    # Codes of 1, by which those of a guess that is right are stored as 0.
+    # Codes of 1. Codes are stored after an XOR with them, so that a right guess is stored as 0.
     ONES: tl.constexpr = 0x5555 if PAIRS else 0x55
     NONE: tl.constexpr = 0x7FFFFFFF if PAIRS else 0x7FFFFFFFFFFFFFFF  # no exception
     program = tl.program_id(0)
@@ -167,8 +167,9 @@ def rewrite_logged(  # type: ignore[no-untyped-def]
             else:
                 packed = tl.load(code_at, mask=inside_codes, other=0, eviction_policy=POLICY)
             depth = tl.where(is_mine, tl.load(depths + tile), 0)
-            # The first exceptions are on their way while the increment is computed, and the places
-            # of the next tile's until that begins: each would be waited for as long as a tile.
+            # The first exceptions are loaded while the increment is computed, and the places of the
+            # next tile's exceptions before that tile begins: waiting for either would take as long
+            # as a tile.
             to_list = tile * room + row_begin.to(tl.int32)
             listed = row_end.to(tl.int32) - row_begin.to(tl.int32)
             column = tl.load(columns + to_list, mask=listed > 0, other=255)
@@ -191,8 +192,8 @@ def rewrite_logged(  # type: ignore[no-untyped-def]
             )  # fmt: skip
             own += code - ONE
             own = patched(own, column, known, PAIRS, ROWS, LANES)
-            # The condition keeps the loop out of sight of Triton's pipeliner, which would leave the
-            # outer one alone because of it.
+            # The condition hides the loop from Triton's pipeliner, which would not pipeline the
+            # outer loop because of it.
             if depth > 1:
                 for i in range(1, depth):
                     column = tl.load(columns + to_list + i, mask=i < listed, other=255)
@@ -213,7 +214,7 @@ def rewrite_logged(  # type: ignore[no-untyped-def]
             # Outside of the weight everything is 0, and the code is 1.
             new_code = (own - guess + ONE) & THREE
             wrong = (guess + new_code - ONE) ^ own
-            # Bits and column are one number, so that the smallest brings both.
+            # Bits and column are packed into one number, so that the smallest one has both.
             if PAIRS:
                 is_low = (wrong & 0xFFFF) != 0
                 is_high = wrong.to(tl.uint32, bitcast=True) > 0xFFFF
@@ -229,7 +230,8 @@ def rewrite_logged(  # type: ignore[no-untyped-def]
             four = tl.reshape(tl.reduce(four << shifts, 2, added), (ROWS, CODE_LANES))
             if PAIRS:
                 four |= four >> 8
-            # Every thread has read the old lists when all have counted.
+            # When all threads have counted, every one has read the old lists, and they may be
+            # written over.
             found = tl.reduce(counts, 0, added)
             deepest = tl.reduce(counts, 0, greatest)
             if is_mine & (found <= room):

@@ -1,7 +1,7 @@
 """The numbers of a tile in an undo log's kernel: bits, pairs of them, guesses and exceptions.
 
 Two 16-bit numbers side by side in a row are one int32, so that an integer operation serves both.
-fp32 numbers are by themselves.
+fp32 numbers are not paired.
 """
 
 from __future__ import annotations
@@ -104,7 +104,8 @@ def guess_bits(  # type: ignore[no-untyped-def]
     COLUMNS: tl.constexpr,
 ):
     """Return the bits of round(after − total · scale)."""
-    # Fused on purpose: a compiler that fuses it here and not there would change the bits.
+    # An explicit fma: a compiler that fuses the operation in one place and not in another would
+    # change the bits.
     if PAIRS:
         minus = tl.full((ROWS, COLUMNS // 2), 0.0, tl.float32) - scale
         even, odd = _halves(total, ROWS, COLUMNS)
@@ -119,7 +120,9 @@ def guess_bits(  # type: ignore[no-untyped-def]
 def patched(  # type: ignore[no-untyped-def]
     own, column, known, PAIRS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr
 ):
-    """Put one exception of every row into its column; a column outside of the tile is none."""
+    """Put one exception of every row into its column; a column outside of the tile means that the
+    row has none.
+    """
     within = tl.arange(0, LANES)[None, :]
     column = column.to(tl.int32)
     known = known.to(tl.int32)
