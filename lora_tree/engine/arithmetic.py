@@ -42,14 +42,14 @@ LARGE_BLOCK = 1 << 24
 """The same on a device with memory of its own, where a call costs more and caches help less."""
 
 PRODUCT_BLOCK = 1 << 19
-"""The same where a block is a product of its own: 2 MiB, since it is new memory each time."""
+"""The same if each block is a product of its own: 2 MiB, because a product takes new memory."""
 
 SLOW_ON_CPU = slow_on_cpu()
 """The dtypes for which a CPU is faster with fp32 products."""
 
 
 def compute_dtype(weight: torch.dtype, *factors: torch.dtype) -> torch.dtype:
-    """Return fp64 if anything that takes part is fp64, else fp32."""
+    """Return fp64 if the weight or a factor is fp64, else fp32."""
     return torch.float64 if torch.float64 in (weight, *factors) else torch.float32
 
 
@@ -83,7 +83,7 @@ def add_weight(
         site: says how a delta lies in such a weight. Its own weight may be another one, on the meta
             device for example.
         target: the weight to write.
-        source: what is added to.
+        source: the numbers to which the values are added.
         values: on ``target``'s device.
         scratch: the buffers.
     """
@@ -131,7 +131,7 @@ def write_sum(
     if weight.dtype == wide:
         left, right = left.to(wide), right.to(wide)
     alike = left.dtype == right.dtype == weight.dtype
-    # Not in blocks: one call is faster than many, for each of which torch starts its threads anew.
+    # Not in blocks: one call is faster than many, because torch starts its threads for each call.
     if alike and (weight.dtype == wide or _bf16_rounds_once(weight)):
         if pristine.device != weight.device:
             pristine = weight.copy_(pristine, non_blocking=True)
@@ -167,8 +167,8 @@ def _fused(pristine: Tensor, left: Tensor, right: Tensor, out: Tensor) -> None:
 def _blocks(
     weight: Tensor, pristine: Tensor, left: Tensor, right: Tensor, numbers: int
 ) -> Iterator[tuple[Tensor, ...]]:
-    """Yield blocks of about so many numbers: several matrices of the batch, or several rows of one
-    matrix.
+    """Yield blocks of about ``numbers`` numbers: several matrices of the batch, or several rows of
+    one matrix.
     """
     batch, rows, cols = weight.shape
     several = numbers // max(rows * cols, 1)
@@ -238,7 +238,7 @@ def _cpu_bf16_rounds_once() -> bool:
 
 @contextlib.contextmanager
 def exact_mode(*devices: torch.device) -> Iterator[None]:
-    """Turn off all that changes bits or makes a graph, for the length of a ``with``.
+    """Turn off everything that changes bits or records a graph, for the length of a ``with``.
 
     That is autograd, autocast, inference tensors, and TF32 or bf16 in place of fp32 products.
     """

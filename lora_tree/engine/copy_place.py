@@ -1,8 +1,8 @@
-"""Where the copies of the base's own weights go, and the bytes that they take there.
+"""The places for copies of the base's own weights, and the bytes that the copies take there.
 
     device    beside the weight: a switch reads and writes at the speed of the device's memory
     host      in host memory, pinned where the weight is on CUDA: a switch is as fast as the bus
-    log       no copy: two bits a number beside what is merged (`undo_log.py`, `tile_log.py`)
+    log       no copy: two bits a number, beside the merged weights (`undo_log.py`, `tile_log.py`)
     none      nowhere: paths are added and subtracted in place
     auto      the device if it has room, else logs where a kernel writes them, else the host
 
@@ -27,14 +27,12 @@ __all__ = ["Copies", "CopyPlace", "copies_beside", "copy_on_host", "goes_beside"
 CopyPlace: TypeAlias = Literal["auto", "device", "log", "host", "none"]
 
 MARGIN = 8
-"""One part in so many of a device's memory stays free for activations when ``auto`` puts copies
-there.
-"""
+"""``auto`` leaves 1/8 of a device's memory free for activations when it puts copies there."""
 
 
 @dataclass(frozen=True)
 class Copies:
-    """Where the base's own weights are kept now.
+    """The copies of the base's own weights: the bytes in each place.
 
     Args:
         asked: what `attach` was told: ``auto``, ``device``, ``log``, ``host`` or ``none``.
@@ -53,8 +51,8 @@ class Copies:
 
     @property
     def kind(self) -> str:
-        """``device``, ``log``, ``host``, several with a plus between them; ``none`` if nothing is
-        kept, as before a merge.
+        """``device``, ``log``, ``host``, or several of these joined with a plus; ``none`` if
+        nothing is kept, as before the first merge.
         """
         parts = {"device": self.device_bytes, "log": self.log_bytes, "host": self.host_bytes}
         return "+".join(name for name, nbytes in parts.items() if nbytes) or "none"
@@ -66,7 +64,7 @@ class Copies:
 
 
 def goes_beside(place: CopyPlace, parameters: Sequence[Tensor]) -> bool:
-    """Return whether the copies of some weights go where these are."""
+    """Return whether the copies of some weights go to the weights' own devices."""
     if place in ("host", "log", "none"):
         return False
     taken: dict[torch.device, int] = {}

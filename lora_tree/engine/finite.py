@@ -107,7 +107,7 @@ def check_sum(
             add_bias(trial, source, values)
         else:
             add_weight(site, trial, source, values, scratch)
-        # A weight that was not finite before is the base's own affair.
+        # Numbers that were not finite before come from the base, and are not refused.
         if bool((trial.isfinite() | ~source.isfinite()).all()):
             return
     raise _not_finite(name, parts, source.dtype)
@@ -123,7 +123,7 @@ def _is_harmless(total: float, biases: float, folded: float, dtype: torch.dtype)
         dtype: of the weight.
     """
     info = torch.finfo(dtype)
-    # A number below half a step of the largest leaves the largest number of the dtype where it is.
+    # Adding less than half a rounding step leaves the largest number of the dtype unchanged.
     half_step = info.max * info.eps / 4
     # NaN fails each of these comparisons, as it should.
     small = total < half_step and biases < half_step
@@ -136,8 +136,8 @@ def check_beside(
     kinds: Mapping[str, SideKind],
     largest: Mapping[str, float] | None = None,
 ) -> None:
-    """Refuse a plan whose side paths would hold a number that is not finite; what trains is not
-    looked at.
+    """Refuse a plan whose side paths would hold a number that is not finite; factors that train are
+    not looked at.
 
     Args:
         placed: the plan.
@@ -162,8 +162,8 @@ def check_beside(
             1 + info.eps / 4
         )  # the largest size that still rounds to a finite number
         for term in terms:
-            # A row may owe more of a node than its whole weight; a row that owes less needs no look
-            # of its own.
+            # A row may owe a node more than its full weight. Rows that owe less are covered by
+            # this check.
             coefficient = term.coefficient * max(1.0, abs(largest.get(term.node, 1.0)))
             scale = abs(coefficient * term.value.scale)
             if most <= limit and scale * most <= limit:
@@ -191,7 +191,7 @@ def check_override_numbers(tensor: str, override: Override, own: Tensor) -> None
         BaseMismatch: it is not; names the tensor.
     """
     if override.is_trainable or override.values.is_meta or not override.values.numel():
-        return  # what trains changes at every step, and a look at it waits for the device
+        return  # one that trains changes at every step, and reading it waits for the device
     least, most = torch.aminmax(override.values)
     size = float(torch.maximum(least.abs(), most.abs()))
     info = torch.finfo(own.dtype)

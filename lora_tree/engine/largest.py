@@ -26,7 +26,7 @@ class _Known:
     """The largest number of an adapter.
 
     Args:
-        parameters: its factors that may be written to in place; no other is.
+        parameters: its factors that are parameters; only those are ever written to in place.
         writes: how often they had been written to when the number was found.
         largest: the number.
     """
@@ -37,12 +37,12 @@ class _Known:
 
 
 def badness(size: float) -> float:
-    """Return a size to compare by: NaN is the worst of all."""
+    """Return a key by which sizes are compared; NaN counts as the largest."""
     return math.inf if math.isnan(size) else size
 
 
 def largest_of(value: LowRank) -> tuple[float, float, float]:
-    """Return the largest numbers of A, of B and of the bias, without their signs; 0 for no bias."""
+    """Return the largest absolute numbers of A, of B and of the bias; 0 for no bias."""
     a, b, *bias = _largest(value.tensors)
     return a, b, bias[0] if bias else 0.0
 
@@ -52,8 +52,8 @@ def largest_in_plan(plan: Plan, adapters: Iterable[Adapter]) -> float:
     NaN.
 
     Args:
-        plan: the plan. Where a base fuses modules that an adapter has apart, its values are not the
-            adapter's own.
+        plan: the plan. Its values are not the adapter's own where the base fuses modules that the
+            adapter has separately.
         adapters: the adapters of the plan that are looked at.
     """
     found = [_largest_in(adapter) for adapter in adapters]
@@ -113,7 +113,11 @@ def _largest(tensors: Iterable[Tensor]) -> list[float]:
 
 
 def _sizes(ends: Sequence[Tensor]) -> list[float]:
-    """Return the larger in size of each tensor's least and most number; 0 on the meta device."""
+    """Return the larger absolute value of each tensor's minimum and maximum; 0 on the meta device.
+
+    Args:
+        ends: a minimum and a maximum for each tensor, in turn.
+    """
     if ends[0].is_meta:
         return [0.0] * (len(ends) // 2)
     found: list[float] = torch.stack(list(ends)).abs().view(-1, 2).amax(1).tolist()

@@ -4,10 +4,10 @@ A launch is a table of addresses. Making one means reading the address and layou
 tensors, which takes about as long as the launch itself, and the result is the same from switch to
 switch. So it is kept with its plan, and run again while everything is where it was:
 
-    weights     the watch compares their addresses before every switch, and counts up a number when
-                one lies elsewhere
-    pristine    making or dropping a copy counts it up too; with another number, no launch is known
-                any more
+    weights     the watch compares their addresses before every switch, and increments a number when
+                one has moved
+    pristine    making or dropping a copy increments it too; when the number has changed, all
+                launches are dropped
     factors     the plan holds them, and the addresses of their buffers are compared; if a factor
                 trains, or had to be copied for the launch, the launch is not kept
 """
@@ -40,8 +40,8 @@ class KeptLaunch:
         launch: the launch.
         covered: the names of the sites whose weights it writes.
         devices: where these lie.
-        is_whole: those are all sites that changed, and every source is where its weight is.
-        places: where the adapters of its plan lay.
+        is_whole: `covered` has every site that changed, and every source is on its weight's device.
+        places: the addresses of its plan's buffers when it was made; see `Plan.places`.
     """
 
     launch: Launch
@@ -66,7 +66,8 @@ class Launches:
         Args:
             plan: what is written.
             names: of the sites that change, in order.
-            number: of the pristine copies and of their weights' places.
+            number: `Pristine.number`, which changes when a weight moves or a copy is made or
+                dropped.
         """
         if number != self._number:
             # Which launch has which address is not recorded, so all of them go.
@@ -78,8 +79,8 @@ class Launches:
         return known
 
     def keep(self, plan: Plan, names: tuple[str, ...], known: KeptLaunch) -> None:
-        """Keep a launch for `find`; of one plan, the oldest go."""
-        # By plan, weakly: a launch holds addresses of the plan's factors, and goes with them.
+        """Keep a launch for `find`, and drop the plan's oldest one if it has too many."""
+        # By plan, weakly: a launch holds addresses of the plan's factors, and must not outlive it.
         kept = self.plans.setdefault(plan, {})
         while len(kept) >= KEPT:
             del kept[next(iter(kept))]

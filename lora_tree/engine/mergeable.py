@@ -1,12 +1,12 @@
 """Check that a plan can be written into the weights, before anything is written.
 
     training    factors that autograd follows can't be merged: their gradient would be lost
-    shards      a weight of which every rank has a part takes no whole sum
-    sites       a weight takes a write, under one name, and shares its memory with no other module
+    shards      a weight that is sharded over several ranks can't take a whole sum
+    sites       a weight can be written, has one name, and shares its memory with no other module
     numbers     every number of a weight stays finite
 
-The answer for a plan holds as long as no tensor of the base lies elsewhere and no weight was cast,
-so a path that was merged before costs one walk over the base's addresses.
+The answer for a plan holds as long as no tensor of the base has moved and no weight was cast, so a
+path that was merged before costs one walk over the base's addresses.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ class Mergeable:
         """(site, tensor) that shares its memory with no other module."""
         self._writable: weakref.WeakSet[Plan] = weakref.WeakSet()
         self._finite: weakref.WeakKeyDictionary[Plan, WeightDtypes] = weakref.WeakKeyDictionary()
-        """Plan → the dtypes of weights of which it was found to leave any finite one finite."""
+        """Plan → the dtypes of weights for which a bound proved that every finite one stays finite.
+        """
         # The address of every tensor of the base, when the two answers above were found.
         self._addresses: list[int] = []
 
@@ -129,7 +130,7 @@ class Mergeable:
 
     # ------------------------------------------------------------------ sites
     def _check_sites(self, plan: Plan) -> None:
-        """Check that each site takes a write, under one name, and shares its memory with no other
+        """Check that each site can be written, has one name, and shares its memory with no other
         module.
         """
         _refuse_sharded(plan)
@@ -162,10 +163,13 @@ class Mergeable:
             self._check_ties(unknown, plan)
 
     def _check_ties(self, written: Sequence[tuple[Site, str, str]], plan: Plan) -> None:
-        """Check that no other module uses a tensor that is about to be written: (site, tensor, a
-        node that does).
+        """Check that no other module uses a tensor that is about to be written.
 
         Modules that share a tensor may all replace it by the same numbers: it is written twice.
+
+        Args:
+            written: (site, tensor, a node that writes it).
+            plan: the plan.
         """
         # Memory is compared, not names: a tied weight may be a view of a part of another one.
         spans = list(_spans(self._base))
@@ -187,7 +191,8 @@ class Mergeable:
                     f"nn.Parameter(module.{attribute}.detach().clone())",
                     "or leave the module out of the adapter",
                 )
-            # What other modules replace is this plan's own affair, and asked again of the next.
+            # Whether the other modules replace it alike depends on this plan, so the next plan is
+            # checked again.
             if not alike:
                 self._untied.add((site.name, attribute))
 
@@ -243,7 +248,7 @@ def _are_alike(mine: Sequence[OverrideTerm], theirs: Sequence[OverrideTerm]) -> 
 
 
 def _refuse_sharded(plan: Plan) -> None:
-    """Raise for the first site of a plan of whose weight every rank has a part."""
+    """Raise for the first site of a plan whose weight is sharded over several ranks."""
     for name, site in plan.sites.items():
         weight = site.weight
         if weight is not None and is_sharded(weight):
@@ -271,8 +276,8 @@ def _refuse_training(plan: Plan, owned: Sequence[str]) -> None:
 
 # ---------------------------------------------------------------------- where tensors lie
 def _addresses(base: nn.Module) -> list[int]:
-    """Return the address of every tensor of every module, of a shared one each time."""
-    # By hand, because this is asked at every switch, and `modules()` takes several times as long.
+    """Return the address of every tensor of every module; a shared tensor's once for each use."""
+    # By hand, because this runs at every switch, and `modules()` takes several times as long.
     tensors: list[Tensor | None] = []
     modules: list[nn.Module | None] = [base]
     around: set[nn.Module] = set()
@@ -293,20 +298,20 @@ def _addresses(base: nn.Module) -> list[int]:
         try:
             address = tensor.data_ptr()
         except (RuntimeError, ValueError):
-            continue  # it lies nowhere yet, or in several pieces
+            continue  # it has no memory yet, or several pieces of it
         found.append(address)
     return found
 
 
 def _spans(base: nn.Module) -> Iterator[tuple[int, int, int, tuple[str, str]]]:
-    """Yield every tensor of every module, a shared one each time: (start, end, id of module,
-    (module, name)).
+    """Yield (start, end, id of module, (module, name)) for every tensor of every module; a shared
+    tensor once for each use.
     """
     for name, module in base.named_modules():
         for held in (module._parameters, module._buffers):
             for leaf, tensor in held.items():
                 if tensor is None or is_lazy(tensor) or tensor.layout is not torch.strided:
-                    continue  # it lies nowhere yet, or in several pieces
+                    continue  # it has no memory yet, or several pieces of it
                 if not tensor.is_meta:
                     yield (*_span(tensor), id(module), (name, leaf))
 

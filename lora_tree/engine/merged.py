@@ -52,8 +52,9 @@ class MergedWeights:
         self.pristine = Pristine(place)
         self._begin: Callable[[Switch], Mapping[tuple[int, str], Source]]
         self._begin = _in_place if self._in_place else self.pristine.begin
-        """Return what brings the base's own numbers back, by (id of module, name of its tensor),
-        before the first write."""
+        """Called before the first write of a switch; returns, by (id of module, name of its
+        tensor), what brings the base's own numbers back.
+        """
         self.mergeable = Mergeable(base, self.pristine, self._scratch)
         self.plan = EMPTY_PLAN
 
@@ -64,7 +65,7 @@ class MergedWeights:
             plan: its sites were found in the base just now.
 
         Raises:
-            ForeignWrite: somebody else wrote to a weight with a path merged into it; names it.
+            ForeignWrite: other code wrote to a weight with a path merged into it; names it.
         """
         if plan.terms or self.plan.terms:
             self.pristine.verify(self._replaced(plan))
@@ -74,8 +75,8 @@ class MergedWeights:
 
         Args:
             plan: what the weights become.
-            after_failure: a call of ours failed: how the weights look has to be noted anew, even if
-                they are those of ``plan`` already.
+            after_failure: an earlier call failed. The state of the weights has to be noted again,
+                even if they are those of ``plan`` already.
 
         Raises:
             MemoryError, RuntimeError: what torch raised; the weights are as they were before the
@@ -100,8 +101,8 @@ class MergedWeights:
             sources = self._begin(switch)
             begun: list[SiteWrite] = []
             done: list[SiteWrite] = []
-            # In place, a launch reads what the last switch left, and the copies that it is known by
-            # do not exist.
+            # In place, no launch is kept: it would read what the last switch left, and there are no
+            # pristine copies whose number tells when it is stale.
             kept_for = plan if plan.fixed and not self._in_place else None
             try:
                 if known is not None:
@@ -115,11 +116,12 @@ class MergedWeights:
                 self.plan = plan
             except BaseException:
                 self.plan = before
-                # With pristine any weight can be written anew, half-written ones too. In place,
-                # what is half written can't be taken back, and what was not begun must not be.
+                # With pristine any weight can be written again, half-written ones too. In place, a
+                # half-written one can't be taken back, and one that was not begun must not be.
                 undone = done if self._in_place else begun
                 back = Writes(tuple(reversed(undone))).undone()
-                # All of them: the writes that were not begun count as written since `_begin`.
+                # The way back is begun for all writes: since `_begin`, those that were not begun
+                # count as written too.
                 self._begin(switch.undone())
                 self._write(*back.apart(), sources, launched, [], [], None)
                 raise
@@ -134,7 +136,7 @@ class MergedWeights:
 
         Raises:
             StateError: no copies were kept.
-            ForeignWrite: a module was replaced or resized, and its copy fits no more; nothing was
+            ForeignWrite: a module was replaced or resized, and its copy no longer fits; nothing was
                 written.
         """
         if self._in_place and self.plan.terms:
@@ -156,7 +158,7 @@ class MergedWeights:
 
     # ------------------------------------------------------------------ what changes
     def _replaced(self, plan: Plan) -> list[str]:
-        """Return the merged weights whose module the base does not have any more, as it was.
+        """Return the merged weights whose module was replaced in the base, or removed from it.
 
         Args:
             plan: one whose sites were found in the base just now.
@@ -172,8 +174,8 @@ class MergedWeights:
         return found
 
     def _launch_of(self, plan: Plan, switch: Switch) -> KeptLaunch | None:
-        """Return the launch that makes all of a switch; None if none was kept, or it takes more
-        than a launch.
+        """Return the launch that makes a whole switch; None if none was kept, or if the switch
+        needs more than a launch.
         """
         # Where no kernel runs, no plan has a launch.
         if plan not in self._launches.plans or self.pristine.has_logged:
@@ -205,7 +207,7 @@ class MergedWeights:
             launched: the devices on which a kernel writes all weights in one launch.
             begun: gets every write before anything of it is written.
             done: gets every write when it is written.
-            plan: what the writes make of the base, if a launch may be kept for it.
+            plan: the plan that is written, if launches may be kept for it; else None.
         """
         if self._in_place:
             # A site that becomes the base's own takes a sum there as well.
@@ -362,7 +364,7 @@ class MergedWeights:
             return
         values = [term.scaled for term in write.new]
         if self._in_place:
-            # There is no copy to begin from: the terms of before are taken back in the same sum.
+            # There is no copy to begin from: the earlier terms are subtracted in the same sum.
             values += [term.value.scaled(-term.coefficient) for term in write.old]
         for i, value in enumerate(values):
             if value.A.device != target.device:
@@ -372,15 +374,14 @@ class MergedWeights:
             is_logged = is_logged or self.pristine.is_logged(write.site.module, name)
         summed = values and name == write.site.weight_name
         if is_logged and summed and can_log(write.site, target):
-            # A weight whose log became too large, or that was overridden, keeps the log's bits.
+            # This weight had a log, which became too large, or met an override. It still has to get
+            # the bits that a log gives.
             add_in_blocks(write.site, target, source, values, self._scratch)
         else:
             _add(write.site, target, source, values, self._scratch)
 
     def _terms(self, write: SiteWrite) -> list[tuple[LowRank, float]]:
-        """Return values and their coefficients; in place, what was written before is taken back
-        too.
-        """
+        """Return values and their coefficients; in place, the earlier terms' too, negated."""
         terms = [(term.value, term.coefficient) for term in write.new]
         if self._in_place:
             terms += [(term.value, -term.coefficient) for term in write.old]

@@ -37,11 +37,12 @@ from .watch import Watch, WatchedWeight
 __all__ = ["Pristine", "Source"]
 
 LARGEST_LOG = 0.5
-"""A log that takes more than this part of its weight gives way to a copy."""
+"""A log that takes more than this fraction of its weight's bytes is replaced by a copy."""
 
 
 Source: TypeAlias = Tensor | UndoLog
-"""What a tensor is computed from: its own numbers, or the log that brings them back."""
+"""The source of a tensor's new numbers: a copy of the base's own, or the log that brings them back.
+"""
 
 
 @dataclass(eq=False)
@@ -74,7 +75,7 @@ class _PristineCopy:
         return isinstance(now, Tensor) and now.shape == self.weight.shape
 
     def own(self) -> Tensor:
-        """Return the base's own numbers, of a log in new memory."""
+        """Return the base's own numbers; from a log, in new memory."""
         if not isinstance(self.copy, UndoLog):
             return self.copy
         now: Tensor = getattr(self.weight.module, self.weight.attribute)
@@ -106,39 +107,39 @@ class Pristine:
     def __init__(self, place: CopyPlace = "auto") -> None:
         self._place = place
         self._scratch = Scratch()
-        # By the module's id, which its copy keeps from being used again: it holds the module.
+        # By the module's id. The copy holds the module, so its id is not given to another object.
         self._kept: dict[tuple[int, str], _PristineCopy] = {}
         self._watch = Watch()
         self._changes = 0
-        """How often copies were made or dropped."""
+        """The number of times that copies were made or dropped."""
         self._begun: weakref.WeakKeyDictionary[Switch, _Begun] = weakref.WeakKeyDictionary()
         """The sources of the last switches, until a copy is made or dropped."""
         self.has_logged = False
-        """A log was made for some weight."""
+        """True: a log was made for some weight."""
 
     @property
     def number(self) -> int:
-        """Another number when a copy was made or dropped, or when a weight that has one was found
-        to lie elsewhere; launches hold the addresses of both.
+        """A number that changes when a copy is made or dropped, or when a weight that has one is
+        found at another address; launches hold the addresses of both.
         """
-        # Each of the two only grows, so no sum comes twice.
+        # Both summands only grow, so no sum occurs twice.
         return self._changes + self._watch.moves
 
     @property
     def keeps(self) -> bool:
-        """Whether copies are kept at all."""
+        """True: copies or logs are kept."""
         return self._place != "none"
 
     def verify(self, replaced: Sequence[str] = ()) -> None:
         """Check that only we have written to the weights that have copies.
 
-        If somebody else wrote to a bare weight, its copy is dropped.
+        If other code wrote to a bare weight, its copy is dropped.
 
         Args:
             replaced: merged weights whose module the base does not have any more.
 
         Raises:
-            ForeignWrite: somebody else wrote to, or replaced, a weight while a path was merged into
+            ForeignWrite: other code wrote to, or replaced, a weight while a path was merged into
                 it.
         """
         touched = self._watch.touched([kept.weight for kept in self._kept.values()])
@@ -212,8 +213,8 @@ class Pristine:
                         can_be_logged[watched] = write.site
                     missing.append(watched)
                 elif isinstance(kept.copy, UndoLog) and not write.is_sum(attribute):
-                    # What overrides a weight leaves nothing of it in it, so a log can't bring it
-                    # back.
+                    # An override leaves nothing of the base's numbers in the weight, so a log can't
+                    # bring them back.
                     self._copied(kept)
         if not missing:
             return
@@ -253,7 +254,7 @@ class Pristine:
         return others
 
     def is_logged(self, module: nn.Module, attribute: str) -> bool:
-        """Return whether a tensor has, or had, a log, whose bits a copy has to give."""
+        """Return whether a tensor has, or had, a log: then sums from its copy need a log's bits."""
         kept = self._kept.get((id(module), attribute))
         return kept is not None and kept.logged
 
@@ -266,7 +267,7 @@ class Pristine:
             return kept.own()
 
     def settle(self) -> None:
-        """Give the weights copies whose logs have become too large, after a switch."""
+        """Replace the logs that have become too large by copies, after a switch."""
         large = []
         for kept in self._kept.values():
             weight = kept.weight.parameter
@@ -291,7 +292,7 @@ class Pristine:
         self._changed()
 
     def look(self) -> None:
-        """Note how every weight with a copy looks now, so that `verify` recognises it."""
+        """Note the present state of every weight with a copy, so that `verify` recognises it."""
         self._watch.look([kept.weight for kept in self._kept.values()])
 
     def restore(self, replaced: Iterable[str] = ()) -> None:
@@ -301,7 +302,7 @@ class Pristine:
             replaced: merged weights whose module the base does not have any more.
 
         Raises:
-            ForeignWrite: a weight was replaced or resized, and its copy fits no more; nothing was
+            ForeignWrite: a weight was replaced or resized, and its copy no longer fits; nothing was
                 written.
         """
         merged = [kept for kept in self._kept.values() if kept.merged]

@@ -4,8 +4,8 @@
               ├─▶ Switch    the sites whose terms differ: first those that go bare, then the others
     new plan ─┘
 
-It follows from the two plans alone, and a program switches between few of them. So it is made once
-for a pair, and kept as long as both plans live.
+A switch follows from the two plans alone, and a program switches between few plans. So it is made
+once for a pair, and kept as long as both plans live.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .plan import OverrideTerms, Plan, Terms
 __all__ = ["KeptSwitches", "SiteWrite", "Switch", "Writes"]
 
 KEPT = 4
-"""Plans from which a switch to one plan is kept."""
+"""The number of earlier plans from which the switch to one plan is kept."""
 
 
 # A named tuple, because a switch between two plans for the first time makes one for every site.
@@ -30,7 +30,8 @@ class SiteWrite(NamedTuple):
 
     Args:
         site: the site.
-        tensors: the names of what it writes: the weight, and the bias if a term has one or had.
+        tensors: the names of the tensors that it writes: the weight if a term is or was there, the
+            bias if a term has or had one, and tensors that are or were overridden.
         new: the terms that are written.
         old: the terms that were written before.
         instead: the overrides to which they are added.
@@ -46,12 +47,12 @@ class SiteWrite(NamedTuple):
 
     @property
     def is_merged(self) -> bool:
-        """Whether the site is another than the base's own after it."""
+        """True: after this write the site differs from the base's own."""
         return bool(self.new or self.instead)
 
     @property
     def is_plain(self) -> bool:
-        """Whether increments to the weight are all that it writes."""
+        """True: it writes increments to the weight, and nothing else."""
         return bool(self.new) and not self.instead and self.tensors == (self.site.weight_name,)
 
     def is_sum(self, name: str) -> bool:
@@ -76,7 +77,7 @@ class Writes:
 
     @cached_property
     def is_plain(self) -> bool:
-        """Whether each of them writes increments to its weight, and nothing else."""
+        """True: each of them writes increments to its weight, and nothing else."""
         return all(write.is_plain for write in self.each)
 
     def undone(self) -> Writes:
@@ -169,8 +170,8 @@ def _same_terms(x: Terms, y: Terms) -> bool:
     """Return whether two sites' terms write the same bits: the same values and coefficients."""
     if len(x) != len(y):
         return False
-    # Values by identity: their factors are never written to, or else their version moves. From the
-    # last: paths begin alike, and end in different nodes.
+    # Values are compared by identity: their factors are never written to, or else their version
+    # moves. The last come first, because paths begin alike and end in different nodes.
     for a, b in zip(reversed(x), reversed(y), strict=True):
         if a.value is not b.value or a.coefficient != b.coefficient or a.version != b.version:
             return False

@@ -1,15 +1,16 @@
 """TileLog: an undo log that a kernel reads and writes, many weights in a launch.
 
     log.write      one weight
-    write_logs     those of a switch: one launch for all that lie alike, in place
+    write_logs     the weights of a switch, in place: one launch for all of one kind
     LaidPlans      the terms of the last plans as the kernel takes them, kept with the plans
 
-A tile knows which terms it has in it, by a number, so that a switch that was cut off half-way, or
-in which a tile has no room for its exceptions, is taken back tile by tile. Then the log gets more
-room. Terms that the kernel does not cover take the log of stock operations, which this one is too.
+Each tile has a state: the number of the terms that are in it. So a switch that was cut off
+half-way, or in which a tile has no room for its exceptions, can be taken back tile by tile. Then
+the log gets more room. Terms that the kernel does not cover are logged by the base class, with
+stock operations.
 
-The memory is 1/8 of a 16-bit weight for the codes, and 2 % for the exceptions that tiles have room
-for at first. While nothing is merged there is none.
+The codes take 1/8 of a 16-bit weight, and the exceptions that tiles have room for at first 2 %.
+While nothing is merged, a log takes no memory.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ KEPT = 8
 """Launches of one plan: each begins from what another plan left, in one of two states."""
 
 GROWTH = 4
-"""How many times the room of a tile grows when it is too little."""
+"""The factor by which the room of a tile grows when it is too small."""
 
 
 class TileLog(UndoLog):
@@ -65,7 +66,7 @@ class TileLog(UndoLog):
         self._states: dict[int, LaidTerms] = {}
         self._memory: LogMemory | None = None
         self.is_cut_off = False
-        """Tiles may be in different states, because a launch failed or found no room."""
+        """True: tiles may be in different states, because a launch failed or found no room."""
 
     @property
     def nbytes(self) -> int:
@@ -78,7 +79,7 @@ class TileLog(UndoLog):
         write_logs([LogWrite(self, weight, values, laid)], scratch)
 
     def write_stock(self, weight: Tensor, values: Sequence[LowRank], scratch: Scratch) -> None:
-        """Do the same with stock operations; nothing that the kernel wrote is in the weight."""
+        """Do the same with stock operations; the kernel's terms have been taken out before."""
         super().write(weight, values, scratch)
 
     def own(self, weight: Tensor) -> Tensor:
@@ -86,7 +87,7 @@ class TileLog(UndoLog):
         if self._memory is None:
             return super().own(weight)
         found = weight.detach().to(self._device, copy=True)
-        # The states are the only thing that changes on the way to the base's own numbers.
+        # Taking terms out changes the states in the memory, and nothing else there.
         memory = replace(self._memory, states=self._memory.states.clone())
         for state, terms in self._states.items():
             part = LogPart(self.site.rows(found), memory, terms, NO_TERMS, (state, BARE))
@@ -95,14 +96,14 @@ class TileLog(UndoLog):
 
     # ------------------------------------------------------------------ for `write_logs`
     def lie(self) -> object:
-        """Return how the terms lie that are in the weight; None if there are none."""
+        """Return the layout of the weight's terms (`LaidTerms.lie`); None if there are none."""
         for terms in self._states.values():
             return terms.lie
         return None
 
     def come_home(self, weight: Tensor, scratch: Scratch) -> None:
-        """Take the terms out of a weight that was moved to another device, on the device where they
-        were put in.
+        """Take the terms out of a weight that was moved to another device. They are computed on the
+        device where they were put in, so that their bits are the same.
         """
         if weight.device == self._device:
             return
@@ -122,8 +123,8 @@ class TileLog(UndoLog):
         """Return the part that puts terms in the place of those that are in the weight.
 
         Args:
-            write: the terms, which lie as the old ones do; not empty.
-            share: a tile has room for one exception in so many numbers, at least.
+            write: the terms, in the layout of the old ones; not empty.
+            share: a tile has room for one exception in ``share`` numbers, at least.
         """
         new = write.laid
         assert new is not None
@@ -133,19 +134,19 @@ class TileLog(UndoLog):
         if memory is None:
             memory = LogMemory.of(rows, log_height(new.lie[0]), share=share)
         ((state, old),) = self._states.items() or [(BARE, NO_TERMS)]
-        # Two numbers are enough, and with them a launch between two plans can be run again.
+        # States alternate between two numbers, so that a launch between two plans can be run again.
         after = 2 if state == 1 else 1
         self._memory = memory
         self.begin(after, new)
         return LogPart(rows, memory, old, new, (state, after))
 
     def begin(self, after: int, new: LaidTerms) -> None:
-        """Note that tiles are in either state now: the launch that follows may be cut off."""
+        """Note that a tile may be in the old or the new state: the launch that follows may fail."""
         self.is_cut_off = True
         self._states = {**self._states, after: new}
 
     def holds(self, memory: LogMemory | None, state: int, terms: LaidTerms | None) -> bool:
-        """Return whether all tiles have these terms in them, by this number in this memory."""
+        """Return whether all tiles hold these terms, by this state in this memory."""
         if memory is None or self._memory is not memory or self.is_cut_off:
             return False
         return len(self._states) == 1 and self._states.get(state) is terms
@@ -162,7 +163,7 @@ class TileLog(UndoLog):
 
 
 Where: TypeAlias = tuple[str, int, torch.dtype]
-"""A site's name, and where its weight is, in which dtype."""
+"""(site name, address of its weight, dtype of its weight)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -205,7 +206,7 @@ class LogWrite:
         if laid is None:
             here = [value.to(device=weight.device) for value in values]
             return LogWrite(log, weight, here, None)
-        # Copies live as long as they are merged, and no longer.
+        # Factors that were copied live only as long as they are merged.
         if not is_copied:
             known[where] = laid
         return LogWrite(log, weight, (), laid)
@@ -234,8 +235,7 @@ class LaidPlans:
     """The terms and launches of the last plans, laid out for the kernel.
 
     Reading the addresses and the layout of a plan's factors takes longer than the switch itself, so
-    it is done once; and a launch from one plan to another is run again while everything is where it
-    was.
+    it is done once. A launch from one plan to another is run again as long as nothing has moved.
     """
 
     def __init__(self) -> None:
@@ -251,7 +251,7 @@ class LaidPlans:
             return LaidPlan(())
         places = plan.places()
         found = self._of.get(plan)
-        # An adapter that was evicted since, and sent again, may lie elsewhere.
+        # An adapter that was evicted and sent again may have another address.
         if found is None or found.places != places:
             found = self._of[plan] = LaidPlan(places)
         return found
@@ -261,13 +261,13 @@ class LaidPlan:
     """The terms and launches of one plan.
 
     Args:
-        places: where the adapters of the plan lay.
+        places: the addresses of the plan's buffers when this was made; see `Plan.places`.
     """
 
     def __init__(self, places: tuple[int, ...]) -> None:
         self.places = places
         self.terms: dict[Where, LaidTerms] = {}
-        """Those of its sites, as far as they were written."""
+        """The terms of its sites that were written so far."""
         self._launches: list[_KeptLogLaunch] = []
 
     def find(self, writes: Sequence[LogWrite]) -> _KeptLogLaunch | None:
@@ -280,11 +280,11 @@ class LaidPlan:
         return None
 
     def keep(self, launch: LogLaunch, parts: Sequence[LogPart], writes: Sequence[LogWrite]) -> None:
-        """Keep a launch for `find`; the oldest go."""
+        """Keep a launch for `find`; the oldest ones are dropped."""
         known = {id(laid) for laid in self.terms.values()}
         for part in parts:
-            # Factors that were copied go when they are no longer merged, and so does the memory of
-            # a log whose weight is bare.
+            # Not if it reads factors that were copied, which live only as long as they are merged,
+            # or begins from a bare weight, whose log has no memory to find again.
             if id(part.new) not in known or not part.old.terms:
                 return
         kept = [_KeptPart.of(part, write) for part, write in zip(parts, writes, strict=True)]
@@ -342,12 +342,13 @@ class _KeptPart:
 def write_logs(writes: Sequence[LogWrite], scratch: Scratch, plan: LaidPlan | None = None) -> None:
     """Write many weights, in place.
 
-    If this fails half-way, calling it again with other values finds every weight as it is.
+    If this fails half-way, the logs know what each weight holds, so it can be called again, with
+    other values too.
 
     Args:
         writes: no weight twice.
         scratch: buffers for weights that the kernel does not cover.
-        plan: what was laid out before for the plan that is written; gets more.
+        plan: what was laid out for the plan that is written; a new launch is kept there.
     """
     known = None if plan is None else plan.find(writes)
     if known is not None:
@@ -371,8 +372,8 @@ def write_logs(writes: Sequence[LogWrite], scratch: Scratch, plan: LaidPlan | No
 
 
 def _made_ready(writes: Sequence[LogWrite], scratch: Scratch) -> list[LogWrite]:
-    """Bring weights to where a kernel can put new terms in, and write those that it does not cover;
-    return the others.
+    """Prepare weights for a kernel that puts new terms in; write those that it does not cover, and
+    return the other writes.
     """
     stock: list[LogWrite] = []
     pending: list[LogWrite] = []
@@ -388,7 +389,8 @@ def _made_ready(writes: Sequence[LogWrite], scratch: Scratch) -> list[LogWrite]:
                 stock.append(write)
             continue
         pending.append(write)
-        # From terms that lie otherwise there is no way but by the base's own numbers.
+        # A kernel takes old and new terms of one layout only. Old terms of another one are taken
+        # out first.
         if log.is_cut_off or log.lie() not in (None, new.lie):
             out.append(write)
     _take_out(out)

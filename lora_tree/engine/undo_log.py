@@ -6,13 +6,14 @@ A merge loses nothing but its rounding. With D the increment of a path,
     guess = round(W' − D)     which is W0, or a neighbour of it
     code = bits(W0) − bits(guess) + 1
 
-where bits are those of a number as an integer: of two numbers of one sign that are neighbours they
-differ by 1. Nearly all codes are 0, 1, 2 or 3. The others are exceptions: a list of places and of
-W0's own bits. A switch from path to path takes a block, computes the old increment and W0, then the
-new increment, W' and the codes.
+where bits(x) are the bits of x read as an integer: neighbours of one sign differ by 1. Nearly all
+codes are 0, 1, 2 or 3. The others are exceptions: a list of places and of W0's own bits there. A
+switch from path to path goes block by block: it computes the old increment and W0, then the new
+increment, W' and the codes.
 
-Law: D is computed with the same bits again, from the same factors in blocks of the same shape; so a
-log holds the factors of what is merged, a copy of those that train, and the number of threads.
+Law: D has to be computed again with the same bits, from the same factors in blocks of the same
+shape. So a log holds the factors that are merged, a copy of those that train, and the number of
+threads.
 
 The codes take 1/8 of a 16-bit weight and 1/16 of a 32-bit one. An exception takes 6 or 8 bytes.
 They are rare while increments are small beside the weights (`benchmarks switch` prints the size).
@@ -40,10 +41,10 @@ the bits, because sums are computed block by block.
 """
 
 CODES = 4
-"""The codes that fit into two bits; so many of them make a byte."""
+"""The number of codes that two bits can hold; it is also the number of codes in a byte."""
 
 INTEGERS = {2: torch.int16, 4: torch.int32}
-"""By a number's size in bytes: the integers that have its bits."""
+"""Size of a number in bytes → the integers of that size."""
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -61,7 +62,7 @@ class _BlockLog:
 
     Args:
         values: the terms that are in it.
-        threads: with how many threads their products were computed.
+        threads: the number of threads that computed their products.
         codes: (⌈numbers / 4⌉,) uint8.
         places: (exceptions,) int32: where in the block they are.
         bits: (exceptions,): the base's own bits there.
@@ -99,17 +100,17 @@ class UndoLog:
 
     @property
     def is_bare(self) -> bool:
-        """Whether every block holds the base's own numbers."""
+        """True: every block holds the base's own numbers."""
         return all(block is None for block in self._blocks)
 
     def write(self, weight: Tensor, values: Sequence[LowRank], scratch: Scratch) -> None:
         """``weight ← round_once(W0 + Σ values)``, in place; no values: W0.
 
-        Each block is finished before the next is begun. If this fails half-way, calling it again
-        with other values finds every block as it is.
+        Each block is finished before the next is begun. If this fails half-way, the log knows what
+        each block holds, so it can be called again, with other values too.
 
         Args:
-            weight: what the log is of, with the numbers of the last call.
+            weight: the log's weight, as the last call left it.
             values: on the weight's device.
             scratch: buffers.
         """
@@ -176,7 +177,7 @@ class UndoLog:
         self.write(there, (), scratch)
         weight.copy_(there)
         self._device = weight.device
-        # Blocks of another size, perhaps; all of them bare.
+        # The blocks may have another size there; all of them are bare.
         self._blocks = [None] * len(list(_parts(self.site.rows(weight))))
 
 
@@ -224,7 +225,7 @@ def _add_block(
 
 
 def unshared(value: LowRank) -> LowRank:
-    """Return a value to whose factors nobody else writes."""
+    """Return a value whose factors no other code writes to."""
     if not value.is_trainable:
         return value
     return value.with_tensors(lambda tensor: tensor.detach().clone())
@@ -242,7 +243,9 @@ def _parts(rows: Tensor) -> Iterator[tuple[int, slice]]:
 
 @contextlib.contextmanager
 def _threads(count: int) -> Iterator[None]:
-    """Multiply with so many threads: how a product is divided among them may decide its bits."""
+    """Multiply with ``count`` threads for the length of a ``with``: how a product is divided among
+    threads may decide its bits.
+    """
     now = torch.get_num_threads()
     if now == count:
         yield

@@ -1,8 +1,8 @@
 """Notice a write to a watched weight that was not ours.
 
-Between two switches the base belongs to its owner, who may load other weights into it, cast it or
-replace a module. A copy of the base's own weight is worth nothing then. Three kinds of evidence,
-the cheapest first:
+Between two switches the base's owner may load other weights into it, cast it or replace a module.
+That makes the copy of the base's own weight stale. Three kinds of evidence show it, the cheapest
+first:
 
     identity    the module shows another parameter, or one of another dtype or shape
     version     torch counted a write in place
@@ -27,12 +27,12 @@ from .kernels import sample_launch, usable
 __all__ = ["Watch", "WatchedWeight"]
 
 SAMPLES = 64
-"""About so many numbers of a weight are compared."""
+"""The approximate number of numbers of a weight that are compared."""
 
 
 @dataclass(eq=False, slots=True)
 class WatchedWeight:
-    """A parameter of the base, and how it looked after our last write.
+    """A parameter of the base, and its state after our last write.
 
     Args:
         name: its full name, for messages.
@@ -49,18 +49,18 @@ class WatchedWeight:
     version: int = field(init=False)
 
     def __post_init__(self) -> None:
-        # Kept apart from the parameter, whose `.data` somebody may exchange for one of another
-        # dtype or shape.
+        # Noted separately from the parameter, because other code may replace its `.data` by a
+        # tensor of another dtype or shape.
         self.dtype, self.shape = self.parameter.dtype, self.parameter.shape
         self.version = self.parameter._version
 
     def is_untouched(self) -> bool:
-        """Whether the same parameter is there and torch counted no write. A move to another device
-        is no write.
+        """Return whether the same parameter is there and torch counted no write. A move to another
+        device is no write.
         """
         weight = self.parameter
-        # Nearly always a parameter, and every weight is asked at every switch: getattr is slow on
-        # modules.
+        # The dictionary first: the weight is nearly always a parameter, this runs for every weight
+        # at every switch, and getattr is slow on modules.
         is_there = self.module._parameters.get(self.attribute) is weight
         return (
             (is_there or getattr(self.module, self.attribute, None) is weight)
@@ -71,21 +71,21 @@ class WatchedWeight:
 
 
 class Watch:
-    """The last look at some weights, to compare the next one with."""
+    """The last recorded state of some weights, with which the next one is compared."""
 
     def __init__(self) -> None:
         self._last: _Samples | None = None
         self.moves = 0
-        """Counted up when other weights are watched than before, or one of them lies elsewhere."""
+        """A count that grows when other weights are watched than before, or one has moved."""
 
     def look(self, weights: Sequence[WatchedWeight]) -> None:
-        """Remember how the weights look now: all writes so far were ours."""
+        """Record the present state of the weights; all writes so far were ours."""
         for weight in weights:
             weight.version = weight.parameter._version
         self._last = self._sampled(weights)
 
     def touched(self, weights: Sequence[WatchedWeight]) -> list[WatchedWeight]:
-        """Return the weights that somebody else has written to or replaced since the last look."""
+        """Return the weights that other code has written to or replaced since the last look."""
         found = [weight for weight in weights if not weight.is_untouched()]
         rest = weights
         if found:
@@ -119,8 +119,8 @@ class _Samples:
     def __init__(self, weights: Sequence[WatchedWeight], before: _Samples | None) -> None:
         self._weights = weights
         self._places = [weight.parameter.data_ptr() for weight in weights]
-        # To lay out a launch takes about as long as the launch, and from switch to switch it comes
-        # out the same.
+        # Laying out a launch takes about as long as the launch, and gives the same result from
+        # switch to switch.
         if before is not None and before._places == self._places and before._weights == weights:
             groups = before._groups
         else:
@@ -155,8 +155,8 @@ class _SampleGroup:
 
     Args:
         weights: the weights.
-        steps: how far the sampled numbers of each lie apart.
-        lengths: how many numbers each gives.
+        steps: for each weight, the distance between the numbers that are sampled.
+        lengths: for each weight, how many numbers are sampled.
         sampler: one launch that samples all; None where no kernel runs or fits.
     """
 
@@ -166,14 +166,13 @@ class _SampleGroup:
     sampler: Callable[[], Tensor] | None
 
     def take(self) -> Tensor:
-        """Return the samples of all, one after the other, as integers: NaN equals NaN then, and 0
-        is not −0.
+        """Return the samples of all weights, one after the other. They are integers, so that NaN
+        equals NaN and 0 differs from −0.
         """
         if self.sampler is not None:
             return self.sampler()
         parts = []
-        # The views are not kept: they would hold a weight's memory after the weight has gone
-        # elsewhere.
+        # The views are not kept: they would keep a weight's old memory alive after it was moved.
         for weight, step in zip(self.weights, self.steps, strict=True):
             tensor = weight.parameter.detach()
             flat = tensor.reshape(-1) if tensor.is_contiguous() else tensor.flatten()
@@ -183,7 +182,7 @@ class _SampleGroup:
 
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""By a number's size in bytes: the integers of that size."""
+"""Size of a number in bytes → the integers of that size."""
 
 
 def _grouped(weights: Sequence[WatchedWeight]) -> list[_SampleGroup]:
@@ -194,7 +193,7 @@ def _grouped(weights: Sequence[WatchedWeight]) -> list[_SampleGroup]:
     groups = []
     for (device, dtype), alike in by_kind.items():
         tensors = [weight.parameter for weight in alike]
-        # An odd step: an even one may see the first column of a matrix and nothing else.
+        # The step is odd, because an even one might sample only the first column of a matrix.
         steps = [max(tensor.numel() // SAMPLES, 1) | 1 for tensor in tensors]
         lengths = [-(-t.numel() // step) for t, step in zip(tensors, steps, strict=True)]
         plain = all(tensor.is_contiguous() and tensor.numel() for tensor in tensors)
