@@ -29,21 +29,21 @@ from .upload import uploaded
 __all__ = ["AllPathsForm", "GroupedForm", "MatrixForm"]
 
 AT_ONCE = 1 << 20
-"""Numbers of scattered rows that a CPU takes out at once. More would leave its cache; the rows of
-one path at a time stay in it."""
+"""The most numbers of scattered rows that a CPU gathers at once. More would not fit into its cache;
+the rows of one path at a time do."""
 
 MOST_COPIES = 2
-"""So many rows a path are multiplied each with a copy of the path's factors, on average."""
+"""Each row gets a copy of its path's factors if a path has at most this many rows on average."""
 
 STRIDE_BYTES = 16
-"""The rows of a grouped product's operands have to be multiples of this."""
+"""A row of a grouped product's operands has to take a multiple of this."""
 
 
 class AllPathsForm(SumForm):
     """One batched product over the distinct paths, or over the rows.
 
-    It needs as many rows in each part. If the paths don't have that, each row is a part, and has a
-    copy of its path's factors: that is still faster than a product for each path
+    All its parts must have the same number of rows. If the paths do not, each row is a part and
+    has a copy of its path's factors: that is still faster than a product for each path
     (`python -m benchmarks.forms`).
     """
 
@@ -64,7 +64,8 @@ class AllPathsForm(SumForm):
         if not owed.site.is_product:
             return False
         kinds, parts = owed.batch.by_kind, _parts(owed)
-        # Factors that train are put side by side anew in each step: no copy of them for each row.
+        # Factors that train are put side by side again in each step; copying them for each row on
+        # top of that would cost too much.
         if parts is not kinds and (owed.live or len(parts) > MOST_COPIES * len(kinds)):
             return False
         in_order = _rows_of(parts) == list(range(len(owed.batch)))
@@ -80,7 +81,7 @@ class AllPathsForm(SumForm):
         return _side_by_side(self.owed, [coefficients for _, coefficients in self._parts])
 
     def _low(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the narrow products (parts, inputs, R), and the factors that take them up."""
+        """Return the narrow products (parts, inputs, R), and B as (parts, R, out)."""
         A, B = self._factors()
         taken = self._rows.of(x)
         by_part = taken.reshape(len(A), -1, taken.shape[-1])
@@ -108,7 +109,7 @@ class _NodeLayer:
 
     Args:
         rows: their rows, one node's after the other's.
-        ends: where in these each node's end.
+        ends: the offset in ``rows`` at which each node's rows end.
         factors: returns (nodes, R, in) and (nodes, R, out).
         each: the rows' coefficients; None: all are 1.
     """
@@ -166,7 +167,7 @@ class GroupedForm(SumForm):
         assert product is not None  # or this form does not suit
         for layer in self._layers:
             taken = layer.rows.of(x)
-            inputs = taken.numel() // (len(layer.rows) * taken.shape[-1])  # of each row
+            inputs = taken.numel() // (len(layer.rows) * taken.shape[-1])  # per row
             offsets = layer.ends * inputs
             A, B = (factor.to(x.dtype) for factor in layer.factors())
             low = product(taken.reshape(-1, taken.shape[-1]), A.mT, offs=offsets)
@@ -187,8 +188,8 @@ class MatrixForm(SumForm):
         super().__init__(owed)
         self._rows = owed.rows(owed.batch.adapted)
         self._value = owed.held(owed.stacking([1.0] * len(owed.values)))
-        # A row's coefficient of a node stands once for each of the node's ranks, and all of that
-        # once for each group.
+        # A node's coefficient is repeated for each of the node's ranks, and that row of
+        # coefficients for each group.
         column: list[int] = []
         for i, value in enumerate(owed.values):
             column += [i] * value.rank
@@ -224,7 +225,7 @@ _Parts: TypeAlias = Sequence[tuple[tuple[int, ...], tuple[float, ...]]]
 
 
 def _parts(owed: Owed) -> _Parts:
-    """Return parts with as many rows in each: the paths; or else the rows that owe anything."""
+    """Return parts with equally many rows: the paths, or else each row that owes anything."""
     batch = owed.batch
     if len({len(rows) for rows, _ in batch.by_kind}) == 1:
         return batch.by_kind
@@ -244,7 +245,7 @@ def _side_by_side(
 ) -> tuple[Tensor, Tensor]:
     """Return sums of the values, one beside the other: (sums, R, in) and (sums, R, out).
 
-    B is turned over and has the scales in it. Every factor is copied once.
+    B is transposed and multiplied by the scales. Every factor is copied once.
 
     Args:
         owed: the values.

@@ -43,8 +43,8 @@ class RowRuns:
     """The products of a batch, node by node, each over rows that lie side by side.
 
     Args:
-        order: the rows that owe anything, as they lie for these products; all rows in the batch's
-            own order, if that takes not many more of them.
+        order: the rows that owe anything, sorted so that few products are needed; or all rows in
+            the batch's own order, if that takes at most twice as many products.
         parts: (start, end, node, coefficient); start and end are places in the order.
     """
 
@@ -57,14 +57,14 @@ class Batch:
     """Rows, by the coefficients of the nodes on their lineages.
 
     Args:
-        nodes: in the order of the sum. A node that rows owe in several weights per module stands
-            there once for each, as ``fr``, ``fr#1``, ….
-        kinds: the distinct things that a row can owe.
-        of_row: row → its kind.
-        weights: the weight with which each of the nodes is owed, times what `kinds` says: 1, or a
-            weight per module. None: all are 1.
-        lineages: kind → the nodes of its paths, which decide what they override; empty where that
-            does not matter.
+        nodes: in the order of the sum. A node that rows owe with several weights per module is
+            listed once for each, as ``fr``, ``fr#1``, ….
+        kinds: the coefficients of each kind of row. Two kinds differ in these or in their lineages.
+        of_row: row → the index of its kind.
+        weights: for each of the nodes, the weight by which its coefficients in `kinds` are
+            multiplied: 1, or a weight per module. None: all are 1.
+        lineages: kind → the nodes of its paths, which decide whose overrides count; empty where
+            that does not matter.
 
     >>> tree = AdapterTree()
     >>> for path in ("fr", "fr/legal", "de"): _ = tree.add(path)
@@ -112,8 +112,9 @@ class Batch:
                     owed.append({})
                     coefficients = tree.coefficients(blend)
                     for node, weight in coefficients.items():
-                        # Rows with numbers share one column, and owe it their numbers. A weight
-                        # per module goes into the factors' scales, so each has its own column.
+                        # Rows whose weight is a number share the node's column, with that number
+                        # in it. A weight per module goes into the factors' scales, so each such
+                        # weight has a column of its own.
                         if isinstance(weight, float):
                             owed[-1][node, ""] = weight
                             weights[node, ""] = 1.0
@@ -152,9 +153,9 @@ class Batch:
     def __len__(self) -> int:
         return len(self.of_row)
 
-    # ------------------------------------------------------------------ the same rows, otherwise
+    # ------------------------------------------------------------------ derived batches
     def at(self, nodes: Sequence[str], without: Sequence[frozenset[str]] | None = None) -> Batch:
-        """Return the batch as some of the nodes see it: those that change one site.
+        """Return the batch with some of the nodes only: those that change one site.
 
         Args:
             nodes: in the order of the sum.
@@ -162,8 +163,8 @@ class Batch:
                 there are none.
         """
         if without is None and tuple(nodes) == self.nodes and self._kinds_differ:
-            return self  # nearly every site of nearly every model
-        # In the order asked for: the order of the site's terms.
+            return self  # the case at nearly every site
+        # In the order of ``nodes``, which is the order of the site's terms.
         columns = [self.nodes.index(node) for node in nodes]
         kinds = []
         for i, kind in enumerate(self.kinds):
@@ -187,7 +188,7 @@ class Batch:
     # ------------------------------------------------------------------ derived
     @cached_property
     def _kinds_differ(self) -> bool:
-        """No two kinds differ in their paths alone."""
+        """True if no two kinds have the same coefficients and differ in their lineages alone."""
         return len(set(self.kinds)) == len(self.kinds)
 
     @cached_property
@@ -202,7 +203,7 @@ class Batch:
 
     @cached_property
     def is_uniform(self) -> bool:
-        """All rows owe the same, so it does not matter which is which."""
+        """True: all rows owe the same, so it does not matter which is which."""
         return len(self.kinds) == 1
 
     @cached_property
@@ -234,12 +235,12 @@ class Batch:
     @cached_property
     def runs(self) -> RowRuns:
         """The products of all nodes over rows that lie side by side, in the order of the sum."""
-        # Nodes stand in depth-first order, so kinds that are sorted by the nodes that they owe lie
+        # Nodes are in depth-first order, so kinds that are sorted by the nodes that they owe lie
         # beside those with which they share the most ancestors.
         by_path = self._runs(sorted(self.adapted, key=lambda row: self.owing[self.of_row[row]]))
         as_it_is = self._runs(range(len(self)))
-        # Another order costs a copy of the inputs and two of the outputs: worth it for half of the
-        # calls.
+        # Another order costs a copy of the inputs and two of the outputs. It is worth that only if
+        # it takes less than half as many products.
         return as_it_is if len(as_it_is.parts) <= 2 * len(by_path.parts) else by_path
 
     def _runs(self, order: Sequence[int]) -> RowRuns:
@@ -258,7 +259,7 @@ class Batch:
 
     @cached_property
     def largest(self) -> dict[str, float]:
-        """Node → the largest coefficient that any row owes to it, without its sign."""
+        """Node → the largest absolute coefficient that any row owes to it."""
         found = [0.0] * len(self.nodes)
         for kind, places in zip(self.kinds, self.owing, strict=True):
             for place in places:
@@ -267,7 +268,7 @@ class Batch:
 
     @cached_property
     def owing(self) -> tuple[tuple[int, ...], ...]:
-        """Kind → the places in `nodes` of those that it owes to: few of the nodes of a batch."""
+        """Kind → the indices in `nodes` of the nodes that it owes to, usually few of them."""
         places = range(len(self.nodes))
         return tuple([tuple(compress(places, kind)) for kind in self.kinds])
 
@@ -302,7 +303,7 @@ class Batch:
         """Return the lists that kernels read, on a device; the same object for all sites.
 
         Args:
-            group: rows of a group.
+            group: the number of rows in a group.
             device: where they are read.
         """
         found = self._segments.get((group, device))
@@ -317,7 +318,7 @@ class Batch:
         """Return the lists, and how kernels cut the inputs up; the same objects for all sites.
 
         Args:
-            tokens: inputs of a row.
+            tokens: the number of inputs of a row.
             compute: the dtype in which kernels multiply.
             device: where the lists are read.
         """
@@ -345,11 +346,11 @@ class Batch:
 
 
 _Column = tuple[str, str]
-"""A node, and the digest of the weight per module in which rows owe it; ``""``: in numbers."""
+"""(node, digest of the weight per module with which rows owe it); ``""``: that is a number."""
 
 
 def _labels(nodes: Sequence[str]) -> tuple[str, ...]:
-    """Return the nodes with a number behind those that stand there again."""
+    """Return the nodes, with a number appended to every occurrence of a node after its first."""
     found: list[str] = []
     seen: dict[str, int] = {}
     for node in nodes:
@@ -361,7 +362,7 @@ def _labels(nodes: Sequence[str]) -> tuple[str, ...]:
 
 def tree_node(name: str) -> str:
     """Return the tree's node for a name in a batch."""
-    return name.partition("#")[0]  # in no name of a node
+    return name.partition("#")[0]  # no node's name contains a "#"
 
 
 def _distinct(
@@ -370,7 +371,7 @@ def _distinct(
     of_row: Sequence[int],
     lineages: Sequence[Lineages] = (),
 ) -> Batch:
-    """Return a batch whose kinds are in use, and different from each other."""
+    """Return a batch that has only the kinds that rows use, each once."""
     kinds: dict[tuple[Kind, Lineages], int] = {}
     mine = []
     for kind in of_row:

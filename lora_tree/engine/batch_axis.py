@@ -9,11 +9,11 @@ row's path.
     (windows · rows, …)          refused
 
 Shapes can't tell rows from tokens if there are as many of both. A site that has once been seen with
-another number of tokens is known to put its rows first. If none has been, the base is asked with
-shapes alone (`probe.py`), and a site that stays unknown is refused, unless `batch_first=True` says
-so. Vectors without a token axis (a pooler's, a classifier's) are taken if they are as many as the
-rows. But in a list within a list (one expert of many in one layer of many) such vectors are tokens
-that were sent there.
+another number of tokens is known to put its rows first. For other sites the base is run on shapes
+alone (`probe.py`), and a site that stays unknown is refused, unless `batch_first=True` says that it
+puts its rows first. Vectors without a token axis (a pooler's, a classifier's) are taken if they are
+as many as the rows. But if the site is in a list within a list (one expert of many in one layer of
+many), such vectors are tokens that were sent to this expert, and are refused.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class SeenSites:
     def __init__(self) -> None:
         self.rows_first: weakref.WeakSet[Place] = weakref.WeakSet()
         self.probed: weakref.WeakSet[Place] = weakref.WeakSet()
-        """The places for which the base was run on shapes, whether or not that told anything."""
+        """The places for which the base was run on shapes, whether or not that gave an answer."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class _Given:
 
 
 class BatchAxis:
-    """How the rows of one batch lie in the inputs of the base and of its sites.
+    """The layout of one batch's rows in the inputs of the base and of its sites.
 
     The base's forward calls `begin`, `probe` and `end` here, ``generate`` calls `expand`, and each
     site asks `spread`.
@@ -104,7 +104,8 @@ class BatchAxis:
         self.rows, self.repeat, self.tile = rows, repeat, tile
         self.batch_first = batch_first
         self.probing = False
-        """A copy of the base runs on shapes; side paths note what they are given, and add nothing.
+        """True while a copy of the base runs on shapes: side paths then note the shapes of their
+        inputs, and add nothing.
         """
         self._seen = seen
         self._given: _Given | None = None
@@ -112,14 +113,15 @@ class BatchAxis:
 
     # ------------------------------------------------------------------ generate
     def expand(self, expansion: int) -> None:
-        """Note that ``generate`` repeats each row so many times in succession; 1: not any more."""
+        """Note that ``generate`` repeats each row ``expansion`` times in succession; 1 ends it."""
         self._expansion = expansion
         declared = self.rows * self.repeat * self.tile
         self._lengths = {
             declared * expansion: (self.repeat * expansion, self.tile),
             declared: (self.repeat, self.tile),
         }
-        """Length of the first axis → how often rows occur in succession, and the batch as a whole.
+        """Length of the first axis → (repeat, tile): how often each row occurs in succession, and
+        how often the whole batch is stacked.
         """
 
     # ------------------------------------------------------------------ a forward of the base
@@ -156,7 +158,7 @@ class BatchAxis:
         inputs: list[Tensor],
         sites: Sequence[Place],
     ) -> None:
-        """Ask the base with shapes alone if the batch is square and a site is not known yet.
+        """Run the base on shapes alone if the batch is square and a site is not known yet.
 
         Args:
             base: the model.
@@ -174,7 +176,7 @@ class BatchAxis:
                 unknown.append(site)
         if not unknown or not is_square(inputs, given.length):
             return
-        # Before the run: a base that can't be run on shapes is not asked again.
+        # Before the run: a base that can't be run on shapes is not tried again.
         seen.probed.update(unknown)
         self.probing = True
         try:
@@ -195,8 +197,8 @@ class BatchAxis:
 
     # ------------------------------------------------------------------ a site
     def spread(self, site: Place, x: Tensor, out: Tensor) -> tuple[int, int]:
-        """Return how often every row occurs in succession in a site's input, and the batch as a
-        whole.
+        """Return (repeat, tile) of a site's input: how often each row occurs in succession, and how
+        often the whole batch is stacked.
 
         Raises:
             BaseMismatch: the first axis is not the rows, or can't be known to be; names the site.
@@ -217,11 +219,11 @@ class BatchAxis:
         return self._lengths[length]
 
     def rows_of(self, place: Place, x: Tensor) -> tuple[int, int] | None:
-        """Return how the rows are spread over the first axis of a place's input; None if they
-        are not there.
+        """Return (repeat, tile) of a place's input; None if its first axis does not have the length
+        of the rows.
 
         Raises:
-            BaseMismatch: the axis is as long as there are rows, and can't be known to be them.
+            BaseMismatch: it has that length, but can't be known to be the rows.
         """
         if x.ndim < 2 or not self.is_length(x.shape[0]):
             return None
@@ -229,13 +231,12 @@ class BatchAxis:
 
     def is_length(self, length: int) -> bool:
         """Return whether an axis of this length may be the rows."""
-        # Without a forward of the base, a part of it was called on its own.
+        # Outside of a forward of the base, the caller runs a part of it, and any length may be
+        # meant.
         return length in (self._lengths if self._given is None else (self._given.length,))
 
     def spread_of(self, length: int) -> tuple[int, int]:
-        """Return how often every row occurs in succession among so many, and the batch as a
-        whole.
-        """
+        """Return (repeat, tile) for a first axis of this length."""
         return self._lengths[length]
 
     # ------------------------------------------------------------------ private
@@ -246,7 +247,7 @@ class BatchAxis:
             others: the lengths of the other axes that might be the rows.
         """
         if others and length not in others:
-            self._seen.rows_first.add(site)  # from now on a square input is no question
+            self._seen.rows_first.add(site)  # from now on a square input is trusted too
         elif others:
             raise BaseMismatch(
                 f"{site.name}: its input is {tuple(x.shape)}: {length} rows, or as many tokens?",
@@ -275,7 +276,7 @@ class BatchAxis:
 
 
 def in_a_list_of_lists(name: str) -> bool:
-    """Return whether a module is one of many in one of many: ``layers.3.experts.7.up_proj``."""
+    """Return whether a module's name has several indices, as ``layers.3.experts.7.up_proj``."""
     numbers = [part for part in name.split(".") if part.isdigit()]
     return len(numbers) > 1
 
@@ -285,9 +286,9 @@ def lies_by_rows(site: Place, x: Tensor, out: Tensor, length: int, *, batch_firs
     traced.
 
     Args:
-        site: whose input.
-        x: the input.
-        out: the site's output.
+        site: the site.
+        x: its input.
+        out: its output.
         length: how many rows there are.
         batch_first: the caller knows that the first axis is the rows.
     """

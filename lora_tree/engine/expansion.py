@@ -1,8 +1,8 @@
 """Notice that transformers' ``generate`` repeats rows in succession, for beams and sequences.
 
 ``generate`` repeats them in one place, ``_expand_inputs_for_generation(expand_size=…)``. While a
-batch is routed, that method and ``generate`` itself are wrapped on the base object: the one tells
-how often rows are repeated, the other that it is over.
+batch is routed, that method and ``generate`` itself are wrapped on the base object: the first tells
+how often rows are repeated, the second when ``generate`` has ended.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ def expansions(base: nn.Module, axis: BatchAxis) -> Iterator[None]:
     @functools.wraps(generate)
     def ending(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if model is not base:
-            raise_for_copy(model, GENERATE)  # `generate` is the base's, and would run that
+            raise_for_copy(model, GENERATE)  # `generate` is bound to the base, and would run it
         try:
             return generate(*args, **kwargs)
         finally:
             axis.expand(1)
 
     # Into the object's own `__dict__`, because other models share the class. The object may have
-    # methods of its own there, which come back at the end. As methods, which a copy of the base
-    # makes its own.
+    # methods of its own there, which come back at the end. The wrappers are bound methods, because
+    # a deep copy of the base binds those to itself.
     own = vars(base)
     before = {name: own[name] for name in (EXPAND, GENERATE) if name in own}
     own.update({EXPAND: MethodType(noting, base), GENERATE: MethodType(ending, base)})

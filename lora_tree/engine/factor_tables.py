@@ -66,7 +66,7 @@ class PlanTables:
 
         Args:
             site: its name.
-            values: all of the plan's that are frozen there, or all that train.
+            values: all the plan's values that are frozen there, or all that train there.
             device: where they are read.
             live: they train.
         """
@@ -79,10 +79,10 @@ class PlanTables:
         return self._at[key]
 
     def moved_to(self, places: tuple[int, ...]) -> bool:
-        """Rewrite every table for adapters that lie elsewhere now; return False if it can't be.
+        """Rewrite every table for adapters that have moved; return False if it can't be done.
 
-        What was made of the tables stays good, so that a path whose adapters were evicted and sent
-        again costs one small copy.
+        Everything that refers to the tables stays valid, so that a path whose adapters were evicted
+        and sent again costs one small copy.
 
         Args:
             places: the addresses of the adapters' buffers now.
@@ -104,8 +104,8 @@ class PlanTables:
         return True
 
     def lay_out(self, sites: Mapping[str, Sequence[LowRank]], device: torch.device) -> None:
-        """Make the tables of several sites' frozen values, which `at` returns then: one copy for
-        all.
+        """Make the tables of several sites' frozen values, with one copy to the device for all of
+        them. `at` returns them from now on.
 
         Args:
             sites: site → all of the plan's values that are frozen there.
@@ -128,10 +128,10 @@ class PlanTables:
             self._at[name, False, device] = table
 
     def once(self, key: Hashable, find: Callable[[], T]) -> T:
-        """Return what ``find`` found when it was first asked for ``key``.
+        """Return ``find()``, called only the first time that ``key`` is asked for.
 
-        A batch has many nodes and a model many sites, so what follows from a plan alone is found
-        once for the plan and not once for a batch.
+        A batch has many nodes and a model many sites, so a result that depends on the plan alone is
+        found once for the plan, and not once for each batch.
         """
         if key not in self._found:
             self._found[key] = find()
@@ -169,7 +169,8 @@ class PlanTables:
         """Return the tables of several sites' frozen factors, which `moved_to` rewrites."""
         tables, numbers = FactorTable.of_all(sites, device)
         index = {place: i for i, place in enumerate(self._places)}
-        other = len(index)  # lies in no adapter's buffer, as what was fused for this base: it stays
+        # Factors that lie in no adapter's buffer, as those fused for this base, do not move.
+        other = len(index)
         owners: list[int] = []
         for factors in sites:
             for A, B, _ in factors:
@@ -183,13 +184,13 @@ class PlanTables:
 
 @dataclass(frozen=True, eq=False)
 class _SentTables:
-    """The numbers of some tables, and whose factors they tell of.
+    """The numbers of some tables, and the adapters whose factors they describe.
 
     Args:
         numbers: (factors, FIELDS) int64, on the device.
-        owners: (factors, 2) int64, in host memory: the adapter in whose buffer A lies, and B; one
-            more than the last: none's.
-        owner: the one adapter in whose buffer all of them lie; None: there are several.
+        owners: (factors, 2) int64, in host memory: the index of the adapter in whose buffer A lies,
+            and that of B's; the number of adapters if it lies in none's.
+        owner: the index of the one adapter in whose buffer all of them lie; None: not of one alone.
     """
 
     numbers: Tensor

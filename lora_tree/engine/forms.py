@@ -1,4 +1,4 @@
-"""The forms of a site's sum, by name, and the one that is taken by itself.
+"""The forms of a site's sum, by name, and the choice among them for ``auto``.
 
 They agree to rounding, and differ in how often factors are read and in how far rows are moved. Rows
 that do not lie side by side are taken out of the input and added back in their places, at this
@@ -26,7 +26,7 @@ from .sum_form import SumForm
 __all__ = ["FORMS", "Strategy", "SumForm", "check_strategy", "form_for", "way_of"]
 
 Strategy: TypeAlias = Literal["auto", "nodes", "paths", "grouped", "matrix", "segmented"]
-"""A form for all sites of a batch, or ``auto``: for each the one that is taken by itself."""
+"""A form for all sites of a batch, or ``auto``, which chooses one for each site."""
 
 FORMS: Mapping[str, tuple[type[SumForm], ...]] = {
     "nodes": (NodesForm,),
@@ -35,15 +35,15 @@ FORMS: Mapping[str, tuple[type[SumForm], ...]] = {
     "matrix": (MatrixForm,),
     "segmented": (SegmentedForm, AllPathsForm, EachPathForm),
 }
-"""Name → the ways to do it. The first that suits a site is taken there, and the last suits all."""
+"""Name → its classes. The first that suits a site is taken there; the last suits every site."""
 
 FEW = 32
-"""With fewer inputs a path, a CPU takes longer to copy rows and factors than to multiply them
+"""The inputs per path below which a CPU takes longer to copy rows and factors than to multiply them
 (`python -m benchmarks.forms`)."""
 
 
 def check_strategy(strategy: str) -> None:
-    """Check that a strategy is one.
+    """Check that a strategy is known.
 
     Raises:
         SpecError: no such strategy.
@@ -57,24 +57,24 @@ def check_strategy(strategy: str) -> None:
 
 
 def form_for(owed: Owed, tokens: int, *, trains: bool) -> type[SumForm]:
-    """Return the way in which a site's sum is added up where none was asked for.
+    """Return the form that ``auto`` chooses for a site's sum.
 
-    Our kernels read factors where they lie. Without them a batch's paths are laid out once, because
-    a batch is used for one token after the other: few products over all rows take less time then
-    than many small ones, and the more so the more cores share each of them (`python -m benchmarks
-    routed`). On a CPU two kinds of sites are not worth the copy, and read their factors where they
-    lie: those that are no products, and those whose paths have few inputs that no batched product
-    takes as they are.
+    Our kernels read factors where they lie. Without kernels a batch's paths are laid out once,
+    because a batch is used for one token after the other: then few products over all rows take less
+    time than many small ones, and the more so the more cores share each product (`python -m
+    benchmarks routed`). On a CPU the copy does not pay at two kinds of sites, so their factors are
+    read where they lie: sites that are no products, and sites whose paths have few inputs and fit
+    no batched product without a copy.
 
     Args:
         owed: what the rows owe there.
-        tokens: inputs a row.
+        tokens: the number of inputs of a row.
         trains: whether any factor of the batch trains.
     """
     if routes(owed.device):
         return way_of("segmented", owed, tokens)
-    # Few products are faster where autograd records them, and in narrow dtypes, in which each is a
-    # call of oneDNN that takes 20 µs.
+    # Few products are faster if autograd records them, and in narrow dtypes, in which each product
+    # is a call of oneDNN that takes 20 µs.
     wide = product_dtype(owed.dtype, owed.device) in (torch.float32, torch.float64)
     if owed.device.type != "cpu" or trains or not wide:
         return way_of("paths", owed, tokens)
@@ -86,7 +86,7 @@ def form_for(owed: Owed, tokens: int, *, trains: bool) -> type[SumForm]:
 
 
 def way_of(strategy: str, owed: Owed, tokens: int) -> type[SumForm]:
-    """Return the first way of a form that suits what is owed."""
+    """Return the first class of a form that suits what is owed."""
     for way in FORMS[strategy]:
         if way.suits(owed, tokens):
             return way

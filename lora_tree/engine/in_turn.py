@@ -1,7 +1,7 @@
 """Forms that run one product after the other: for each node, or for each distinct path.
 
-nodes     a product per node over the rows below it: every factor is read once, an ancestor's
-          for all its rows, where it lies
+nodes     a product per node over the rows below it: every factor is read once and in place, an
+          ancestor's for all its rows
 paths     a product per distinct path, the factors on it side by side
 """
 
@@ -29,7 +29,7 @@ class _Product:
 
     Args:
         rows: its rows.
-        value: returns its increment, made anew if its factors train.
+        value: returns its increment, made again at each call if its factors train.
         each: the rows' coefficients; None: they are in the value's scale, the same for all rows.
     """
 
@@ -39,12 +39,12 @@ class _Product:
 
 
 class _InTurn(SumForm):
-    """Products, one after the other."""
+    """A form that runs its products one after the other."""
 
     @property
     @abstractmethod
     def _products(self) -> Sequence[_Product]:
-        """The products, a row's in the order of the sum."""
+        """The products; those of one row are in the order of the sum."""
 
     @cached_property
     def _layers(self) -> list[tuple[list[_Product], RowSubset]]:
@@ -58,7 +58,7 @@ class _InTurn(SumForm):
         return found
 
     def _add_in_place(self, out: Tensor, x: Tensor) -> Tensor:
-        # One product after the other writes its rows, a row's in the order of the sum.
+        # The products write their rows one after the other, those of one row in the sum's order.
         for product in self._products:
             value = product.value()
             low = self._down(product.rows.of(x), value, product.each)
@@ -66,12 +66,12 @@ class _InTurn(SumForm):
                 delta = self._up(low, value.B).to(out.dtype)
                 out.index_add_(0, product.rows.index, delta, alpha=value.scale)
                 continue
-            # Rows that lie side by side: the second product adds itself to them.
+            # The rows are contiguous, so the product with B is added into them directly.
             self._add_onto(out[product.rows.slice], low, value.B, value.scale)
         return out
 
     def _add_onto(self, target: Tensor, low: Tensor, B: Tensor, scale: float) -> None:
-        """Add a second product to some rows of the output, in place."""
+        """Add the product with B to some rows of the output, in place."""
         new = self.site.onto(target, low, B.to(low.dtype), scale=scale, spare=True)
         if new.data_ptr() != target.data_ptr():
             target.copy_(new)
@@ -79,8 +79,8 @@ class _InTurn(SumForm):
     def _add(self, out: Tensor, x: Tensor) -> Tensor:
         """Add a layer at a time.
 
-        Within a layer no row stands twice, so autograd sees one operation that takes all rows of
-        the layer apart, and one that puts them back.
+        No row occurs twice in a layer, so autograd records one operation that splits the rows of
+        the layer, and one that puts their results back.
         """
         for products, rows in self._layers:
             deltas = []
@@ -94,7 +94,7 @@ class _InTurn(SumForm):
 
 
 _Part: TypeAlias = tuple[tuple[int, int], Tensor, Tensor, float]
-"""A product over rows that lie side by side: (start, end), A and B turned over, the scale."""
+"""A product over rows that lie side by side: (start, end), A and B transposed, the scale."""
 
 
 class NodesForm(_InTurn):
@@ -161,7 +161,8 @@ class NodesForm(_InTurn):
             value = values[node]
             A, B = value.A.to(dtype), value.B.to(dtype)
             parts.append(((start, end), A.mT, B.mT, value.scale * coefficient))
-        # Views of what is held anyway. Making them takes a third of a forward of single tokens.
+        # These are views, so keeping them takes no memory. Making them takes a third of a forward
+        # of single tokens.
         if dtype == self.owed.dtype and not self.owed.live:
             self._kept = parts
         return parts
@@ -175,7 +176,7 @@ class EachPathForm(_InTurn):
         self._values: list[Callable[[], LowRank]] = []
         for path, (_, coefficients) in enumerate(owed.batch.by_kind):
             if owed.site.is_product and not owed.live:
-                # The batched product over all paths reads the same memory.
+                # The batched product over all paths (`AllPathsForm`) reads the same memory.
                 value = owed.path_stacks.value(path)
                 self._values.append(partial(_same, value))
             else:

@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 class RowSubset:
-    """Some rows of a batch, in an order of their own: to take out of an input, and to add back.
+    """Some rows of a batch in a given order: to take out of an input, and to add back.
 
     Args:
         rows: the rows in the order wanted; no row twice.
@@ -36,9 +36,9 @@ class RowSubset:
     def __init__(self, rows: Sequence[int], batch: Batch, device: torch.device) -> None:
         self.rows = tuple(rows)
         self.whole = self.rows == tuple(range(len(batch)))
-        """All rows of the batch, in order."""
+        """True: these are all rows of the batch, in order."""
         self.slice: slice | None = None
-        """Their place, if they lie side by side and in order."""
+        """Their slice, if they lie side by side and in order."""
         start, end = self.rows[0], self.rows[0] + len(rows)
         if self.rows == tuple(range(start, end)):
             self.slice = slice(start, end)
@@ -59,8 +59,8 @@ class RowSubset:
     def added(self, out: Tensor, delta: Tensor, *, spare: bool) -> Tensor:
         """Return ``out`` with ``delta`` added to these rows.
 
-        One operation puts all rows back. The gradient that its backward hands on is contiguous, as
-        grouped products want it.
+        One operation puts all rows back. Its backward returns a contiguous gradient, which grouped
+        products need.
 
         Args:
             out: (all rows, …).
@@ -83,12 +83,12 @@ class Owed:
         site: the site.
         values: the increment of every node that has one here, in the order of the sum.
         batch: the rows and how much of each node they owe.
-        dtype: what side paths compute in, at least.
+        dtype: the narrowest dtype that side paths compute in.
         device: where the factors go.
         charge: is told how many bytes were laid out here, and raises if there is no room for them.
-        lend: charges as many bytes and returns memory for them.
-        tables: where the plan's factors lie.
-        trains: whether any factor trains; None: they are asked.
+        lend: charges a number of bytes and returns memory for them.
+        tables: the addresses of the plan's factors.
+        trains: whether any factor trains; None: look at the factors.
     """
 
     site: Site
@@ -103,14 +103,12 @@ class Owed:
 
     @cached_property
     def path_stacks(self) -> PathStacks:
-        """The factors of every path side by side, of values that do not train; laid out when this
-        is first asked for.
-        """
+        """The frozen factors of every path side by side, laid out when first asked for."""
         return self.stacks([coefficients for _, coefficients in self.batch.by_kind])
 
     @cached_property
     def live(self) -> bool:
-        """Factors train, so nothing made of them can be kept."""
+        """True: factors train, so nothing made of them can be kept."""
         if self.trains is not None:
             return self.trains
         tensors: list[Tensor] = []
@@ -121,7 +119,7 @@ class Owed:
     def held(self, make: Callable[[], T]) -> Callable[[], T]:
         """Return a function that returns what ``make`` makes of the factors.
 
-        It is made now, once; if the factors train, anew at every call.
+        If the factors are frozen, ``make`` runs once, now. If they train, it runs at every call.
 
         Raises:
             BudgetError: there is no room for it.
@@ -129,13 +127,14 @@ class Owed:
         if self.live:
             return make  # an optimiser writes to the factors between two calls
         made = make()
-        # Only now it shows how much is new memory: a stack of one may be the factor itself.
+        # Charged after it is made, because only then it is known how much of it is new memory: a
+        # stack of one may be the factor itself.
         self.charge(_new_bytes(made, self.values))
         return lambda: made
 
     @property
     def biased(self) -> Sequence[int]:
-        """The places in `values` of those with a bias."""
+        """The indices in `values` of those with a bias."""
         return self.tables.once(("biased", self.site.name, self.live), self._find_biased)
 
     def _find_biased(self) -> list[int]:
@@ -143,7 +142,7 @@ class Owed:
 
     @cached_property
     def table(self) -> FactorTable | None:
-        """The addresses of the factors for kernels; None if these don't cover them."""
+        """The addresses of the factors for kernels; None if the kernels don't cover them."""
         return self.tables.at(self.site.name, self.values, self.device, live=self.live)
 
     def table_now(self) -> FactorTable:
@@ -151,7 +150,7 @@ class Owed:
         table = self.table
         if self.live:
             table = self.tables.now(self.site.name, self.values, self.device)
-        assert table is not None, "asked of a form that suits what is owed"
+        assert table is not None, "called only if `table` is not None"
         return table
 
     def rows(self, rows: Sequence[int]) -> RowSubset:
@@ -181,13 +180,13 @@ class Owed:
         return PathStacks.of(self.values, sums, self.dtype, self.device, self.lend)
 
     def rank(self, coefficients: Sequence[float]) -> int:
-        """Return the rank of that sum."""
+        """Return the rank of Σ coefficient · value."""
         return sum(v.rank for v, c in zip(self.values, coefficients, strict=True) if c)
 
 
 def _new_bytes(made: object, values: Sequence[LowRank]) -> int:
     """Return the bytes of tensors, or of a value's factors, that are not factors of ``values``."""
-    # The common case by itself: a batch of many nodes asks this of each of them at every site.
+    # The common case first: a batch of many nodes comes here for each of them at every site.
     if any(made is value for value in values):
         return 0
     tensors = made.tensors if isinstance(made, LowRank) else made

@@ -69,10 +69,10 @@ def one_row(coefficients: Sequence[float]) -> Batch:
 
 
 def read_in_place(drafts: Iterable[Draft], tables: PlanTables) -> None:
-    """Let kernels read the frozen factors of side paths where they cover them.
+    """Let kernels read the frozen factors of those side paths that they cover.
 
     Args:
-        drafts: side paths of one plan; each whose factors the kernels read gets its form.
+        drafts: side paths of one plan; a draft whose factors the kernels cover gets its form.
         tables: of the plan.
     """
     found: dict[torch.device, list[Draft]] = {}

@@ -1,11 +1,11 @@
-"""The factors of every path of a batch side by side, laid out once for its site.
+"""The factors of every path of a batch side by side at one site, laid out once.
 
     A (paths, R, in)     a path's A's below each other, in the order of the sum
     B (paths, out, R)    its B's side by side, with their scales
 
-A path whose rank is below R is filled up with zeros. The products of single paths and the batched
-product over all of them read the same memory, so that a prompt and the single tokens after it
-share one layout.
+A path whose rank is below R is filled up with zeros. Products for single paths and the batched
+product over all paths read the same memory, so that a prompt and the single tokens after it share
+one layout.
 """
 
 from __future__ import annotations
@@ -82,13 +82,13 @@ class PathStacks:
                     continue
                 scale = value.scale * coefficient
                 downs.append(value.A)
-                # A product with 1.0 would be one copy more.
+                # Multiplying by 1.0 would be one copy more.
                 ups.append(value.B if scale == 1.0 else value.B * scale)
             if rank < most:
                 downs.append(zeros.expand(most - rank, into))
                 ups.append(zeros.expand(out, most - rank))
             torch.cat(ups, dim=-1, out=B[path])
-        # One call for the A's of all paths: it takes half of the time of one for each.
+        # One call for the A's of all paths takes half the time of one call for each.
         torch.cat(downs, out=A.view(-1, into))
         return cls(A, B, tuple(ranks), values[0].layout)
 
@@ -100,7 +100,8 @@ class PathStacks:
 
 def _moved(value: LowRank, dtype: torch.dtype, device: torch.device) -> LowRank:
     """Return a value in a dtype on a device."""
-    # Asked first: `to` checks its arguments, which takes longer than the copy of small factors.
+    # Compared here first: `to` checks its arguments, which takes longer than a copy of small
+    # factors.
     for factor in (value.A, value.B):
         if factor.dtype != dtype or factor.device != device:
             return value.to(dtype=dtype, device=device)

@@ -2,8 +2,8 @@
 
 A copy of the base in fake tensors (`torch._subclasses.FakeTensorMode`) runs once, with one row
 more: no numbers, no memory, no random number drawn, no buffer of the base written. An axis that has
-grown by one is the rows. The copy has the base's hooks, so the side paths are asked. A forward that
-can't run on shapes, because it looks at numbers, proves nothing, and the site stays unknown.
+grown by one is the rows. The copy has the base's hooks, so the side paths see the shapes. A forward
+that can't run on shapes, because it looks at numbers, proves nothing, and the site stays unknown.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def grown(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], rows: 
     Args:
         base: the model.
         args, kwargs: of its forward.
-        rows: how long the first axis is of those that have rows.
+        rows: the length of the first axis of those that have rows.
     """
     modes = fake_tensors()
     if modes is None:
@@ -57,8 +57,8 @@ def _fake(of: Any, rows: int, least: int) -> Any:
 
     Args:
         of: an argument, or a list, tuple or dict of them.
-        rows: how long the first axis is of those that have rows.
-        least: the axes that a tensor with rows has at least.
+        rows: the length of the first axis of those that have rows.
+        least: the fewest axes that a tensor with rows has.
     """
     if isinstance(of, Tensor):
         if not of.ndim:

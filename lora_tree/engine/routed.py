@@ -36,7 +36,7 @@ from .side import Draft, GroundedSide, Manner, PathSide, Side, side_device, side
 __all__ = ["Route", "Spread"]
 
 Spread: TypeAlias = tuple[int, int]
-"""How often each row occurs in succession, and the whole batch after that."""
+"""(repeat, tile): how often each row occurs in succession, and how often the batch is stacked."""
 
 
 class Route:
@@ -71,9 +71,9 @@ class Route:
         asked = manner.dtype
         key = "terms", placed.dtypes, asked
         self._known = tables.once(key, partial(_known_terms, plan, asked))
-        # The ledger counts the bytes until the token is gone. Not until the route is: forms and
-        # their factors hold the token through `_charge` and may outlive the route, and if they held
-        # the route itself it would never go.
+        # The ledger counts the bytes until the token is collected. It is not the route itself,
+        # because forms hold the token through `_charge` and may outlive the route. If they held the
+        # route, it would never be collected.
         token = _LifetimeToken()
         self._charge = partial(ledger.charge, token)
         self._lend = partial(_lent, ledger, token)
@@ -82,9 +82,9 @@ class Route:
         self._forms: dict[Hashable, SumForm] = {}
         self._shares: dict[Hashable, Callable[[], Share]] = {}
         self.grounds: dict[str, RowGrounds] = {}
-        """Site → what stands under each row, where a node overrides the site's tensors."""
+        """Site → the overrides under each row, for sites whose tensors a node overrides."""
         self.known_forms: dict[tuple[str, Spread, int, int], list[SumForm]] = {}
-        """(site, spread, tokens, device) → its forms, which side paths keep here from `forms`."""
+        """(site, spread, tokens, device) → what `forms` returned; side paths keep that here."""
         self._rows: dict[tuple[float, ...], Batch] = {}
         """Coefficients that all rows owe at some site → a batch of one row that owes the same."""
         for name, overrides in grounds_of(plan).items():
@@ -97,7 +97,8 @@ class Route:
     def mixed(self) -> list[Site]:
         """The sites at which the rows do not all owe the same."""
         is_uniform: dict[int, bool] = {}
-        """For sites without overrides, by what tells whose terms they have."""
+        """Id of a tuple of nodes → whether all rows owe them the same; for sites without overrides.
+        """
         found = []
         for name, site in self.plan.sites.items():
             grounds = self.grounds.get(name)
@@ -142,7 +143,7 @@ class Route:
         return found
 
     def _read_in_place(self, draft: Draft, coefficients: tuple[float, ...]) -> None:
-        """Let kernels read the factors of a site where all rows owe the same, by the plan's
+        """Let kernels read the factors of a site where all rows owe the same, through the plan's
         table.
         """
         name = draft.site.name
@@ -172,20 +173,20 @@ class Route:
 
     # ------------------------------------------------------------------ in a forward
     def forms(self, site: Site, spread: Spread, tokens: int, device: torch.device) -> list[SumForm]:
-        """Return the ways in which a site's sum is added up: of what is frozen, and then of what
-        trains.
+        """Return the forms that add up a site's sum: the one of frozen terms, then the one of terms
+        that train.
 
         Args:
             site: of the plan.
             spread: how the rows lie.
-            tokens: inputs a row.
+            tokens: the number of inputs of a row.
             device: of the site's output.
         """
         return [self._form(owed, tokens) for owed in self._owed_at(site, spread, device)]
 
     def shares(self, site: Site, spread: Spread, device: torch.device) -> list[Share]:
-        """Return what is added at a site for tokens that know their rows: what is frozen, and then
-        what trains.
+        """Return the shares that are added at a site to tokens whose rows are known: that of frozen
+        terms, then that of terms that train.
         """
         found = []
         for owed in self._owed_at(site, spread, device):
@@ -211,11 +212,11 @@ class Route:
         return found
 
     def _owed_in_parts(self, site: Site, spread: Spread, device: torch.device) -> list[Owed]:
-        """Return what is owed where some terms train, or an override may leave some out."""
+        """Return what is owed where some terms train, or where an override may drop some."""
         found = []
-        # A plan's tables are of all its values, and here there may be fewer.
+        # A plan's tables list all its values, and an override may have dropped some here.
         tables = self._tables if site.name not in self.grounds else PlanTables({})
-        # Apart, because only what trains sees dropout, and only what is frozen is laid out.
+        # Separately, because only terms that train see dropout, and only frozen ones are laid out.
         every = self._terms(site.name)
         for trains in (False, True):
             terms = [term for term in every if (self._trains and term.trains) == trains]
@@ -247,7 +248,7 @@ class Route:
         )
 
     def _grounded_batch(self, name: str) -> Batch:
-        """Return the batch as the terms of a site with overrides see it."""
+        """Return the batch with only the nodes whose terms count at a site with overrides."""
         nodes = tuple([term.node for term in self._terms(name)])
         return self._batch(nodes, without=self._without(name))
 
@@ -262,7 +263,7 @@ class Route:
         spread: Spread = (1, 1),
         without: tuple[frozenset[str], ...] | None = None,
     ) -> Batch:
-        """Return the batch as some nodes see it; sites with the same nodes share it."""
+        """Return the batch with some nodes only; sites with the same nodes share it."""
         key = nodes, without, spread
         found = self._batches.get(key)
         if found is None:
@@ -288,7 +289,7 @@ class Route:
         return found
 
     def _way(self, owed: Owed, tokens: int) -> type[SumForm]:
-        """Return the form as asked for, or the one that is taken by itself."""
+        """Return the kind of form that was asked for, or that ``auto`` chooses."""
         if self.strategy == "auto":
             return form_for(owed, tokens, trains=self._trains)
         return way_of(self.strategy, owed, tokens)
@@ -299,7 +300,7 @@ class _KnownTerms:
     """Some terms at a site, as batches need them.
 
     Args:
-        nodes: whose they are, in the order of the sum; one tuple for all sites with the same nodes.
+        nodes: their nodes, in the order of the sum; one tuple for all sites with the same nodes.
         values: the increments.
         dtype: what the side path computes in.
     """
@@ -327,7 +328,7 @@ def _known_terms(plan: Plan, asked: torch.dtype | None) -> dict[str, _KnownTerms
 
 
 def _lent(ledger: Ledger, owner: object, nbytes: int, device: torch.device) -> Tensor:
-    """Return memory that counts until ``owner`` is gone."""
+    """Return memory that the ledger counts until ``owner`` is collected."""
     return ledger.lend(owner, nbytes)(nbytes, device)
 
 

@@ -1,7 +1,7 @@
-"""The side paths of a batch: what a site's hook adds when its rows differ there.
+"""The side paths of a batch: what a site's hook adds if the rows differ at the site.
 
-the rows of its input are found ─▶ the route's forms of the site ─▶ added, one after the other
-they are not the first axis     ─▶ the same for single tokens
+the rows are the first axis         ─▶ the route's forms of the site, one after the other
+the rows were followed to tokens    ─▶ the route's shares of the site, token by token
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class RoutedSide:
         if layout is None or not site.is_product:
             return self._by_rows(out, x, spare, axis.spread(site, x, out))
         if layout.is_rows_first:
-            # Tokens below each other, those of a row side by side: a view has rows again.
+            # The tokens of a row are adjacent on one axis, so a view gives the rows their axis.
             wide = out.reshape(layout.count, -1, out.shape[-1])
             rows = x.reshape(layout.count, -1, x.shape[-1])
             return self._by_rows(wide, rows, spare, layout.spread).view(out.shape)
@@ -67,7 +67,7 @@ class RoutedSide:
         return self._route.shares(self._site, layout.spread, device)
 
     def _by_rows(self, out: Tensor, x: Tensor, spare: bool, spread: Spread) -> Tensor:
-        """Add what the rows owe, the first axis is the rows."""
+        """Add what the rows owe to an output whose first axis is the rows."""
         dtype = out.dtype
         grounds = self._grounds
         if grounds is not None:

@@ -49,7 +49,7 @@ class Router:
             placed: the terms of all the batch's nodes, with coefficient 1.
             batch: what the rows owe.
             strategy: one form for all sites, or ``auto``.
-            check: is called before a route is made; a route that is kept passed it.
+            check: is called before a route is made; a kept route has passed it.
 
         Raises:
             SpecError: no such strategy.

@@ -23,7 +23,8 @@ Args: TypeAlias = Sequence[Any]
 Kwargs: TypeAlias = Mapping[str, Any]
 Made = Iterable[tuple[Tensor, RowLayout | None]]
 Rule = Callable[[RowLayout, Args, Kwargs, Any], Made]
-"""The layout of the first argument, all arguments, and what was returned → layouts."""
+"""(layout of the first argument, args, kwargs, result) → the layouts of the tensors in the result.
+"""
 
 
 def function_name(func: Any) -> str:
@@ -74,8 +75,8 @@ def _writes(name: str) -> bool:
 # ---------------------------------------------------------------------- pointwise
 @functools.cache
 def is_pointwise(name: str) -> bool:
-    """Return whether torch calls a function of this name pointwise: its every number comes of the
-    numbers in the same place.
+    """Return whether torch calls a function of this name pointwise: each number of the result
+    depends only on the numbers at the same place in the operands.
 
     >>> is_pointwise("silu"), is_pointwise("__imul__"), is_pointwise("sort")
     (True, True, False)
@@ -106,7 +107,7 @@ def _of_operands(layouts: Layouts, operands: Args, out: Any) -> RowLayout | None
 
 
 def _keep(layout: RowLayout, x: Tensor, out: Any) -> RowLayout | None:
-    """Return the layout of a result with the axes of ``x``, the last one of another length."""
+    """Return the layout of a result with the axes of ``x``; the last may have another length."""
     if not isinstance(out, Tensor) or out.shape[:-1] != x.shape[:-1] or out.ndim != x.ndim:
         return None
     if out.shape == x.shape:
@@ -168,7 +169,7 @@ def _expanded(layout: RowLayout, args: Args, kwargs: Kwargs, out: Any) -> Made:
 
 
 def _pieces(layout: RowLayout, args: Args, kwargs: Kwargs, out: Any) -> Made:
-    """`chunk` and `split`: of the features, or of the tokens."""
+    """Return the layouts of what `chunk` or `split` makes of the features, or of the tokens."""
     x = args[0]
     dim = kwargs.get("dim", args[2] if len(args) > 2 else 0) % x.ndim
     if dim == x.ndim - 1:
@@ -183,7 +184,9 @@ def _pieces(layout: RowLayout, args: Args, kwargs: Kwargs, out: Any) -> Made:
 
 
 def _alone(layout: RowLayout, args: Args, kwargs: Kwargs, out: Any) -> Made:
-    """The last axis is worked on, and the others stay apart; the rows must be on one of these."""
+    """Return the layouts for a function that mixes numbers along the last axis only; nothing if
+    that has the rows.
+    """
     return [] if layout.place() == args[0].ndim - 1 else _kept(layout, args, kwargs, out)
 
 
@@ -193,7 +196,7 @@ def _normed(layout: RowLayout, args: Args, kwargs: Kwargs, out: Any) -> Made:
 
 
 def _of_last_axis(at: int, default: int | None = -1) -> Rule:
-    """Return the rule of a function that keeps the axes that it is not told.
+    """Return the rule of a function that mixes numbers along the axis that it is given.
 
     Args:
         at: which argument is the axis.
@@ -213,7 +216,8 @@ def _of_last_axis(at: int, default: int | None = -1) -> Rule:
 
 def _times_matrix(layout: RowLayout, args: Args, kwargs: Kwargs, out: Any) -> Made:
     x, matrix = args[:2]
-    # With more axes it is another product for each, and with fewer a sum.
+    # A matrix with more axes is a batch of matrices, and a product with a vector is a sum over
+    # tokens or features: these have no rule.
     return _alone(layout, args, kwargs, out) if matrix.ndim == 2 and x.ndim > 1 else []
 
 

@@ -38,7 +38,7 @@ class RowGrounds:
 
     Raises:
         SpecError: the paths of a row's blend have different overrides; names the row.
-        MergedOnly: rows of a weight are overridden, and increments above them have to lose these.
+        MergedOnly: an override of some rows, or of the bias, would drop a part of an increment.
     """
 
     def __init__(self, site: Site, overrides: OverrideTerms, terms: Terms, batch: Batch) -> None:
@@ -47,7 +47,7 @@ class RowGrounds:
         for override in overrides:
             held.setdefault(override.node, {})[override.attribute] = override
         stacks: dict[OverrideTerms, int] = {(): 0}
-        """What stands → its number; 0 is the base's own."""
+        """The overrides that count → their number; 0: none, the base's own tensors."""
         number: list[float] = []
         self.without: list[frozenset[str]] = []
         """Kind of the batch → the nodes whose increments its rows lose here."""
@@ -62,7 +62,7 @@ class RowGrounds:
 
     @property
     def is_uniform(self) -> bool:
-        """All rows have the same ground."""
+        """True: all rows have the same ground."""
         return len({self._rows.kinds[kind] for kind in self._rows.of_row}) == 1
 
     @property
@@ -72,7 +72,7 @@ class RowGrounds:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the grounds take: copies of what was in another dtype or elsewhere."""
+        """The bytes of overrides that were copied, because their dtype or device was another."""
         made = [self._ground(i) for i in range(1, len(self._stacks))]
         return sum([ground.nbytes for ground in made if ground is not None])
 
@@ -125,7 +125,7 @@ class RowGrounds:
         """Return the nodes whose increments these overrides drop.
 
         Raises:
-            MergedOnly: an increment loses a part only: some rows, or its bias.
+            MergedOnly: an increment would lose only a part: some rows, or its bias.
         """
         dropped = set()
         for term in terms:

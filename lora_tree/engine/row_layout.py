@@ -40,7 +40,7 @@ class AxisPart:
     index: Tensor | None = None
 
     def same(self, other: AxisPart) -> bool:
-        """Return whether two parts count the same."""
+        """Return whether two parts have one size and the same rows."""
         kinds = self.size, self.is_rows
         return kinds == (other.size, other.is_rows) and self.index is other.index
 
@@ -56,8 +56,8 @@ class RowLayout:
     Args:
         axes: the parts of every axis of the tensor.
         count: the rows of the batch, as the forward has them.
-        spread: how often each row that was declared occurs in succession among them, and the whole
-            batch after that.
+        spread: (repeat, tile): how often each declared row occurs in succession among them, and how
+            often the whole batch is stacked.
     """
 
     axes: tuple[Axis, ...]
@@ -76,7 +76,7 @@ class RowLayout:
             axes.append((AxisPart(size, is_rows=i == axis),))
         return RowLayout(tuple(axes), shape[axis], spread)
 
-    # ------------------------------------------------------------------ asked by a side path
+    # ------------------------------------------------------------------ for side paths
     def place(self) -> int:
         """Return the axis that the rows are in."""
         for i, axis in enumerate(self.axes):
@@ -86,7 +86,7 @@ class RowLayout:
 
     @property
     def is_rows_first(self) -> bool:
-        """Whether the rows are in order and outermost: a view can put them on an axis of their
+        """True: the rows are in order and outermost, so that a view can give them an axis of their
         own.
         """
         for axis in self.axes:
@@ -115,7 +115,7 @@ class RowLayout:
         return found.repeat(before) if before > 1 else found
 
     def like(self, other: RowLayout) -> bool:
-        """Return whether the rows lie alike on all axes but the last."""
+        """Return whether two layouts have the rows at the same places, the last axis apart."""
         mine, theirs = _joined(self.axes[:-1]), _joined(other.axes[:-1])
         if len(mine) != len(theirs):
             return False
@@ -124,7 +124,7 @@ class RowLayout:
                 return False
         return True
 
-    # ------------------------------------------------------------------ what operations make of it
+    # ------------------------------------------------------------------ layouts of results
     def reshape(self, shape: Sequence[int]) -> RowLayout | None:
         """Return the layout of the same numbers in another shape; None if that cuts the rows."""
         waiting: list[AxisPart] = []
@@ -141,7 +141,8 @@ class RowLayout:
                     return None
                 part = waiting.pop()
                 if missing % part.size:
-                    # Only a part of the new axis: the outer factor goes here, the inner one waits.
+                    # The part is too long for the new axis: its outer factor goes here, the inner
+                    # one waits for the next axis.
                     if part.is_rows or part.size % missing:
                         return None
                     waiting.append(AxisPart(part.size // missing))
@@ -162,7 +163,7 @@ class RowLayout:
         return self._with([self.axes[i] for i in order])
 
     def repeat(self, times: Sequence[int]) -> RowLayout | None:
-        """Return the layout of the tensor tiled so often along each axis."""
+        """Return the layout of the tensor tiled ``times`` along each axis."""
         extra = len(times) - len(self.axes)
         if extra < 0:
             return None
@@ -221,8 +222,8 @@ def _count(size: int, device: torch.device) -> Tensor:
 
 
 def _joined(axes: Sequence[Axis]) -> list[list[AxisPart]]:
-    """Return axes with neighbouring parts that are no rows multiplied, and axes of size 1 left
-    out.
+    """Return the parts of axes; adjacent parts that are not rows are multiplied into one, and those
+    of size 1 are left out.
     """
     found = []
     for axis in axes:

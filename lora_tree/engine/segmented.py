@@ -77,15 +77,15 @@ class SegmentedForm(SumForm):
         return out
 
     def _size(self, out: Tensor, x: Tensor) -> _Size:
-        """Return what two calls have to have in common to be launched alike."""
+        """Return the key under which calls may share their launches."""
         compute = route_dtype(self.owed.dtype, x.dtype, self._kind)
         return compute, x.dtype, out.dtype, x.numel(), out.get_device()
 
     def _launches(self, size: _Size, out: Tensor, x: Tensor) -> InPlace:
-        """Return the launches for tensors of a size: those of the last call, where it had the same.
+        """Return the launches for tensors of a size: those of the last call, if it had the same.
 
-        A forward is called again and again with inputs of one size, and to find the launches takes
-        the host as long as to launch them.
+        Most forwards have inputs of the size of the last one, and finding the launches takes the
+        host as long as launching them.
         """
         known = self._known
         if known is not None and known[0] == size:
@@ -104,7 +104,7 @@ class SegmentedForm(SumForm):
     def write(
         self, x: Tensor, base: Tensor, out: Tensor, segments: Segments, tiling: Tiling
     ) -> Tensor:
-        """Write the sum to ``out``, and return the narrow one: two launches."""
+        """Write the sum to ``out``, and return the narrow product: two launches."""
         kernels, table = routed_kernels(), self.owed.table_now()
         low = kernels.shrink(x, segments, table, 0, tiling)
         kernels.expand(low, base, out, segments, table, 1, tiling)
@@ -127,8 +127,8 @@ class _Routed(torch.autograd.Function):
         after = torch.empty_like(out)
         low = form.write(x, out, after, segments, tiling)
         ctx.form, ctx.segments, ctx.tiling = form, segments, tiling
-        # The factors are saved so that autograd notices before the backward if they are written to,
-        # or if the cache has taken their memory.
+        # The factors are saved so that autograd raises in backward if they were written to, or if
+        # the cache has evicted them.
         frozen = form.frozen
         ctx.trained = len(factors)
         ctx.save_for_backward(x, low, *factors, *frozen)
@@ -162,7 +162,7 @@ _routed: Callable[..., Tensor] = _Routed.apply
 
 
 def route_dtype(dtype: torch.dtype, given: torch.dtype, kind: str) -> torch.dtype:
-    """Return what kernels multiply in: autocast's dtype, or the wider of two.
+    """Return the dtype that kernels multiply in: autocast's, or the wider of two.
 
     Args:
         dtype: of the side path.

@@ -1,8 +1,8 @@
 """Share: one increment for all tokens of a batch, and what each row owes to its ranks.
 
-Tokens that a router scattered over experts have no axis of rows, and no rows side by side. So the
-factors of all nodes stand side by side, and a table of coefficients is looked up by the row of each
-token (`token_sum.py`). Where all rows owe the same there is no table.
+Tokens that a base's own router scattered over experts have no axis of rows, and those of one row
+are not adjacent. So the factors of all nodes stand side by side, and a table of coefficients is
+looked up by the row of each token (`token_sum.py`). Where all rows owe the same there is no table.
 """
 
 from __future__ import annotations

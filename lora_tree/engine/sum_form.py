@@ -35,10 +35,10 @@ class SumForm(ABC):
     """
 
     widens: ClassVar[bool] = True
-    """Whether `add` wants its arguments in dtypes that hold the sum."""
+    """True: `add` needs its arguments in dtypes that hold the sum."""
 
     lays_out: ClassVar[bool] = True
-    """Whether making one computes anything of the factors."""
+    """True: making one computes something from the factors."""
 
     def __init__(self, owed: Owed) -> None:
         self.owed = owed
@@ -47,7 +47,7 @@ class SumForm(ABC):
 
     @classmethod
     def suits(cls, owed: Owed, tokens: int) -> bool:
-        """Return whether this way can, and should, be taken here; if not, the next one is."""
+        """Return whether this form can, and should, be taken here; if not, the next is tried."""
         return True
 
     def add(self, out: Tensor, x: Tensor, *, spare: bool) -> Tensor:
@@ -64,7 +64,7 @@ class SumForm(ABC):
             out = self._add(out, x)
         else:
             out = self._add_in_place(out if spare else out.clone(), x)
-        # Biases come last and apart: they are rare, and no product takes them along.
+        # Biases are added last and separately: they are rare, and no product includes them.
         return self._add_bias(out) if self._biased else out
 
     @abstractmethod
@@ -73,11 +73,11 @@ class SumForm(ABC):
 
     @abstractmethod
     def _add_in_place(self, out: Tensor, x: Tensor) -> Tensor:
-        """Return ``out``, written over."""
+        """Return the sum; ``out`` may be written over."""
 
     # ------------------------------------------------------------------ the two products
     def _down(self, x: Tensor, value: LowRank, each: Tensor | None) -> Tensor:
-        """Return the first product.
+        """Return the product with A.
 
         Args:
             x: the inputs of some rows.
@@ -111,7 +111,7 @@ class SumForm(ABC):
 
 
 def disjoint_layers(parts: Sequence[T], rows_of: Callable[[T], Iterable[int]]) -> list[list[T]]:
-    """Return parts in layers; a layer has each row at most once; as few as a first fit finds.
+    """Return parts in layers that have each row at most once: as few layers as first fit finds.
 
     >>> disjoint_layers(["ab", "c", "b"], lambda part: map(ord, part))
     [['ab', 'c'], ['b']]

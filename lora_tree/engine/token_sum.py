@@ -2,8 +2,8 @@
 
     out_token += Σ_n c(row of the token, n) · scale_n · B_n A_n x_token
 
-The form called ``matrix``: two products with the factors of all nodes side by side, and the
-coefficients of each token's row on the narrow result.
+This is the form called ``matrix``: two products with the factors of all nodes side by side, and
+the coefficients of each token's row on the narrow result.
 
 Law: the numbers of a token whose row owes nothing are not touched.
 """
@@ -41,17 +41,17 @@ def add_shares(
 
     Args:
         out: the result of the product with the weight alone.
-        product: how to do it with factors.
+        product: does the same product with factors.
         shares: what is added.
         cut: an increment and a bias → its factors, cut as the weight of the product is.
-        dropped: the dropout of what trains.
+        dropped: applies the dropout of nodes that train.
         layout: where the rows are in the product's input.
     """
     total, x = out, product.x
     is_dropped = False
     for share in shares:
         if share.live and not is_dropped:
-            x, is_dropped = dropped(x), True  # once, so that all that train see one mask
+            x, is_dropped = dropped(x), True  # once, so that all nodes that train see one mask
         table, rows = share.table, None
         if table is not None:
             rows = _TokenRows.of(product, layout)
@@ -104,9 +104,10 @@ class _TokenRows:
         return _TokenRows(layout.rows(at, product.x.device), *axes, product.features)
 
     def times(self, low: Tensor, table: RowTable) -> Tensor:
-        """Return a narrow product with the coefficients of each token's row.
+        """Return a narrow product times the coefficients of each token's row.
 
-        Masked, not multiplied by zero: another path's product may be infinite.
+        Ranks that the row does not owe are masked, not multiplied by zero: another path's product
+        may be infinite.
         """
         rank = low.shape[self.features]
         mine = self._at(_filled_up(table.mine, rank), low.ndim, self.low_axis)
@@ -117,8 +118,8 @@ class _TokenRows:
         return low * each.to(low.dtype)
 
     def place(self, numbers: Tensor, ndim: int) -> Tensor:
-        """Return (rows, features or 1) for each token, in a shape that broadcasts with the
-        result.
+        """Return each token's row of a (rows, features or 1) table, in a shape that broadcasts with
+        the result.
         """
         return self._at(numbers, ndim, self.out_axis)
 
@@ -132,6 +133,6 @@ class _TokenRows:
 
 
 def _filled_up(numbers: Tensor, rank: int) -> Tensor:
-    """Return a table with columns of zeros up to a rank that was filled up with zeros."""
+    """Return a table with columns of zeros up to ``rank``, as factors are filled up with zeros."""
     missing = rank - numbers.shape[1]
     return F.pad(numbers, (0, missing)) if missing else numbers
