@@ -1,14 +1,14 @@
 """Refuse a forward or a backward of the base that would mix two behaviours, while paths run beside
 its weights.
 
-    before a forward     a key/value cache goes on only under the path that filled it; a routed
+    before a forward     a key/value cache is used only under the path that filled it; a routed
                          batch has the rows that were declared
     after it             the cache is marked with the behaviour that filled it
-    before a backward    checkpointed layers run their forward again, with the side paths of then:
-                         those have to be the ones of the first run
+    before a backward    checkpointed layers run their forward again, with the side paths that are
+                         active then: they have to be the ones of the first run
 
-A behaviour is known here by its mark, a number. It is noted on caches, so that a copy of a cache is
-as good as the cache, and in the hooks of a backward.
+A behaviour is known here by its mark, a number. It is noted on the cache objects themselves, so
+that a copy of a cache has it too, and in the hooks of a backward.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ class ForwardGuard:
         self._axis: BatchAxis | None = None
         self._mixed: Sequence[Place] = ()
         self._admitted = False
-        """The forward that runs now was not refused."""
+        """True: the forward that runs now was not refused."""
         self._recording = False
-        """A forward of the base runs, and autograd records it."""
+        """True: a forward of the base runs, and autograd records it."""
         self._checkpointed = False
-        """A side path of this forward will run again in backward."""
+        """True: a side path of this forward will run again in backward."""
         self.number: int | None = None
         """The mark of the behaviour; None: nothing is guarded."""
 
@@ -60,19 +60,20 @@ class ForwardGuard:
         Args:
             mark: the plan's or the route's; None: nothing to guard, and no hook stays on the base.
             axis: how a routed batch lies.
-            mixed: where it has to be known which axis is the rows, since they do not all owe the
-                same there.
+            mixed: the places where the rows do not all owe the same, so that it has to be known
+                which axis is the rows.
         """
         self._axis, self._mixed = axis, mixed
-        # The hooks read it when they run, and a backward of before compares its own with it.
+        # The hooks read it when they run, and an earlier forward's backward compares its own mark
+        # with it.
         self.number = mark
         if mark is None:
             while self._handles:
                 self._handles.pop().remove()
             return
         if not self._handles:
-            # One after the other into the list, so that a failure between them leaves no hook
-            # unknown.
+            # Each handle goes into the list at once, so that a failure between them leaves no hook
+            # behind that is not in the list.
             before = self._base.register_forward_pre_hook(Hook(self._before), with_kwargs=True)
             self._handles.append(before)
             after = self._base.register_forward_hook(
@@ -84,8 +85,9 @@ class ForwardGuard:
     def may_run_again(self, out: Tensor) -> None:
         """Note that the side path that ran just now may run again in backward.
 
-        That shows only inside of the layer. Checkpointing either packs the tensors that autograd
-        saves, or runs its first forward without recording; others do so too.
+        This can be seen only inside the layer. Checkpointing either packs the tensors that autograd
+        saves, or runs its first forward without recording. Other code does that too, so the call
+        stack decides.
 
         Args:
             out: what the side path returned.
@@ -98,7 +100,7 @@ class ForwardGuard:
 
     @property
     def probing(self) -> bool:
-        """A copy of the base runs on shapes, to see where the rows are."""
+        """True while a copy of the base runs on shapes, which shows where the rows are."""
         return self._axis is not None and self._axis.probing
 
     # ------------------------------------------------------------------ hooks
@@ -160,7 +162,7 @@ def _main_inputs_first(
 
 
 def _tensors(*given: Any) -> list[Tensor]:
-    """Return the tensors in some values, in order; lists and mappings are looked into."""
+    """Return the tensors in some values, in order, those inside lists and mappings too."""
     found = []
     for value in _leaves(given):
         if isinstance(value, Tensor):
@@ -169,8 +171,8 @@ def _tensors(*given: Any) -> list[Tensor]:
 
 
 def _caches(*given: Any) -> list[Any]:
-    """Return the key/value caches in some values: transformers' own, and any object that has a
-    length like theirs.
+    """Return the key/value caches in some values: objects with a `get_seq_length`, as
+    transformers' caches have.
     """
     found = []
     for value in _leaves(given):
@@ -196,10 +198,10 @@ def _leaves(given: Any) -> list[Any]:
 
 
 def _is_filled(cache: Any) -> bool:
-    """Return whether a cache holds something of an earlier forward.
+    """Return whether a cache holds state of an earlier forward.
 
     A recurrent layer keeps a state and no tokens, so it has no length. A cache without attention
-    layers has none either: transformers raises if it is asked for one.
+    layers has none either: transformers raises if its length is asked for.
     """
     layers = getattr(cache, "layers", None)
     if not isinstance(layers, (list, tuple)):

@@ -3,7 +3,7 @@ tensors.
 
     no override       y = module(x)
     whole tensors     y = twin(x)              the module's own forward over the overrides
-    rows              y, with the outputs of these rows computed anew
+    rows              y, with the outputs of these rows computed again
 
 The twin is an object of the module's class that shares everything with it but the tensors that are
 overridden. Its forward is called by itself, so no hook runs a second time. The module has run
@@ -45,7 +45,8 @@ class Ground:
                 self._whole[override.attribute] = override.value
             else:
                 self._rows.append(override.value)
-        # Frozen ones are put into the base's dtype, on its device, once; what trains at every call.
+        # A frozen override is cast and moved to the base's tensor once, one that trains at every
+        # call.
         self._laid: dict[int, Tensor] = {}
         for override in overrides:
             if not override.trains:
@@ -54,7 +55,7 @@ class Ground:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that laying it out has taken: copies of what was in another dtype or elsewhere."""
+        """The bytes of overrides that were copied, because their dtype or device was another."""
         total = 0
         for override in (*self._whole.values(), *self._rows):
             laid = self._laid.get(id(override))
@@ -88,7 +89,7 @@ class Ground:
 
 
 def twin(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """Return an object of a module's class that shares its state, with other tensors in places."""
+    """Return an object of a module's class that shares its state, except for some tensors."""
     made: nn.Module = object.__new__(type(module))
     state = dict(vars(module))
     for held in ("_parameters", "_buffers"):
@@ -100,7 +101,7 @@ def twin(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
 
 
 def grounds_of(plan: Plan) -> dict[str, OverrideTerms]:
-    """Return site → the override at its module.
+    """Return site → the overrides at its module.
 
     A module whose tensors are several sites (a norm's weight and its bias) has one ground, at the
     first of them: its output is computed once, over all that is overridden.
@@ -145,7 +146,7 @@ def check_one_input(site: Site, args: Sequence[Any], kwargs: Mapping[str, Any]) 
     """Check that an overridden module was called with its input alone.
 
     Raises:
-        BaseMismatch: with more, which its twin would have to be given row by row.
+        BaseMismatch: there were more arguments, which would have to be split by rows for its twin.
     """
     if len(args) + len(kwargs) != 1:
         raise BaseMismatch(

@@ -41,7 +41,7 @@ class InsideForwards:
     Args:
         base: the model.
         ran: is called with a site and the result of each product with its weight.
-        dropped: a site and an input → what nodes that train see of it.
+        dropped: an input and a site → the input after the dropout of nodes that train.
     """
 
     def __init__(
@@ -70,8 +70,8 @@ class InsideForwards:
         """Watch the forwards of these modules, and of no others.
 
         Args:
-            readers: dotted name → the sites whose weights are read there; none where it is watched
-                only to know where the rows are.
+            readers: dotted name → the sites whose weights are read there; no sites if the module is
+                watched only to know where the rows are.
             sides: site → its side path.
             axis: how the rows of a batch lie; None: no batch is routed.
         """
@@ -85,8 +85,8 @@ class InsideForwards:
                 self._watched[name] = _Replaced.put(reader, self._forward, self._check)
 
     def places(self, sites: Iterable[Site]) -> list[Place]:
-        """Return where the axis of the batch's rows is seen, for some sites: the outermost watched
-        module around each, or the site itself.
+        """Return the places whose inputs show the axis of the batch's rows, for some sites: the
+        outermost watched module around each, or the site itself.
         """
         found: dict[Place, None] = {}
         for site in sites:
@@ -102,21 +102,22 @@ class InsideForwards:
     # ------------------------------------------------------------------ in a forward
     @property
     def is_watched(self) -> bool:
-        """Whether a forward is watched now, on this thread."""
+        """True while a forward is watched on this thread."""
         return self._threads.watch is not None
 
     @contextlib.contextmanager
     def apart(self, x: Tensor) -> Iterator[tuple[RowLayout | None, Callable[[Tensor], None]]]:
-        """Let a hook compute without being watched, within a forward that is.
+        """Pause the watch for the length of a ``with``, so that a hook may compute unwatched.
 
         Args:
             x: the inputs of the hook's module.
 
         Yields:
-            Where the rows of the batch are in ``x``, and what notes them in the module's output.
+            The layout of the batch's rows in ``x`` (None: not known), and a function that notes it
+            for the module's output.
         """
         watch = self._threads.watch
-        assert watch is not None  # the caller asked
+        assert watch is not None  # the caller has checked `is_watched`
         layout = watch.layouts.get(x)
 
         def note(out: Tensor) -> None:
@@ -173,7 +174,7 @@ class InsideForwards:
 
 
 class _Threads(threading.local):
-    """The forward that is watched now, thread by thread: autograd recomputes layers on its own."""
+    """The forward that each thread watches now: autograd recomputes layers on its own threads."""
 
     watch: WatchedForward | None = None
 
@@ -185,9 +186,9 @@ class _Replaced:
     Args:
         reader: the module.
         forward: what was put there: a method, which a copy of the module makes its own.
-        own: the forward that the module itself had, beside that of its class; None: none.
-        hook: refuses copies. A module with a hook is never passed over, as encoder layers of torch
-            pass over the attention in them.
+        own: the forward that the module had as an attribute of its own; None: only its class's.
+        hook: refuses copies. It also keeps torch's encoder layers from their fast path, which they
+            take only if no module in them has hooks, and which never calls the attention's forward.
     """
 
     reader: Reader
@@ -228,7 +229,8 @@ class _Replaced:
         """Give the module its own forward back."""
         self.hook.remove()
         mine = vars(self.reader.module)
-        # Other code may have put its own there since, and calls ours: that passes everything on.
+        # Other code may have replaced our forward since, and call it from its own. So ours stays
+        # usable: without the reader in `_sites` it passes every call on.
         if mine.get("forward") is not self.forward:
             return
         if self.own is None:

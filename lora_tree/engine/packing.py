@@ -1,12 +1,12 @@
 """Keep bitsandbytes from repacking its 4-bit weights while something trains beside them.
 
-On a CPU with AVX512-BF16, a 4-bit layer of bitsandbytes lays its weight out anew in the first
-forward of an evaluation, in place and for good. The new layout is for inference: its product passes
-no gradient on, and the backward of a forward that ran before reads it wrongly. Nothing says so, and
-an evaluation between two steps, or a reference beside a policy, would end the training of every
-layer below.
+On a CPU with AVX512-BF16, a 4-bit layer of bitsandbytes repacks its weight in the first forward of
+an evaluation, in place and for good. The new layout is for inference: its product passes no
+gradient on, and the backward of an earlier forward reads it wrongly. There is no error, and an
+evaluation between two steps, or a reference beside a policy, would end the training of every layer
+below.
 
-A flag on each layer allows it. Here the flag is taken away; the library itself is not imported.
+A flag on each layer allows it. This module clears the flag; bitsandbytes itself is not imported.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _PACKED = "packing_format_for_cpu"
 
 
 def forbid_packing(module: nn.Module) -> None:
-    """Let a layer keep its packed weight; other modules are left alone."""
+    """Keep a layer from repacking its weight; other modules are left alone."""
     if vars(module).get(_ALLOWED):
         setattr(module, _ALLOWED, False)
 
@@ -40,7 +40,7 @@ class Packing:
 
     @property
     def forbidden(self) -> bool:
-        """Whether `forbid` holds now."""
+        """True: layers are kept from repacking now."""
         return bool(self._held)
 
     def check(self) -> None:
@@ -59,8 +59,10 @@ class Packing:
                 )
 
     def forbid(self, wanted: bool) -> None:
-        """Take the flag from every layer that has it, or give it back to those it was taken
-        from.
+        """Clear the flag of every layer that has it, or set it again on those that had it.
+
+        Args:
+            wanted: repacking is forbidden from now on.
         """
         if not wanted:
             while self._held:

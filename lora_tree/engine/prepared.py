@@ -1,19 +1,20 @@
 """Prepared: permanent hooks over buffers of a fixed rank, for a base that is compiled.
 
-A compiled forward keeps the hooks that were there when it was traced, and ignores later ones in
-silence. So the hooks are put in once, before, and what they read is rewritten in place:
+A compiled forward keeps the hooks that were there when it was traced, and ignores later ones
+without an error. So the hooks are put in once, before the trace, and the buffers that they read are
+rewritten in place:
 
     y = base(x) + B (c ∘ A x)        A: (max_rank, in), B: (out, max_rank), zeros past the rank
                                      c: (rows, max_rank), which columns a row owes; only while a
                                          batch is routed
 
-The hook's code is plain tensor work, and all sites are in one mode: one trace while bare, one for a
-path, one for a batch of as many rows. From path to path, and from batch to batch of the same size,
-only numbers change. Where our own kernels run (`prepared_segments.py`) the buffers hold addresses
-and index lists, and no rank is fixed.
+The hook's code is plain tensor work, and all sites are in one mode: there is one trace while bare,
+one for a path, and one for each number of rows of a batch. From path to path, and from batch to
+batch of the same size, only numbers change. Where our own kernels run (`prepared_segments.py`) the
+buffers hold addresses and index lists, and no rank is fixed.
 
-What can't be compiled is missing here: nodes that train, and the watches over sites that never run,
-over key/value caches and over checkpointed backwards.
+Prepared models lack everything that can't be compiled: nodes that train, and the watches over sites
+that never run, over key/value caches and over checkpointed backwards.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ __all__ = ["Numbers", "Prepared", "increments_beside"]
 def increments_beside(tree: AdapterTree, binder: Binder) -> dict[Site, list[LowRank]]:
     """Return every site that may get a side path, with the increments that nodes have there.
 
-    Of nodes whose files were not read yet only the shapes are known, on the meta device.
+    If a node's files were not read yet, its increments are shapes on the meta device.
 
     Raises:
         BaseMismatch, FormatError: a node does not fit the base, or its files are broken.
@@ -74,10 +75,10 @@ class Numbers:
     """The numbers that go into the buffers, for one path or for a batch.
 
     Args:
-        of: whose buffers.
+        of: the owner of the buffers.
         mode: `OFF`, `PATH` or `ROWS`.
-        at_site: site → what is written there.
-        segments: what is written for the sites of each device that run kernels.
+        at_site: site → the numbers for its buffers.
+        segments: for each device with sites that run kernels, the numbers for their buffers.
     """
 
     of: Prepared
@@ -94,13 +95,12 @@ class Prepared:
     """Fixed side paths at some sites of a base.
 
     Args:
-        sites: every site, with the increments that nodes have there; the shapes of these are
-            enough.
+        sites: every site, with the increments that nodes have there; only their shapes are used.
         max_rank: columns of every buffer: the largest Σr of a path, or of all the nodes of a batch
             together; None: every site runs kernels, which need no such buffer.
         dtype: what side paths compute in; None: the widest of the factors' and the weight's own.
         nodes: how many nodes the tree has.
-        depth: nodes of its longest lineage.
+        depth: the number of nodes on its longest lineage.
 
     Raises:
         SpecError: ``max_rank`` is not a positive whole number, or missing where a site needs it.
@@ -147,10 +147,10 @@ class Prepared:
         self._sites = {site.name: site for site in sites}
         self._handles: list[RemovableHandle] = []
         self.nothing = Numbers(self, OFF, {})
-        """No side paths, ready to run."""
+        """Numbers that turn the side paths off."""
         self.reached: set[str] = set()
-        """Nothing that is prepared trains, so no gradient comes back to a node."""
-        # One after the other into the list, so that a failure takes out those that are in.
+        """Always empty: no node trains in a prepared model, so no gradient comes back to one."""
+        # Each handle goes into the list at once, so that a failure takes out the hooks already in.
         try:
             hooks: list[tuple[Site, Callable[..., Any]]] = []
             for fixed in self._fixed.values():
@@ -182,7 +182,8 @@ class Prepared:
         if not plan.terms:
             return self.nothing
         self._check(placed, None)
-        # Every site gets numbers, those off the path zeros: a hook that is off is another trace.
+        # Every site gets numbers, zeros if it is not on the path: turning its hook off would be
+        # another trace.
         made = {}
         for name, fixed in self._fixed.items():
             made[name] = fixed.numbers(plan.terms.get(name, ()))
@@ -218,7 +219,7 @@ class Prepared:
         return Numbers(self, ROWS, made, segments)
 
     def write(self, numbers: Numbers) -> None:
-        """Rewrite the buffers. All sites are in one mode, active or not: each mode is one trace."""
+        """Rewrite the buffers, and put all sites into one mode, because each mode is one trace."""
         with torch.no_grad(), torch.inference_mode(False):
             for i, segments in enumerate(self._segments):
                 segments.write(None if numbers.mode == OFF else numbers.segments[i])
@@ -235,7 +236,7 @@ class Prepared:
 
     # ------------------------------------------------------------------ private
     def _check(self, placed: PlacedPlan, largest: Mapping[str, float] | None) -> None:
-        """Check that every site of the plan has buffers, that nothing of it trains, and that its
+        """Check that every site of the plan has buffers, that no node of it trains, and that its
         numbers are finite.
         """
         plan = placed.plan
@@ -271,7 +272,7 @@ class Prepared:
                         f"{term.node}: trains, which a prepared model can't do",
                         "model.trainable() first",
                     )
-        # A row may owe more than a node's whole weight. Such a batch is looked at each time.
+        # A row may owe a node more than its full weight. Such a batch is checked each time.
         ordinary = largest is None or max(largest.values(), default=0.0) <= 1.0
         if ordinary and self._finite.get(plan) == placed.dtypes:
             return
@@ -282,11 +283,11 @@ class Prepared:
 
 @dataclass(frozen=True, eq=False)
 class _SiteNumbers:
-    """The numbers for one site's buffers: a value of any rank; and for a batch each row's
+    """The numbers for one site's buffers: a value of any rank, and for a batch each row's
     coefficients.
 
     Args:
-        value: what is added up; None: no node changes the site.
+        value: the sum of the terms; None: no node changes the site.
         rows: (rows, max_rank · groups): coefficients.
         bias: (rows, out).
         uniform: all rows owe the same.
@@ -332,7 +333,7 @@ class _Fixed:
 
         Args:
             terms: the terms at this site; of a batch, their coefficients are 1.
-            rows: what each row owes to them; None: for one path.
+            rows: what each row owes to the terms' nodes; None: the terms are those of one path.
             batch_first: the caller knows that the first axis is the rows.
 
         Raises:
@@ -356,8 +357,8 @@ class _Fixed:
             column: list[int] = []
             for i, each in enumerate(values):
                 column += [i] * each.rank
-            # A row's coefficient of a node stands once for each of the node's ranks, and that once
-            # for each group.
+            # A node's coefficient is repeated for each of the node's ranks, and that row of
+            # coefficients for each group.
             wide = torch.nn.functional.pad(owed[:, column], (0, self.max_rank - rank))
             wide = uploaded(wide.repeat(1, self._groups).to(self.dtype), device)
             bias = self._biases(values, uploaded(owed, device)).to(self.dtype)
@@ -372,13 +373,15 @@ class _Fixed:
         return bias
 
     def write(self, numbers: _SiteNumbers, mode: int) -> None:
-        """Rewrite the buffers in place; those of the rows only for the same number of rows."""
+        """Rewrite the buffers in place. Those of the rows are replaced if the number of rows is
+        another.
+        """
         self.mode, self.uniform, self.batch_first = mode, numbers.uniform, numbers.batch_first
         value, rank = numbers.value, 0 if numbers.value is None else numbers.value.rank
         if value is not None:
             self.A[..., :rank, :].copy_(value.A)
             self.B[..., :rank].copy_(value.B)
-        # An earlier path of a larger rank has left numbers there, which would be added.
+        # An earlier path of a larger rank has left numbers beyond this one's rank.
         self.A[..., rank:, :].zero_()
         self.B[..., rank:].zero_()
         if value is None or value.bias is None:
@@ -434,10 +437,10 @@ class _Fixed:
         return side_path
 
     def _rows_of(self, x: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return coefficients, biases and whether it owes anything, for every row of an input.
+        """Return every row's coefficients, its bias, and whether it owes anything.
 
-        If all rows owe the same, one row's are returned for an input whose first axis is something
-        else.
+        If all rows owe the same, the input's first axis need not be the rows: then one row's are
+        returned for all.
 
         Raises:
             BaseMismatch: the first axis is not the rows, or can't be known to be, and the rows

@@ -4,12 +4,12 @@
     one buffer of addresses, (sites, nodes, fields)       rewritten in place at a switch
     an operator at each site                              opaque to the compiler
 
-Nothing has a rank that was fixed before: the kernels read factors where they lie. The operator
-finds the buffers by its site's number, so that a captured graph reads their memory itself and what
-is written there next is what it runs. A path is a batch of one row that holds all inputs.
+No rank is fixed beforehand, because the kernels read factors where they lie. The operator finds the
+buffers by its site's number. A captured graph reads their memory directly, so it runs what was last
+written there. A path is a batch of one row that holds all inputs.
 
-Whatever is not active is written out of the buffers: a graph that is replayed later finds lists in
-which no row owes anything, and never an address of memory that was freed.
+A switch clears from the buffers everything that is no longer active: a graph that is replayed later
+finds lists in which no row owes anything, and never the address of memory that was freed.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ OFF, PATH, ROWS = 0, 1, 2
 """The modes of prepared side paths: each is one trace."""
 
 GROUPS = (16, 1)
-"""Rows of a group, for rows of few inputs and of many; a forward's tokens say which is taken."""
+"""Rows in a group: for rows of few inputs, and for rows of `MANY` or more."""
 
 MANY = 16
 
 _NUMBERS = itertools.count()
 _SITES: weakref.WeakValueDictionary[int, _SegmentedSite] = weakref.WeakValueDictionary()
-"""By number: an operator takes numbers and tensors, and no objects."""
+"""Number → site: a custom operator takes numbers and tensors, and no objects."""
 
 
 def covered(site: Site, values: Sequence[LowRank], dtype: torch.dtype) -> bool:
@@ -70,7 +70,7 @@ def covered(site: Site, values: Sequence[LowRank], dtype: torch.dtype) -> bool:
         return False
     if any(value.bias is not None for value in values):
         return False
-    # Only the place may differ: outlines are on the meta device.
+    # Only shapes, dtypes and layouts are compared: outlines are on the meta device.
     factors = [(value.A, value.B, value.scale) for value in values]
     return can_route(factors, values[0].A.device)
 
@@ -80,7 +80,7 @@ class SegmentNumbers:
     """The numbers for the buffers of one device, for one path or one batch.
 
     Args:
-        rows: of the batch; None: a path, which is one row of all inputs.
+        rows: the number of rows of the batch; None: a path, which is one row of all inputs.
         lists: number of rows → the lists for each of `GROUPS`.
         addresses: (sites, nodes, FIELDS) int64.
         scales: (sites, nodes) fp32.
@@ -102,10 +102,10 @@ class PreparedSegments:
     """The buffers of all sites on one device, and their hooks' operators.
 
     Args:
-        sites: every site, with the increments that nodes have there; their shapes are enough.
-        dtypes: site → what it computes in, at least.
+        sites: every site, with the increments that nodes have there; only their shapes are used.
+        dtypes: site → the narrowest dtype that it computes in.
         nodes: how many nodes the tree has.
-        depth: nodes of the longest lineage.
+        depth: the number of nodes on the longest lineage.
         device: where the sites are.
     """
 
@@ -129,14 +129,16 @@ class PreparedSegments:
             Plan, tuple[tuple[int, ...], tuple[Tensor, Tensor, list[Tensor]]]
         ]
         self._of_plan = weakref.WeakKeyDictionary()
-        """Plan → where its adapters lay, and what `_laid_out` returned then."""
+        """Plan → the addresses of its adapters' buffers, and what `_laid_out` returned for them."""
         self.sites: dict[str, _SegmentedSite] = {}
         for i, (site, values) in enumerate(sites.items()):
             table = _table(values, self._addresses[i], self._scales[i])
             self.sites[site.name] = _SegmentedSite(self, site, dtypes[site.name], table)
         self.mode, self.rows, self.batch_first = OFF, 1, False
         self.version = torch.zeros((), dtype=torch.int64, device=device)
-        """Every switch writes to it, which autograd notices in a backward that comes too late."""
+        """Every switch writes to this tensor, so that autograd refuses a backward that comes after
+        a switch: its forward saved the tensor.
+        """
 
     # ------------------------------------------------------------------ what can fail
     def numbers(
@@ -145,12 +147,13 @@ class PreparedSegments:
         """Return the numbers for a plan's sites on this device.
 
         Args:
-            plan: in a batch, all its nodes.
-            batch: what each row owes, as the rows lie; None: one path for all inputs.
+            plan: the plan of the path, or of all the nodes of the batch.
+            batch: what each row of the inputs owes; None: one path for all inputs.
             batch_first: the caller knows that the first axis is the rows.
 
         Raises:
-            StateError: a node's factors are not like those that were prepared for.
+            StateError: a node's factors have another dtype, or a larger rank, than those that were
+                prepared for; or there are more nodes.
         """
         nodes = list(batch.nodes) if batch is not None else _nodes_of(plan)
         places, known = self._of_plan.get(plan, ((), None))
@@ -170,7 +173,7 @@ class PreparedSegments:
         for rows in ({1: of_row[:1], len(of_row): of_row}).values():
             found = []
             for group in GROUPS:
-                # Room for any paths, so that a batch of as many rows is written over this one.
+                # Room for any paths, so that any batch of as many rows can be written over this.
                 room = room_for(len(rows), group, self._depth)
                 most = self._scales.shape[1]
                 found.append(segment_numbers(kinds, rows, group, entries=room, nodes=most))
@@ -179,8 +182,8 @@ class PreparedSegments:
         return SegmentNumbers(count, lists, addresses, scales, uniform, batch_first, held)
 
     def _laid_out(self, plan: Plan, nodes: Sequence[str]) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Return the addresses and scales of a plan's factors on the device, and what was
-        copied.
+        """Return the addresses and scales of a plan's factors on the device, and the factors that
+        had to be copied.
         """
         if len(nodes) > self._scales.shape[1]:
             raise StateError(
@@ -264,7 +267,7 @@ class PreparedSegments:
             segments.take(Segments(sizes, uploaded(memory, self._device)))
 
     def lists(self, rows: int, tokens: int) -> Segments:
-        """Return the lists for so many rows of so many tokens."""
+        """Return the lists for a number of rows, each of ``tokens`` inputs."""
         return self._lists[rows][tokens >= MANY]
 
 
@@ -274,7 +277,7 @@ class _SegmentedSite:
     Args:
         of: the buffers.
         site: the site.
-        dtype: what it computes in, at least.
+        dtype: the narrowest dtype that it computes in.
         table: its part of the addresses.
     """
 
@@ -335,7 +338,7 @@ class _SegmentedSite:
         return side_path
 
     def run(self, out: Tensor, x: Tensor, rows: int, compute: torch.dtype) -> Tensor:
-        """Launch the kernels, into a new tensor."""
+        """Launch the kernels, and return the sum as a new tensor."""
         out, x = out.contiguous(), x.contiguous()
         segments, tiling = self._sized(x, rows, compute)
         kernels, after = routed_kernels(), torch.empty_like(out)
@@ -344,7 +347,7 @@ class _SegmentedSite:
         return after
 
     def back(self, grad: Tensor, rows: int, compute: torch.dtype, dtype: torch.dtype) -> Tensor:
-        """Return the gradient that the kernels hand on to the input."""
+        """Return the gradient with respect to the input."""
         grad = grad.contiguous()
         segments, tiling = self._sized(grad, rows, compute)
         kernels = routed_kernels()

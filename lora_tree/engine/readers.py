@@ -54,8 +54,8 @@ def readers_of(base: nn.Module, sites: Collection[Site], is_routed: bool) -> Rea
     Args:
         base: the model.
         sites: of a plan.
-        is_routed: rows go by different paths, so that it matters where a module of experts has
-            them.
+        is_routed: rows go by different paths, so that they have to be followed into modules of
+            experts.
     """
     read_in = {site: site.read_in for site in sites}
     watched: dict[str, list[Site]] = {}

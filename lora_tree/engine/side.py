@@ -46,20 +46,20 @@ __all__ = [
 
 @dataclass
 class Manner:
-    """How side paths compute; one object for a model, read in every forward.
+    """The settings of side paths; one object for a model, read in every forward.
 
     Args:
-        dtype: what they compute in; None: the widest of the factors' and the weight's own.
-        dropout: the part of a site's input that nodes in training do not see, while the site's
-            module trains.
+        dtype: the dtype to compute in; None: the widest of the factors' and the weight's own.
+        dropout: the part of a site's input that is dropped for nodes that train, while the site's
+            module is in training mode.
     """
 
     dtype: torch.dtype | None = None
     dropout: float = 0.0
 
     def dropped(self, x: Tensor, site: Site) -> Tensor:
-        """Return the input of nodes in training: ``x`` with one mask for all of them; ``x`` itself
-        in evaluation.
+        """Return the input for nodes that train: ``x`` after one dropout for all of them; ``x``
+        itself in evaluation.
         """
         if not (self.dropout and site.module.training and x.is_floating_point()):
             return x
@@ -70,7 +70,7 @@ class Side(Protocol):
     """One site's side path, which the site's hook runs."""
 
     def __call__(self, out: Tensor, x: Tensor, spare: bool, layout: RowLayout | None) -> Tensor:
-        """Return ``out`` plus the site's part of what is active.
+        """Return ``out`` plus the site's part of the active path or batch.
 
         Args:
             out: the module's output.
@@ -81,15 +81,15 @@ class Side(Protocol):
         ...
 
     def shares(self, device: torch.device, layout: RowLayout | None) -> list[Share]:
-        """Return the same as increments, for a weight that its module reads itself.
+        """Return the same sum as shares, for a weight that its module reads itself.
 
         Args:
             device: where it is computed.
-            layout: where the rows of a batch are in what the weight is multiplied with; None: that
-                is not known.
+            layout: where the rows of a batch are in the tensor that the weight is multiplied with;
+                None: that is not known.
 
         Raises:
-            BaseMismatch: it has to be known.
+            BaseMismatch: it is not known, and the rows differ here.
         """
         ...
 
@@ -102,8 +102,8 @@ class Sides(dict[str, Side]):
     """Site → its side path. A class of its own, because a plain dict takes no weak reference.
 
     Attributes:
-        nbytes: laid out for it.
-        tables: the tables of factors that it reads by; None: none.
+        nbytes: the bytes that were laid out for it.
+        tables: the tables through which it reads factors; None: it has none.
     """
 
     nbytes: int = 0
@@ -117,7 +117,7 @@ class Draft:
         site: the site.
         terms: in the order of the sum.
         kind: the dtype and the device to compute in.
-        trains: whether some terms of the plan train; else none is asked.
+        trains: whether any term of the plan trains; if not, the terms are not looked at.
     """
 
     def __init__(self, site: Site, terms: Terms, kind: SideKind, *, trains: bool) -> None:
@@ -129,9 +129,9 @@ class Draft:
             value = term.value if term.coefficient == 1.0 else term.scaled
             (self.live if trains and term.trains else self.frozen).append(value)
         self.form: PathForm | None = None
-        """Reads the frozen factors where they lie; None: nothing does."""
+        """The form that reads the frozen factors where they lie; None: there is none."""
         self.stacks = len(self.frozen) > 1
-        """Whether the frozen factors are copied side by side."""
+        """True: the frozen factors are copied side by side."""
         if len(self.frozen) == 1:
             # One node's factors are a stack already, if they are what the site computes with.
             for tensor in self.frozen[0].tensors:
@@ -144,7 +144,7 @@ class Draft:
             biases += 0 if value.bias is None else value.bias.numel()
         itemsize = self.dtype.itemsize
         self.nbytes = (down + up + biases) * itemsize
-        """Bytes that a stack takes: a copy of what does not train."""
+        """Bytes that a stack takes: a copy of the frozen factors."""
         self.down_bytes, self.up_bytes = down * itemsize, up * itemsize
         """Bytes of the A's, and of the B's, side by side."""
 
@@ -164,7 +164,7 @@ class PathForm(Protocol):
     """The sum of a path's frozen terms at one site, from factors that are not stacked."""
 
     def added(self, out: Tensor, x: Tensor, *, spare: bool) -> Tensor | None:
-        """Return ``out`` plus the sum; None if it does not add up for such tensors.
+        """Return ``out`` plus the sum; None if the form can't take such tensors.
 
         Args:
             out: the module's output.
@@ -194,7 +194,7 @@ class PathSide:
             into = None if slab is None else draft.cut_from(slab)
             frozen = stacked(draft.frozen, dtype=draft.dtype, device=draft.device, into=into)
             self._pieces.append(frozen)
-        # Factors that train are not stacked: a parent's stack would have to be made anew at every
+        # Factors that train are not stacked: a parent's stack would have to be made again at every
         # step.
         self._frozen = len(self._pieces)
         self._pieces += draft.live
@@ -226,10 +226,10 @@ class PathSide:
         for i in range(first, len(self._pieces)):
             piece = self._piece(i, out.device)
             if i == self._frozen:
-                # Once for all that train, so that they see one mask.
+                # Once for all nodes that train, so that they see one mask.
                 x = self._manner.dropped(x, self._site)
             out = self._added(out, x, piece, spare)
-            spare = True  # what this added to is ours
+            spare = True  # `out` is now a tensor that this call has made
         return out
 
     def _added(self, out: Tensor, x: Tensor, piece: LowRank, spare: bool) -> Tensor:
@@ -243,7 +243,7 @@ class PathSide:
             if x.dtype != wide:
                 wide = torch.promote_types(wide, x.dtype)
             wide = product_dtype(wide, x.device)
-            # Each is asked first: `to` costs a call into torch even if it returns the tensor
+            # Dtypes are compared first: `to` costs a call into torch even if it returns the tensor
             # itself.
             x = x if x.dtype == wide else x.to(wide)
             A = A if A.dtype == wide else A.to(wide)
@@ -265,7 +265,7 @@ class GroundedSide:
 
     Args:
         ground: the overrides of the module's own tensors.
-        inner: the increments that are added to it.
+        inner: the side path of the increments, which are added to the ground's output.
     """
 
     def __init__(self, ground: Ground, inner: Side) -> None:
@@ -325,8 +325,8 @@ def side_kinds(plan: Plan, asked: torch.dtype | None) -> dict[str, SideKind]:
 def side_dtype(
     weight: Tensor | None, values: Sequence[LowRank], asked: torch.dtype | None
 ) -> torch.dtype:
-    """Return what a site's side path computes in: as asked, or the widest of the factors' and the
-    weight's own.
+    """Return the dtype that a site's side path computes in: the one asked for, or the widest of the
+    factors' and the weight's own.
 
     Args:
         weight: the site's; its dtype does not count if it is quantised.
@@ -366,7 +366,7 @@ def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 def recorded(*tensors: Tensor) -> bool:
     """Return whether autograd records an operation on these tensors.
 
-    It forbids to write over what it has saved, or will need.
+    If so, no tensor that it has saved, or will save, may be written over.
     """
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 

@@ -43,7 +43,6 @@ class UncalledSites:
 
     def expect(self, plan: Plan) -> None:
         """Require from now on that the plan's sites run when the modules around them do."""
-        # In place: every hook holds this very set.
         self.called.clear()
         known = self._children_of.get(plan)
         if known is None:

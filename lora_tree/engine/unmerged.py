@@ -1,16 +1,16 @@
 """Unmerged: the base untouched, and one side path per site, for one path (however deep) or for a
 path per row.
 
-A side path is a forward hook on the site's own module, there while something is active and gone
-after it. The side paths laid out for a path are kept for the last paths used, as far as there is
-room. Factors that train go through as they are, so that autograd sees them.
+A side path is a forward hook on the site's own module. It is there while a path is active, and is
+removed after that. The side paths laid out for the last paths are kept, as far as there is room.
+Factors that train are used directly, without a copy, so that autograd sees them.
 
-A node is noted as trained on when a gradient comes back through a side path of its own: a step of
-an optimiser moves no other node, and it does not matter which module of the base the forward began
-at.
+A node counts as reached by training when a gradient comes back through a side path with its
+factors. A step of an optimiser moves no other node, and it does not matter which module of the base
+the forward began at.
 
-Law: side paths that are laid out passed every check. So a path that is found among the kept ones is
-not checked again.
+Law: side paths that are laid out passed every check, so a path whose side paths were kept is not
+checked again.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ _Read: TypeAlias = tuple[Readers, Mapping[str, Site]]
 
 KEPT_PATHS = 64
 PORTION = 1 << 20
-"""Bytes that are taken at once for factors that are laid out."""
+"""The bytes of memory that are taken in one piece for factors that are laid out."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +74,7 @@ class SidePaths:
     """The side paths of one path or of a batch, ready to run.
 
     Args:
-        of: whose hooks run them.
+        of: the owner of the hooks that run them.
         plan: its sites and terms.
         sides: site → its side path.
         mark: the behaviour's number for key/value caches and recorded backwards; None: nothing to
@@ -110,7 +110,8 @@ class Unmerged:
         base: the model.
         manner: how side paths compute.
         ledger: bounds the memory that is laid out.
-        reached: shared with other views of the same base; None: a set of its own.
+        reached: gets the nodes that a gradient has come back to; may be shared with other views of
+            the base. None: a new set.
     """
 
     permanent = False
@@ -130,7 +131,7 @@ class Unmerged:
         # Side paths of earlier requests are the first to go if room is needed.
         self._ledger.spare(self._kept)
         self._in_place: LastUsed[Sides] = LastUsed(KEPT_PATHS)
-        """Those that take no memory beside the adapters."""
+        """The kept side paths that take no memory beside the adapters."""
         self._router = Router(manner, ledger=self._ledger)
         self._tables = FactorTables()
         self._finite: weakref.WeakKeyDictionary[Plan, tuple[WeightDtypes, torch.dtype | None]] = (
@@ -138,21 +139,21 @@ class Unmerged:
         )
         """Plan → the dtypes for which batches of it were found to be finite."""
         self._has_hooks: Mapping[str, Site] | None = {}
-        """The sites that have hooks; None: a call failed while they were put in."""
+        """The sites that have hooks; None: a call failed while hooks were put in."""
         self._uncalled = UncalledSites(base)
         self._forward_guard = ForwardGuard(base)
-        # Every side path asks both of torch at every call, so they are looked up once.
+        # Every side path uses these two of torch at every call, so they are looked up once.
         self._on_all_modules, self._packs_saved = global_hooks(), saved_tensor_hook()
         self._base = base
         self._inside = InsideForwards(base, ran=self._ran, dropped=manner.dropped)
         self._watches = False
-        """Some forwards are watched, or may be after a call that failed."""
+        """True: some forwards are watched, or may be after a call that failed."""
         self._read_by: weakref.WeakKeyDictionary[Plan, dict[bool, _Read]]
         self._read_by = weakref.WeakKeyDictionary()
         """Plan → the modules that read its weights, and its sites that need a hook; for a path and
         for a batch."""
         self.nothing = SidePaths(self, EMPTY_PLAN, {}, None)
-        """No side paths, ready to run."""
+        """An empty set of side paths, to be installed when nothing is to run beside the weights."""
         self._running = self.nothing
         self._settled = True
         """False: a call failed half-way, and the hooks may be those of two behaviours."""
@@ -172,7 +173,7 @@ class Unmerged:
         if not placed.plan.terms:
             return self.nothing
         sides = self._sides(placed)
-        assert sides is not None, "only what is made ahead may be left out"
+        assert sides is not None, "only `look_ahead` may get None"
         return SidePaths(self, placed.plan, sides, placed.plan.mark)
 
     def look_ahead(self, placed: PlacedPlan) -> None:
@@ -186,18 +187,19 @@ class Unmerged:
             self._sides(placed, ahead=True)
 
     def _sides(self, placed: PlacedPlan, *, ahead: bool = False) -> Sides | None:
-        """Return the side paths of a plan, those of before where they are kept and still right.
+        """Return the side paths of a plan: the kept ones if they are still valid, else new ones.
 
         Args:
             placed: the plan.
             ahead: return None instead of laying out what takes room.
         """
         plan = placed.plan
-        # The dtypes, because a side path is laid out for the weight's, and the base may be cast.
+        # The dtypes are in the key because a side path is laid out for the dtype of its weight, and
+        # the base may be cast.
         key = plan, placed.dtypes
         sides = self._kept.again(key) or self._in_place.again(key)
-        # Adapters may have come back elsewhere. `of` shifts their addresses, or makes new tables if
-        # it can't.
+        # Adapters may have come back to other addresses. `of` shifts the addresses in the tables,
+        # or makes new tables if it can't.
         known = None if sides is None else sides.tables
         if known is not None and known is not self._tables.of(plan):
             sides = None
@@ -207,10 +209,11 @@ class Unmerged:
                 check_grounds(plan)
             check_beside(placed, kinds)
             sides = self._laid_out(placed, kinds, ahead=ahead)
-            # Anybody may write to factors that train, so nothing made of them is kept.
+            # Any code may write to factors that train, so nothing made of them is kept.
             if sides is not None and plan.fixed:
-                # To drop what takes no memory makes no room, if the cache has an evicted adapter's
-                # memory back though a plan refers to it.
+                # The ledger drops what `_kept` keeps to make room. Dropping side paths that take no
+                # memory makes none, provided that evicting an adapter frees its memory even while a
+                # plan refers to it. So these are kept in `_in_place`.
                 is_free = not sides.nbytes and self._ledger.reclaims and plan.lies_in_buffers
                 (self._in_place if is_free else self._kept).keep(key, sides)
         return sides
@@ -232,7 +235,8 @@ class Unmerged:
     def _check_rows(self, placed: PlacedPlan, batch: Batch) -> None:
         if placed.plan.overrides:
             check_grounds(placed.plan)
-        # As long as no row owes more than a node's whole weight, all batches of a plan are alike.
+        # As long as no row owes a node more than its full weight, one check holds for all batches
+        # of a plan.
         ordinary = max(batch.largest.values(), default=0.0) <= 1.0
         checked = placed.dtypes, self._manner.dtype
         if ordinary and self._finite.get(placed.plan) == checked:
@@ -262,7 +266,7 @@ class Unmerged:
                 total += draft.nbytes
         if ahead and stacked:
             return None
-        # Made before they are counted, since only then it shows which of them had to be copied.
+        # Made before they are counted, because only then it is known which had to be copied.
         overridden = grounds_of(plan) if plan.overrides else {}
         grounds = {}
         for name, overrides in overridden.items():
@@ -290,18 +294,18 @@ class Unmerged:
 
     # ------------------------------------------------------------------ the only writer of hooks
     def run(self, paths: SidePaths) -> None:
-        """Let the base run these, and no others.
+        """Make the base run these side paths, and no others.
 
         A second call completes one that failed half-way.
         """
         if paths is self._running and self._settled:
             return
-        # First, so that a hook that is put in finds its side path from the beginning.
+        # This comes first, so that every new hook finds its side path at once.
         self._running, self._settled = paths, False
         readers, called = self._readers(paths)
         # Most bases call each layer, and then there is nothing to watch.
         if readers.watched or self._watches:
-            self._watches = True  # before: a call that fails may have left some
+            self._watches = True  # set before: a call that fails may leave some watched
             self._inside.run(readers.watched, paths.sides, paths.axis)
             self._watches = bool(readers.watched)
         self._put_hooks(paths.plan, called)
@@ -321,7 +325,7 @@ class Unmerged:
         # under the same name there may be another module now.
         if self._has_hooks == wanted:
             return
-        self._has_hooks = None  # a call that fails half-way leaves some
+        self._has_hooks = None  # not known if this call fails half-way
         for name in list(self._hooked):
             site, handle = self._hooked[name]
             if plan.sites.get(name) is not site:
@@ -384,8 +388,8 @@ class Unmerged:
             running = self._running
             if name in running.plan.overrides:
                 check_one_input(site, args, kwargs)
-            # Another hook, on the module or on all modules, may have kept the output; and so may a
-            # forward that was put on this one module since.
+            # Another hook, on the module or on all modules, may have kept the output; so may a
+            # forward that other code has put on this module since.
             alone = len(module._forward_hooks) == 1 and not on_all_modules
             spare = makes_its_output and alone and "forward" not in vars(module)
             side = running.sides[name]
@@ -404,25 +408,24 @@ class Unmerged:
     def _ran(self, site: Site, after: Tensor) -> Tensor:
         """Note that a site's side path ran, guard its backward, and return its result ``after``."""
         self._uncalled.called.add(site.name)
-        # Only here can be seen what checkpointing does around the layer.
+        # It can be seen only inside the layer whether checkpointing runs it.
         if self._packs_saved(False) is not None or not torch.is_grad_enabled():
             self._forward_guard.may_run_again(after)
         if after.grad_fn is not None:
             training = self._running.training.get(site.name)
             if training:
-                # On the graph: a gradient comes by here only if rows of this very forward went
+                # A hook on the graph: a gradient reaches it only if rows of this forward went
                 # through these nodes.
                 after.grad_fn.register_prehook(partial(self._reach, training))
         return after
 
     def _reach(self, nodes: Sequence[str], grads: object) -> None:
-        """Note that a backward comes by a side path: the gradients of these nodes are made next."""
+        """Note that a backward has reached a side path, whose nodes get their gradients next."""
         self.reached.update(nodes)
 
 
 def _raise_for_stop(module: nn.Module, name: str) -> NoReturn:
-    """Refuse a layer of the base that passes no gradient on: everything below it would stop to
-    learn.
+    """Refuse a layer of the base that passes no gradient on: nodes below it would not learn.
 
     Raises:
         StateError: always; names the site.
@@ -436,10 +439,10 @@ def _raise_for_stop(module: nn.Module, name: str) -> NoReturn:
 
 
 def _portions(drafts: Sequence[Draft]) -> list[tuple[torch.device, int, list[Draft]]]:
-    """Return successive drafts on one device, and the bytes of slab that they take: ~`PORTION`.
+    """Return (device, bytes, drafts): successive drafts for one slab of about `PORTION` bytes.
 
-    One slab for all would need that much memory in one piece; one for each site would make
-    thousands of small ones.
+    One slab for all drafts would need that much memory in one piece; one for each site would make
+    thousands of small pieces.
     """
     portions: list[tuple[torch.device, int, list[Draft]]] = []
     portion: list[Draft] = []

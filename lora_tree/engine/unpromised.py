@@ -1,8 +1,8 @@
 """Ask torch for names that may be missing: private ones, and ones younger than our oldest torch.
 
-Every such name is asked for here and nowhere else, with what is right in its absence: a slower way
-to the same result, or an answer on the safe side. So a torch that drops or renames one costs time,
-not correctness. The tests take each of them away (tests/test_versions.py).
+Every such name is looked up here and nowhere else, with a fallback: a slower way to the same
+result, or an answer on the safe side. So a torch that drops or renames one costs time, not
+correctness. The tests take each of them away (tests/test_versions.py).
 
     name                                           since  without it
     F.grouped_mm                                   2.10   batches are added up node by node
@@ -64,9 +64,9 @@ def grouped_product() -> Callable[..., Tensor] | None:
 
 @functools.cache
 def attention_body() -> Callable[..., Any] | None:
-    """Return `F.multi_head_attention_forward` as a function that does not ask first whether a
-    `TorchFunctionMode` is active, so that a mode sees the products in it; None if this torch writes
-    it in another way.
+    """Return `F.multi_head_attention_forward` without its first step, which hands the whole call to
+    an active `TorchFunctionMode`: so a mode sees the products in it. None if this torch has another
+    body.
     """
     function = F.multi_head_attention_forward
     code = getattr(function, "__code__", None)
@@ -77,12 +77,11 @@ def attention_body() -> Callable[..., Any] | None:
 
 
 def saved_tensor_hook() -> Callable[[bool], object]:
-    """Return torch's function that returns what packs the tensors that autograd saves now, or None.
+    """Return torch's function that returns the hook for tensors that autograd saves now, or None.
 
-
-    Called with False, it tells of all hooks, and not only of those that tracing may ignore. If
-    torch has no such function, one that never returns None. Every side path calls it, so it is
-    torch's own, without a call of ours around it.
+    Called with False, it also finds hooks that tracing may ignore. If torch has no such function,
+    the one returned never returns None. Every side path calls it, so it is torch's own, without a
+    wrapper of ours.
     """
     found: Callable[[bool], object] = getattr(
         autograd, "_top_saved_tensors_default_hooks", lambda is_tracing: "unknown"
@@ -91,17 +90,16 @@ def saved_tensor_hook() -> Callable[[bool], object]:
 
 
 def slow_on_cpu() -> frozenset[torch.dtype]:
-    """Return the narrow dtypes for which this machine's torch has no fast product, as far as it
-    tells.
+    """Return the narrow dtypes for which torch does not report a fast product on this machine.
 
-    Without AVX-512 or its like torch multiplies them in a plain loop, which is far slower than
-    widening to fp32 (bf16 on AVX2: docs/benchmarks.md).
+    Without AVX-512 or similar instructions torch multiplies them in a plain loop, which is far
+    slower than widening to fp32 (bf16 on AVX2: docs/benchmarks.md).
     """
     asked = {
         torch.bfloat16: "_is_mkldnn_bf16_supported",
         torch.float16: "_is_mkldnn_fp16_supported",
     }
-    # Without mkldnn the ops below exist and can't be called.
+    # Without mkldnn the ops below exist, but can't be called.
     if not getattr(torch._C, "_has_mkldnn", False):
         return frozenset(asked)
     slow = set()
@@ -115,7 +113,7 @@ def slow_on_cpu() -> frozenset[torch.dtype]:
 def fp32_product() -> Callable[[Tensor, Tensor], Tensor] | None:
     """Return oneDNN's product of fp32 matrices, x @ w.mT for (m, k) and (n, k); None without it.
 
-    torch multiplies fp32 matrices by MKL, which uses half of the width of AMD's processors.
+    torch multiplies fp32 matrices with MKL, which uses half the vector width of AMD's processors.
     """
     found = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
     if found is None:
@@ -141,7 +139,7 @@ def fake_tensors() -> tuple[Any, Any] | None:
 def global_hooks() -> Collection[object]:
     """Return torch's own collection of the forward hooks that are set on all modules at once.
 
-    If torch does not say, one that is never empty.
+    If torch does not have it, the collection returned is never empty.
     """
     found: Collection[object] = getattr(nn_module, "_global_forward_hooks", ("unknown",))
     return found
@@ -152,7 +150,8 @@ def compiled_frames() -> int | None:
 
     None if torch does not say.
     """
-    # Not imported here: that takes a second, and where it was not imported nothing was compiled.
+    # Looked up and not imported: an import takes a second, and if nothing has imported it, nothing
+    # was compiled.
     compiler: Any = sys.modules.get("torch._dynamo.convert_frame")
     if compiler is None:
         return 0
@@ -161,25 +160,25 @@ def compiled_frames() -> int | None:
 
 
 def mind_hooks(*, wanted: bool = False) -> None:
-    """Let torch.compile ask whether a module has hooks, before it runs what was compiled for
-    another one.
+    """Make torch.compile guard on a module's hooks before it reuses code compiled for another one.
 
-    By its default a forward that was compiled for one module runs for all others of the same
-    classes, whether or not these have hooks. Two bases of one architecture in one process are
-    enough: the paths of the second would be passed by in silence. What was compiled until now does
-    not ask, so it is dropped, and compiled again when it is next called.
+    By default it reuses a compiled forward for all modules of the same classes, whether or not
+    these have hooks. Two bases of one architecture in one process are enough: the paths of the
+    second would be ignored without an error. Code that was compiled before has no such guard, so it
+    is dropped, and compiled again at its next call.
 
     Args:
         wanted: a base is about to be compiled, so the compiler is imported.
     """
     if wanted:
         importlib.import_module("torch._dynamo")
-    # Where it was not imported nothing was compiled.
+    # If nothing has imported it, nothing was compiled.
     config: Any = sys.modules.get("torch._dynamo.config")
     if config is None or not getattr(config, "skip_nnmodule_hook_guards", False):
         return
     config.skip_nnmodule_hook_guards = False
-    # A torch that keeps settings by thread asks the default in all others, which may compile too.
+    # A torch that keeps settings for each thread uses the default in the others, which may compile
+    # too.
     entry: Any = getattr(config, "_config", {}).get("skip_nnmodule_hook_guards")
     if entry is not None:
         entry.default = False

@@ -5,10 +5,10 @@
     │   └── q_proj  W    │   └── q_proj  W          parameters, buffers, config: the base's own
     └── lm_head     V    └── lm_head     V
 
-Side paths are hooks on modules. On the base's own modules one request runs at a time, and a caller
-of one module sees the path only while somebody holds it active. The hooks of a view stay, whichever
-of its modules is called, in whatever order with other views: a checkpointed layer that runs again
-in backward finds the side path that it ran with first.
+Side paths are hooks on modules. On the base's own modules one request runs at a time, and a module
+that is called alone has a path only while that path is active. The hooks of a view are permanent,
+whichever of its modules is called, and in whatever order with other views. So a checkpointed layer
+that runs again in backward finds the side path that it ran with first.
 
 Law: a view without side paths computes what its base computes, and takes no memory of its size.
 """
@@ -30,16 +30,20 @@ from .packing import forbid_packing
 __all__ = ["gate", "viewed"]
 
 _OURS = __name__.partition(".")[0]
-"""The package: hooks of its functions belong to the base's own paths, and are left out."""
+"""The name of this package. Hooks that are its functions belong to the base's own paths, and are
+not copied into a view.
+"""
 
 _HOOKED = ("_forward_hooks", "_forward_pre_hooks", "_state_dict_pre_hooks")
 
 _DEPTH = 2
-"""Modules so far below the root are entrances: a head, a model without its head, a tower."""
+"""Modules at most this far below the root count as entrances: a head, a model without its head, a
+tower.
+"""
 
 
 def viewed(base: nn.Module) -> nn.Module:
-    """Return a view of a base: its modules anew, over the same parameters and buffers.
+    """Return a view of a base: new modules over the same parameters and buffers.
 
     The base's hooks come along, except this package's own.
 
@@ -55,8 +59,8 @@ def viewed(base: nn.Module) -> nn.Module:
         twin = twins[id(module)]
         _fill(twin, module, twins)
         own, theirs = vars(module).get("forward"), vars(twin).get("forward")
-        # A bound method or a partial was bound to the twin instead. Anything else may hold the
-        # base's module where this can't look, and would run that.
+        # `_fill` has bound methods and partials to the twin. Any other callable may hold the base's
+        # module where this code can't find it, and would run that module.
         if own is not None and own is theirs:
             raise StateError(
                 f"{name or 'the base'}: its forward was replaced by a {type(own).__name__}, "
@@ -96,8 +100,8 @@ def _fill(twin: nn.Module, module: nn.Module, twins: Mapping[int, nn.Module]) ->
     ours = _our_hooks(module)
     for name, value in vars(module).items():
         if name in ("_parameters", "_buffers"):
-            # The very dictionary: a parameter that `to` or a quantiser exchanges is exchanged here
-            # as well.
+            # The same dictionary object, so that a parameter that `to` or a quantiser replaces in
+            # the base is replaced here as well.
             held[name] = value
         elif name == "_modules":
             held[name] = {key: child and twins[id(child)] for key, child in value.items()}
@@ -106,7 +110,7 @@ def _fill(twin: nn.Module, module: nn.Module, twins: Mapping[int, nn.Module]) ->
         elif not _is_ours(value):
             held[name] = _seen_from(value, twins)
     vars(twin).update(held)
-    # A view shares its weights, and must not lay them out for an evaluation of its own.
+    # A view shares its weights with the base, and must not repack them for its own evaluation.
     forbid_packing(twin)
 
 
@@ -121,7 +125,7 @@ def _our_hooks(module: nn.Module) -> set[int]:
 
 
 def _is_ours(value: object) -> bool:
-    """Return whether a hook, or a method that an object got, is a function of this package."""
+    """Return whether a hook, or a method set on an object, is a function of this package."""
     value = value.func if isinstance(value, functools.partial) else value
     # Not by `__module__`, which `functools.wraps` copies from the function that was wrapped.
     names: Mapping[str, Any] = getattr(getattr(value, "__func__", value), "__globals__", {})
@@ -129,8 +133,8 @@ def _is_ours(value: object) -> bool:
 
 
 def _seen_from(value: Any, twins: Mapping[int, nn.Module]) -> Any:
-    """Return an attribute for use in the view: what refers to a module of the base refers to its
-    twin. A value that refers to none is returned unchanged.
+    """Return an attribute's value for the view: references to modules of the base become references
+    to their twins. A value that has none is returned unchanged.
     """
     if isinstance(value, nn.Module):
         return twins.get(id(value), value)

@@ -1,4 +1,4 @@
-"""One forward of a module that reads weights itself, run with every function of torch seen.
+"""One forward of a module that reads weights itself, run so that every torch function is seen.
 
     W[e], W.mT, W.chunk(2)       the same is done to the factors                  weight_view.py
     linear(x, W[e]), x @ W, …    the factors' product is added to the result      weight_product.py
@@ -7,8 +7,8 @@
 The base's own numbers come from the base's own calls, so a bare row keeps its bits, and the experts
 are grouped as the module groups them (transformers' eager, grouped and batched implementations).
 
-Law: a function that is given the weight and is none of these is refused by its name. A token whose
-row is not known is never guessed.
+Law: any other function that is given the weight is refused by its name. The row of a token is never
+guessed.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ class WatchedForward(TorchFunctionMode):
 
     Args:
         reader: the module.
-        sites: whose weights it reads.
+        sites: the sites whose weights it reads.
         sides: site → its side path.
         axis: how the rows of a batch lie; None: no batch is routed.
         ran: is called with a site and the result of each product with its weight.
-        dropped: a site and an input → what nodes that train see of it.
+        dropped: an input and a site → the input after the dropout of nodes that train.
     """
 
     def __init__(
@@ -66,23 +66,25 @@ class WatchedForward(TorchFunctionMode):
         self._ran, self._dropped = ran, dropped
         self._views: Any = WeakIdKeyDictionary()
         self.layouts: Any = WeakIdKeyDictionary()
-        """Tensor → where the rows are in it. Weak, so that no tensor lives longer for it."""
+        """Tensor → the layout of the rows in it. The keys are weak, so that they keep no tensor
+        alive.
+        """
         self.paused = False
         self._shares: dict[tuple[str, Any], list[Share]] = {}
         self._records = torch.is_grad_enabled()
         self._unknown: BaseMismatch | None = None
-        """Why the rows are not known in what the forward was given."""
+        """The error that says why the rows are not known in the forward's input."""
         self._attention: RowLayout | None = None
         """The layout of the query of the attention that runs now."""
 
     def begin(self, x: Tensor, axis: BatchAxis) -> None:
         """Note where the rows of the batch are in the forward's first input."""
         if isinstance(self._reader.module, nn.MultiheadAttention):
-            return  # it says so itself: see `_attend`
+            return  # `_attend` finds them in the arguments of torch's function
         try:
             spread = axis.rows_of(self._reader, x)
         except BaseMismatch as error:
-            self._unknown = error  # told only if a weight in here needs the rows
+            self._unknown = error  # raised only if a weight in here needs the rows
             return
         if spread is not None:
             self.layouts[x] = RowLayout.of(x.shape, spread=spread)
@@ -109,7 +111,7 @@ class WatchedForward(TorchFunctionMode):
 
     # ------------------------------------------------------------------ a function of a weight
     def _weights(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[Any, WeightView]:
-        """Return which arguments are weights, or were made of one."""
+        """Return the arguments that are weights, or were made of one, by place or keyword."""
         found: dict[Any, WeightView] = {}
         for at, value in (*enumerate(args), *kwargs.items()):
             for tensor in value if isinstance(value, (list, tuple)) else (value,):
@@ -117,7 +119,7 @@ class WatchedForward(TorchFunctionMode):
                     continue
                 view = self._views.get(tensor)
                 for site in self._sites if view is None else ():
-                    # Asked anew: FSDP2 exchanges a module's parameters while it runs.
+                    # Looked up each time: FSDP2 replaces a module's parameters while it runs.
                     if site.weight is tensor:
                         view = WeightView(site)
                 if view is not None:
@@ -141,7 +143,7 @@ class WatchedForward(TorchFunctionMode):
                 return self._multiply(func, args, kwargs, view, product)
         out = func(*args, **kwargs)
         if not _has_tensors(out):
-            return out  # a question: its shape, its dtype
+            return out  # the function only asked for its shape, its dtype, …
         made = None
         if not others and at == 0 and is_view(name):
             made = views_of(view, name, args[0], [*args[1:], *kwargs.values()], out)
@@ -191,8 +193,8 @@ class WatchedForward(TorchFunctionMode):
         return after
 
     def _shares_at(self, site: Site, device: torch.device, layout: RowLayout | None) -> list[Share]:
-        """Return what is added at a site; made once for all experts, since what trains is stacked
-        anew each time.
+        """Return the shares that are added at a site. They are made once for all experts, because
+        factors that train would be stacked again each time.
         """
         key = site.name, None if layout is None else layout.spread
         found = self._shares.get(key)
@@ -207,7 +209,7 @@ class WatchedForward(TorchFunctionMode):
     def _layout(self, x: Tensor) -> RowLayout | None:
         found: RowLayout | None = self.layouts.get(x)
         if found is None and self._attention is not None and x.ndim == 2:
-            # torch's attention puts the tokens of all rows below each other, token by token.
+            # torch's attention joins the axes of tokens and rows into one.
             query = self._attention
             if len(x) == query.axes[0][0].size * query.count:
                 found = query.with_last(x.shape[1]).reshape(x.shape)
@@ -237,8 +239,8 @@ class WatchedForward(TorchFunctionMode):
     def with_bare_rows(self, out: Any, forward: Callable[[], Any]) -> Any:
         """Return the output of torch's attention with the bare rows as the base computes them.
 
-        In evaluation the bare base may compute it in one call, whose bits are others; while a
-        forward is watched, torch takes that way never.
+        In evaluation the bare base may compute it in one fused call, which gives other bits. torch
+        never takes that call while a forward is watched.
 
         Args:
             out: (attention, weights or None).

@@ -1,4 +1,4 @@
-"""WeightProduct: a product with a weight, done again with its two factors, one after the other.
+"""WeightProduct: a product with a weight, repeated with the two factors, one after the other.
 
     linear(x, W)                       linear(linear(x, right), left)
     x @ W,  bmm(x, W)                  (x @ left) @ right
@@ -7,8 +7,8 @@
     einsum("ti,eoi->teo", x, W)        einsum("teR,eoR->teo", einsum("ti,eRi->teR", x, right), left)
 
 The function is the one that the module called, so the factors are multiplied in the module's own
-grouping: with one expert's tokens, with one expert a token, or with all experts and the ends of
-their tokens.
+grouping: with one expert's tokens, with one expert for each token, or with all experts and the
+offsets at which their tokens end.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .weight_view import FactorPair
 __all__ = ["WeightProduct", "multiplies", "product_of"]
 
 STRIDE_BYTES = 16
-"""The rows of a grouped product's operands have to be multiples of this."""
+"""A row of a grouped product's operands has to take a multiple of this."""
 
 Half = Callable[[Tensor, FactorPair], Tensor]
 Axes = Callable[[int], tuple[int, int] | None]
@@ -41,10 +41,9 @@ class WeightProduct:
         x: the other operand.
         down: x and the factors → the narrow product.
         up: the narrow product and the factors → the delta of the result.
-        features: the axis of the narrow product that counts the rank, and of the result that counts
-            its features.
+        features: the axis of the ranks in the narrow product, and of the features in the result.
         scale: the number that multiplies the product.
-        moved: answers `follow`, where axes change places.
+        moved: answers `follow` if the product changes the order of axes; None: it keeps the order.
         keeps_axes: the result has the axes of ``x``, but for the length of ``features``.
     """
 
@@ -107,7 +106,7 @@ def _rmatmul(func: Any, at: int, args: Sequence[Any], kwargs: Mapping[str, Any])
 
 
 def _added(func: Any, at: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Made:
-    """`addmm`, `baddbmm`: a bias is added to the product."""
+    """Return the product in `addmm` or `baddbmm`, which add a bias to it."""
     if at == 0:
         return None
     return _times(args[1], args[2], at - 1, scale=kwargs.get("alpha", 1.0))
@@ -132,7 +131,7 @@ def _times(left: Any, right: Any, at: int, *, scale: float = 1.0) -> Made:
 
 
 def _grouped(func: Any, at: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Made:
-    """A product with several experts, each with its own successive tokens."""
+    """Return a product with several experts, each with successive tokens of its own."""
     x, weight, *more = args
     offs = kwargs.get("offs", more[0] if more else None)
     if at != 1 or offs is None or weight.ndim != 3 or x.ndim != 2:
@@ -148,7 +147,7 @@ def _grouped(func: Any, at: int, args: Sequence[Any], kwargs: Mapping[str, Any])
 
 
 def _padded(factor: Tensor, axis: int) -> Tensor:
-    """Return a factor with a rank that a grouped product takes, filled up with zeros."""
+    """Return a factor with its rank filled up with zeros to one that a grouped product takes."""
     missing = -factor.shape[axis] % (STRIDE_BYTES // factor.element_size())
     if not missing:
         return factor
@@ -165,7 +164,7 @@ def _einsum(func: Any, at: int, args: Sequence[Any], kwargs: Mapping[str, Any]) 
     batch, row, column = mine[:-2], mine[-2], mine[-1]
     rank = next(c for c in "rRzZqQ" if c not in equation)
     of_left, of_right = batch + row + rank, batch + rank + column
-    # The axis that is summed away decides which factor comes first.
+    # The axis that is summed over decides which factor comes first.
     one, two = operator.attrgetter("right"), operator.attrgetter("left")
     summed, first, second = column, of_right, of_left
     if row in theirs and row not in out:

@@ -1,13 +1,14 @@
-"""WeightView: a tensor that a forward made of a site's weight, and the same cut out of the factors.
+"""WeightView: a tensor that a forward made of a site's weight, and the factors cut in the same way.
 
     W           (experts, out, in)       left (experts, out, r)   right (experts, r, in)
     W[e].T      (in, out)                right[e].T               left[e].T
 
 Modules cut their weights up before they multiply: they take one expert's, or a copy for every
-token, transpose it, split it. Each of these is done to the factors as well, so that the product of
-the two is always what the forward has in hand, and is never computed.
+token, transpose it, split it. Each of these steps is applied to the factors as well. So the product
+of the two factors always equals the delta of the tensor that the forward holds, and is never
+computed.
 
-Law: a view of the weight that is not one of the factors is refused, by the name of the function.
+Law: a view of the weight that can't be made of the factors is refused, by the name of the function.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class FactorPair:
     bias: Tensor | None = None
 
     def over(self, change: Callable[[Tensor], Tensor]) -> FactorPair:
-        """Return the factors with a change made to both."""
+        """Return the factors with ``change`` applied to both."""
         return FactorPair(change(self.left), change(self.right), self.bias)
 
     def to(self, dtype: torch.dtype) -> FactorPair:
@@ -63,15 +64,15 @@ class WeightView:
     """A tensor made of a site's weight.
 
     Args:
-        site: whose weight.
-        steps: what was done to the weight, in order, as things to do to its factors.
+        site: the site of the weight.
+        steps: what was done to the weight, in order, as functions of its factors.
     """
 
     site: Site
     steps: tuple[Step, ...] = ()
 
     def of(self, value: LowRank, bias: Tensor | None) -> FactorPair:
-        """Return an increment's factors and a bias, cut like this."""
+        """Return an increment's factors and a bias, cut like this tensor."""
         weight = self.site.weight
         assert weight is not None
         left, right = self.site.sides_of(value)
@@ -115,7 +116,7 @@ def _same(view: WeightView, weight: Tensor, name: str, given: Given, out: Any) -
 
 
 def _turned(view: WeightView, weight: Tensor, name: str, given: Given, out: Any) -> Made:
-    """Let the last two axes change places."""
+    """Swap the last two axes."""
     order = axis_order(name, weight.ndim, given)
     if order != [*range(weight.ndim - 2), weight.ndim - 1, weight.ndim - 2]:
         return None
@@ -156,7 +157,7 @@ def _rows_step(rows: slice) -> Step:
 
 
 def _pieces(view: WeightView, weight: Tensor, name: str, given: Given, out: Any) -> Made:
-    """`chunk`, `split`, `unbind`: the pieces lie one after the other on one axis."""
+    """Return the pieces of `chunk`, `split` or `unbind`, which are successive on one axis."""
     found = []
     start = 0
     for piece in out:
@@ -175,7 +176,7 @@ def _pieces(view: WeightView, weight: Tensor, name: str, given: Given, out: Any)
 
 
 def _cut(view: WeightView, weight: Tensor, piece: Tensor, start: int) -> Made:
-    """A piece that is shorter on one axis: of the experts, the rows or the columns."""
+    """Return a piece that is shorter on one axis: some experts, rows or columns."""
     differ = [i for i, (p, w) in enumerate(zip(piece.shape, weight.shape, strict=True)) if p != w]
     if not differ:
         return [(piece, view)]
@@ -191,7 +192,7 @@ def _cut(view: WeightView, weight: Tensor, piece: Tensor, start: int) -> Made:
 
 
 def _reshaped(view: WeightView, weight: Tensor, name: str, given: Given, out: Any) -> Made:
-    """Rows that are several experts', one below the other: (experts · rows, in)."""
+    """Return a matrix (experts · rows, in) as one matrix for each expert."""
     if out.shape == weight.shape:
         return [(out, view)]
     if weight.ndim != 2 or out.ndim != 3 or out.shape[-1] != weight.shape[-1]:
