@@ -4,10 +4,10 @@ One rule: an attribute that a `TreeModel` does not have is its base's, to read a
 pipelines and loops ask a model for ``config``, ``generation_config``, ``get_input_embeddings``,
 ``dtype``, ``device``, … and the base knows.
 
-The exceptions are names by which a caller would save, publish or change the base and believe
-that this was the model. They raise an `AttributeError`, so that ``hasattr`` says no and a trainer
-takes its other way; read by name they say what to do. Names with two underscores at both ends are
-Python's own protocols, and never pass.
+The exceptions are names by which a caller would save, publish or change the base in the belief that
+it is the model. They raise an `AttributeError`, so that ``hasattr`` returns False and a trainer
+falls back to code without them; the message says what to do instead. Names with two underscores at
+both ends are Python's own protocols, and are never forwarded.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ REFUSED = {
 
 
 class RefusedAttribute(StateError, AttributeError):
-    """An attribute of the base that the model refuses to answer in its name.
+    """The error for an attribute of the base that the model refuses to forward.
 
     Both a `StateError`, for callers of this library, and an `AttributeError`, for ``hasattr``.
     """
@@ -73,8 +73,8 @@ class AnswersForBase(nn.Module):
     """A module that answers for the one in its ``base``, to read and to set."""
 
     _answers = False
-    """Whether a missing attribute is the base's. A subclass sets it at the end of its ``__init__``:
-    before, a missing attribute is a mistake in there, which the base's answer would hide.
+    """True: a missing attribute is looked up on the base. A subclass sets it at the end of its
+    ``__init__``: before, a missing attribute is a mistake in there, which the base would hide.
     """
 
     def __getattr__(self, name: str) -> Any:

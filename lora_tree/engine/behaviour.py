@@ -48,7 +48,7 @@ class State(enum.Enum):
     MERGED = "merged"  # a path is written into the weights
     UNMERGED = "unmerged"  # a path runs beside them
     ROUTED = "routed"  # a path for every row of a batch runs beside them
-    DETACHED = "detached"  # given back
+    DETACHED = "detached"  # the model has given its base back
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,17 +88,17 @@ class LaidOut(Protocol):
         """The `SideHooks` that laid them out, and run them."""
 
     def install(self) -> None:
-        """Make them the ones that run. If that fails half-way, installing any of them anew mends
-        it.
+        """Make these the side paths that run. If that fails half-way, the next `install`, of these
+        or of others, repairs it.
         """
 
 
 Ahead: TypeAlias = Callable[[Mapping[str, Adapter], bool], object]
 """Prepares for the adapters of a request while the newest of them is still being hashed.
 
-It is shown node → adapter, and whether these are all. It may bind, check and lay out, as far as
-that takes no room of the cache: the load that waits for the hash holds some. If the hash is wrong,
-the request raises."""
+It is called with node → adapter, and with whether these are all the adapters of the request. It may
+bind, check and lay out, but take no room from the cache: the load that waits for the hash holds
+some. If the hash is wrong, the request raises."""
 
 
 class SideHooks(Protocol):
@@ -112,13 +112,13 @@ class SideHooks(Protocol):
 
     @property
     def nothing(self) -> LaidOut:
-        """No side paths, ready to run."""
+        """An empty set of side paths, to be installed when nothing is to run beside the weights."""
 
     def lay_out(self, placed: PlacedPlan) -> LaidOut:
         """Return the side paths of one path or blend; raise if a site can't have one."""
 
     def look_ahead(self, placed: PlacedPlan) -> None:
-        """Do what `lay_out` will do, as far as it takes no room; raises as that."""
+        """Do the part of `lay_out` that takes no room, and raise what that would raise."""
 
     def lay_out_rows(self, placed: PlacedPlan, rows: RoutedRows) -> LaidOut:
         """Return the side paths of a batch; raise if a site of the plan can't have one."""
@@ -150,7 +150,7 @@ class FactorParameters(Protocol):
         """The nodes that have some."""
 
     def shown(self, path: str, adapter: Adapter) -> Adapter:
-        """Return what the tree holds for a node, in the parameters that train now."""
+        """Return a node's adapter with the parameters that train now as its factors."""
 
 
 @dataclass(frozen=True, eq=False)

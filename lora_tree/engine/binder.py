@@ -1,7 +1,7 @@
 """Binder: adapters under the names of one base, checked against its modules.
 
-An adapter fits the base or it does not, on any path, so it is checked once. Only that its modules
-are still there is asked again.
+An adapter fits the base or it does not, on any path, so it is checked once. Later requests check
+only that its modules are still there.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .finite import check_override_numbers
 __all__ = ["Binder"]
 
 KEPT_WEIGHTS = 16
-"""Weights per module of one adapter; clients of a server may make up any number of them."""
+"""The most weights per module kept for one adapter: a server's clients may send any number."""
 
 
 class Binder:
@@ -38,13 +38,13 @@ class Binder:
         base: the model.
         base_name: the tree's name for it.
         own_name: the model's own name, if it has one.
-        own_value: returns the base's own numbers of a module's tensor where a path may be merged
-            into it; None: they are those that it holds now.
+        own_value: returns the base's own numbers of a module's tensor if a path may be merged into
+            it; None: the tensor itself holds them now.
 
     Attributes:
         base: the model.
-        replaced: how often a module of a known name turned out to be another one. The same factors
-            behave otherwise with it.
+        replaced: how often a known name turned out to have another module than before. The same
+            factors behave differently with it.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Binder:
         self._own_value = own_value
         self._base_name = base_name
         self._own_name = own_name or base_name
-        self._warned: set[str] = set()  # the bases that adapters named, of which a warning told
+        self._warned: set[str] = set()  # names of bases in adapters that were warned about
         self._renaming = Renaming(base)
         self._sites: dict[str, Site] = {}
         # None stands for an adapter that needs no renaming: a value that held its own weak key
@@ -77,7 +77,7 @@ class Binder:
                 adapter replaces is.
         """
         known = self._bound.get(adapter)
-        # An adapter is bound once; only that its modules are still there is asked again.
+        # An adapter is bound once; after that, only check that its modules are still there.
         if known is not None and all(site.is_in(self.base) for site in known[1]):
             return known[0] or adapter
         try:
@@ -111,7 +111,7 @@ class Binder:
         return known
 
     def bound_site(self, name: str) -> Site:
-        """Return a site that a bound adapter uses, without a look at whether it is there still."""
+        """Return a site that a bound adapter uses, without checking that it is still there."""
         return self._sites[name]
 
     def site_for(self, node: str, name: str, value: LowRank) -> Site:
@@ -144,9 +144,9 @@ class Binder:
     def weighed(self, node: str, weight: Weight, adapter: Adapter) -> tuple[float, Adapter]:
         """Return a coefficient and the adapter that it is for, under the names of this base.
 
-        A weight per module is in the adapter's scales. It goes in before names are changed, because
-        its patterns are meant for the adapter's own; the same adapter and weight give the same
-        object while the adapter lives, so that sites see that nothing changed.
+        A weight per module is multiplied into the adapter's scales. That is done before modules are
+        renamed, because its patterns are for the adapter's own names. The result is kept, so that
+        the same adapter and weight give the same object, and sites see that nothing changed.
         """
         node = tree_node(node)  # for messages
         bound = self.bind(node, adapter)
@@ -165,18 +165,18 @@ class Binder:
         return 1.0, known[weight]
 
     def own_value(self, module: nn.Module, attribute: str) -> Tensor | None:
-        """Return the base's own numbers of a module's tensor where a path may be merged into it."""
+        """Return the base's own numbers of a module's tensor; None if the tensor holds them."""
         return self._own_value(module, attribute)
 
     def device_of(self, tensor: str, override: Override) -> torch.device:
-        """Return where an override computes: where the base's own tensor is."""
+        """Return the device on which an override computes: that of the base's own tensor."""
         site, attribute = self.tensor_site(tensor)
         own = getattr(site.module, attribute, None)
         return own.device if isinstance(own, Tensor) else override.values.device
 
     # ------------------------------------------------------------------ private
     def _in_base(self, node: str, adapter: Adapter) -> Adapter:
-        """Return an adapter under the names of this base, its overrides told apart."""
+        """Return an adapter under the names of this base, with all its overrides marked as such."""
         return self._with_told_apart(node, self._renaming.bound(adapter))
 
     def _told(self, error: LoraTreeError, node: str, adapter: Adapter) -> LoraTreeError:
@@ -193,7 +193,7 @@ class Binder:
         return type(error)(where.what, *todo)
 
     def _with_told_apart(self, node: str, adapter: Adapter) -> Adapter:
-        """Return the adapter with carried tensors that are not the base's own as overrides.
+        """Return the adapter, with the carried tensors that differ from the base's as overrides.
 
         The comparison is with the base's own numbers, whatever is merged into them now.
         """

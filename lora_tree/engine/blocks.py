@@ -47,10 +47,10 @@ class Blocks:
             )
 
     def enter(self, before: Behaviour) -> Block:
-        """Open a block, on leaving which ``before`` comes back."""
+        """Open a block; leaving it brings ``before`` back."""
         block = Block(before)
         _set_inside((*_INSIDE.get(), block))
-        self._open.append(block)  # last: from here on only those inside it may switch
+        self._open.append(block)  # last: from here on only code inside the block may switch
         return block
 
     def leave(self, block: Block) -> bool:
@@ -63,7 +63,7 @@ class Blocks:
 
     @property
     def befores(self) -> list[Behaviour]:
-        """Every behaviour that will come back."""
+        """The behaviours that the open blocks will bring back."""
         return [block.before for block in self._open]
 
 

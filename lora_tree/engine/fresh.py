@@ -20,7 +20,7 @@ from .arithmetic import Scratch, add_bias, add_weight, exact_mode
 __all__ = ["OwnValue", "settle_fresh"]
 
 OwnValue = Callable[[nn.Module, str], Tensor | None]
-"""Returns the base's own numbers of a module's tensor where a path may be merged into it."""
+"""Returns the base's own numbers of a module's tensor; None if the tensor itself holds them."""
 
 
 def settle_fresh(
@@ -29,7 +29,7 @@ def settle_fresh(
     """Give the fresh nodes among ``paths`` their adapters: all of them, or on an error none.
 
     Args:
-        tree: whose nodes.
+        tree: the tree of these nodes.
         base: the model.
         paths: parents before children.
         own: the base's own numbers; None: nothing is merged into it.
@@ -69,9 +69,10 @@ def _ground(
     own: OwnValue | None,
     tensor: str,
 ) -> Tensor:
-    """Return the value of a base's tensor above a node, as a switch would write it.
+    """Return the value that a base's tensor has on the path of a node's parent, as a switch would
+    write it.
 
-    A fresh override is a copy of that, so that it changes nothing.
+    A fresh override is a copy of that value, so that it changes nothing.
     """
     site, attribute = find_tensor_site(base, tensor)
     now: Tensor = getattr(site.module, attribute)

@@ -26,14 +26,14 @@ __all__ = [
 
 
 class MergedWarning(LoraTreeWarning):
-    """A base is about to be saved with a path merged into it, or drifts because it was asked to."""
+    """A base is about to be saved with a path merged into it, or drifts by ``pristine="none"``."""
 
 
 class CompileWatch:
     """The watch for a ``torch.compile`` wrapper around a base.
 
-    Nothing on the base tells of its wrapper: every object that refers to the base is looked at,
-    which takes a while. So the look is repeated only if torch has compiled something since.
+    The base has no reference to its wrapper, so every object that refers to the base is inspected.
+    That takes a while, and is repeated only if torch has compiled something since.
 
     Args:
         compiled: the base was compiled before the tree was attached.
@@ -44,11 +44,11 @@ class CompileWatch:
         self._frames = 0
 
     def check(self, base: nn.Module, *, compiles_next: bool = False) -> None:
-        """Refuse hooks that would be ignored.
+        """Refuse hooks on a base whose compiled forward would ignore them.
 
         Args:
             base: is about to get hooks.
-            compiles_next: it is made ready for ``torch.compile``.
+            compiles_next: the hooks are for a ``torch.compile`` that comes after them.
 
         Raises:
             StateError: the base, or something around it, is compiled.
@@ -56,7 +56,7 @@ class CompileWatch:
         mind_hooks(wanted=compiles_next)
         frames = compiled_frames()
         found = self._compiled or is_compiled(base)
-        # The look at the referrers is repeated only if torch has compiled something since.
+        # The referrers are inspected again only if torch has compiled something since.
         if not found and (frames is None or frames != self._frames):
             found = self._sees(base, frames)
         if found:
@@ -67,7 +67,7 @@ class CompileWatch:
             )
 
     def sees(self, base: nn.Module) -> bool:
-        """Return whether a compiled wrapper of ``base`` is there."""
+        """Return whether ``base`` has got a compiled wrapper since the last search found none."""
         frames = compiled_frames()
         if frames is not None and frames == self._frames:
             return False
@@ -105,7 +105,7 @@ def claim(base: nn.Module, model: nn.Module) -> Claim:
     """Claim ``base`` for ``model``.
 
     Raises:
-        StateError: another one does, or was dropped while a path was active.
+        StateError: another model has claimed it, or was dropped while a path was active.
     """
     earlier = _ATTACHED.get(base)
     if earlier is not None and earlier.model() is not None:
@@ -160,9 +160,9 @@ def unwrapped(base: nn.Module) -> tuple[nn.Module, bool]:
 
 
 def saved_by_themselves(base: nn.Module) -> list[nn.Module]:
-    """The modules of a base whose own ``save_pretrained`` would write merged weights.
+    """Return the modules of a base whose own ``save_pretrained`` would write merged weights.
 
-    It is the base; of an assembly of several models, each of those.
+    That is the base itself, or each of the models of an assembly.
     """
     if isinstance(base, Assembly):
         return [part for part in base.children() if hasattr(part, "save_pretrained")]
@@ -172,7 +172,8 @@ def saved_by_themselves(base: nn.Module) -> list[nn.Module]:
 def warn_on_save(module: nn.Module, prefix: str, keep_vars: bool) -> None:
     """Warn if ``save_pretrained`` is about to write a base with a path merged into it.
 
-    A ``state_dict`` pre-hook. `state_dict` itself is left alone: checkpoints of a training use it.
+    This is a ``state_dict`` pre-hook. A call of `state_dict` itself gets no warning, because
+    checkpoints of a training use it.
     """
     if called_by("save_pretrained"):
         warnings.warn(

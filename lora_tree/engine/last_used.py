@@ -37,12 +37,13 @@ class LastUsed(Generic[V]):
     def __init__(self, count: int) -> None:
         self._count = count
         self._last: OrderedDict[Hashable, V] = OrderedDict()
-        # Also what was dropped: a behaviour that runs holds its values, and must find these again.
+        # Values that were dropped are in here too: a behaviour that runs holds its values, and must
+        # find them again.
         self._alive: weakref.WeakValueDictionary[Hashable, V] = weakref.WeakValueDictionary()
 
     def get(self, key: Hashable, make: Callable[[], V], *, keep: bool = True) -> V:
-        """Return the value of ``key``, made if there is none; ``keep``: it stays when nothing uses
-        it any more.
+        """Return the value of ``key``, made if there is none. With ``keep`` it stays when nothing
+        uses it any more.
         """
         found = self._alive.get(key)
         if found is None:
@@ -52,7 +53,7 @@ class LastUsed(Generic[V]):
         return found
 
     def again(self, key: Hashable) -> V | None:
-        """Return the value of ``key`` if it is alive, and keep it: it is used again."""
+        """Return the value of ``key`` if it is alive, and keep it as the one used last."""
         found = self._alive.get(key)
         if found is not None:
             self._use(key, found)
@@ -69,7 +70,7 @@ class LastUsed(Generic[V]):
 
     def drop(self) -> bool:
         """Let go of the value used longest ago; False if none is kept. Any thread may call this."""
-        # Asked for forgiveness and not for permission: another thread may drop the last one first.
+        # No check for an empty dictionary first: another thread may drop the last value after it.
         try:
             self._last.popitem(last=False)
         except KeyError:
@@ -77,7 +78,7 @@ class LastUsed(Generic[V]):
         return True
 
     def forget(self) -> None:
-        """Let go of all. A value in use is made anew when its key is asked for next."""
+        """Let go of all. Even a value in use is made again when its key is asked for next."""
         self._last.clear()
         self._alive.clear()
 

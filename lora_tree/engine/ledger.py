@@ -32,13 +32,13 @@ class Ledger(Protocol):
 
     @property
     def reclaims(self) -> bool:
-        """Whether an adapter's memory comes back though a plan that is kept still refers to it."""
+        """True: evicting an adapter frees its memory even while a kept plan refers to it."""
 
     def spare(self, kept: LastUsed[Any]) -> None:
         """Drop what ``kept`` keeps when room is needed. The ledger holds it weakly."""
 
     def charge(self, owner: object, nbytes: int) -> None:
-        """Make room for ``nbytes`` that ``owner`` takes, and count them until it is gone.
+        """Make room for ``nbytes`` that ``owner`` takes, and count them until it is collected.
 
         Raises:
             BudgetError: there is none, and nothing can be evicted.

@@ -3,7 +3,7 @@ the overrides below them.
 
 A plan has a `mark`, a number by which key/value caches and recorded backwards are told apart. Two
 plans of the same factors have the same mark, even if one was dropped and made again, or its factors
-were read from files anew.
+were read from their files again.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ __all__ = [
 ]
 
 WeightDtypes = tuple[torch.dtype | None, ...]
-"""The dtypes of the weights of a plan's sites now. They change if the base is cast, and the sites
-stay.
+"""The present dtypes of the weights of a plan's sites. A cast of the base changes them, though the
+sites stay the same.
 """
 
 
@@ -63,7 +63,7 @@ class Term:
 
     @property
     def trains(self) -> bool:
-        """Whether autograd follows its factors."""
+        """True: autograd follows its factors."""
         return self.value.trains
 
     @property
@@ -82,7 +82,7 @@ Terms = tuple[Term, ...]
 
 @dataclass(frozen=True, eq=False)
 class OverrideTerm:
-    """One node's part at one site that replaces: what increments are added to there.
+    """One node's override of a tensor at one site; increments are added to it.
 
     Args:
         node: the node.
@@ -103,7 +103,7 @@ class OverrideTerm:
 
     @property
     def trains(self) -> bool:
-        """Whether autograd follows it."""
+        """True: autograd follows it."""
         return self.value.trains
 
 
@@ -118,8 +118,8 @@ class Plan:
         terms: site name → its terms; none where the site has an override alone.
         sites: site name → the site.
         mark: the same number for plans that behave the same.
-        adapters: the adapters it was made of. They live as long as the plan, so that it can be
-            known by their ids.
+        adapters: the adapters it was made of. They live as long as the plan, so that their ids can
+            be a key for it.
         live: the (site name, node) whose factors trained when it was made.
         fixed: no factor is a parameter, so none is ever written to, and the plan can be used again.
     """
@@ -131,8 +131,7 @@ class Plan:
     live: frozenset[tuple[str, str]] = frozenset()
     fixed: bool = True
     overrides: Mapping[str, OverrideTerms] = field(default_factory=dict)
-    """Site name → what stands for the base's own tensors there, in the order in which it is
-    applied."""
+    """Site name → the overrides of its tensors, in the order in which they are applied."""
 
     @cached_property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -147,7 +146,7 @@ class Plan:
 
     @cached_property
     def _anchors(self) -> tuple[Tensor, ...]:
-        """One factor of each adapter that has any; a cache lays an adapter in one buffer."""
+        """One factor of each adapter that has any; the cache puts an adapter into one buffer."""
         found: list[Tensor] = []
         for adapter in self.adapters:
             for value in adapter.modules.values():
@@ -158,9 +157,9 @@ class Plan:
     def places(self) -> tuple[int, ...]:
         """Return the addresses of its adapters' buffers now.
 
-        A cache may evict an adapter while the plan is kept, and send it again, to another place:
-        then every address that was taken of its factors is wrong. Empty if factors train: such a
-        plan is not kept.
+        The cache may evict an adapter while the plan is kept, and send it to another address later.
+        Then every address of its factors that was noted before is stale. The result is empty if
+        factors train, because such a plan is not kept.
         """
         if not self.fixed:
             return ()
@@ -168,8 +167,8 @@ class Plan:
 
     @cached_property
     def lies_in_buffers(self) -> bool:
-        """Whether all its factors lie in the buffers of its adapters: none was made for this base,
-        as factors of modules that the base fuses are.
+        """True: all its factors lie in the buffers of its adapters. Factors of modules that the
+        base fuses do not; they are made for this base.
         """
         buffers = set(self.places())
         return all(tensor.untyped_storage().data_ptr() in buffers for tensor in self.tensors)
@@ -200,7 +199,7 @@ class Plan:
         return Ways(self.sites.values())
 
     def is_as_it_was(self) -> bool:
-        """Whether its factors have the numbers that they had, and those train that did."""
+        """Return whether its factors hold the same numbers as before, and the same ones train."""
         if self.fixed:
             return True
         # Versions count writes in place, as an optimiser's; the flags are set by `trainable`.

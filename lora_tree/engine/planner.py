@@ -34,8 +34,8 @@ class Planner:
         kept: how many plans stay, with their adapters, while nothing uses them.
         origin: returns a key for an adapter: itself, held weakly, or a key that outlives it and
             stands for the same numbers.
-        keeps: whether a plan may be kept, and with it its adapters and what was made of them; None:
-            each may.
+        keeps: returns whether a plan may be kept, which keeps its adapters and everything made of
+            them alive; None: every plan may.
 
     Attributes:
         binder: the binder.
@@ -50,12 +50,12 @@ class Planner:
         keeps: Callable[[Plan], bool] | None = None,
     ) -> None:
         self.binder = binder
-        self._warned: set[str] = set()  # the increments that do not count, of which a warning told
+        self._warned: set[str] = set()  # lines about dropped increments that were warned of
         self._origin = origin
         self._keeps = keeps
         self._plans: LastUsed[Plan] = LastUsed(kept)
         self._marks = Marks()
-        self._replaced = binder.replaced  # as the marks know it
+        self._replaced = binder.replaced  # when the marks were begun
 
     def plan(
         self,
@@ -68,7 +68,7 @@ class Planner:
         Args:
             terms: in the order of the sum.
             lineages: returns the nodes of each path from the root down, which decide whose override
-                counts; called only if there is one. None: those of all terms count, row by row.
+                counts; called only if there is one. None: each row's path decides, later.
 
         Raises:
             BaseMismatch: an adapter does not fit; names the node and the module.
@@ -89,12 +89,13 @@ class Planner:
         """
         if not terms:
             return PlacedPlan(EMPTY_PLAN, (), False)
-        # An id names an adapter as long as it lives, and a plan keeps its adapters alive. Two nodes
-        # may have one adapter, and a batch finds what a row owes by the names of nodes.
+        # An id names an adapter as long as it lives, and a plan keeps its adapters alive. The node
+        # is in the key because two nodes may have one adapter, and a batch finds what a row owes by
+        # the names of nodes.
         key: tuple[Hashable, ...]
         key = tuple([(node, id(adapter), coefficient) for node, coefficient, adapter in terms])
         if any(_may_override(adapter) for _, _, adapter in terms):
-            # With overrides the paths count, and not the coefficients alone.
+            # With overrides the plan depends on the paths, and not on the coefficients alone.
             ends = None if lineages is None else tuple(map(tuple, lineages()))
             key = (*key, ends)
         known = self._plans.find(key)
@@ -144,8 +145,8 @@ class Planner:
         for name, at_site in overrides.terms.items():
             found.setdefault(name, [])
             live.update((name, override.node) for override in at_site if override.trains)
-        # After binding, which finds out whether a module was replaced: then the marks of before are
-        # those of other behaviours.
+        # After binding, because that finds replaced modules. If one was, the earlier marks belong
+        # to other behaviours.
         if self.binder.replaced != self._replaced:
             self._marks, self._replaced = Marks(), self.binder.replaced
         if fixed:
@@ -166,7 +167,7 @@ class Planner:
     def _with_tied_rows(self, adapter: Adapter) -> Adapter:
         """Return an adapter whose overridden rows apply to a tied head, too.
 
-        Only for a plan: what the tree holds, and trains, has them once.
+        This is for the plan alone. The adapter that the tree holds, and trains, has the rows once.
         """
         made = with_tied_rows(self.binder.base, adapter)
         for tensor, override in made.overrides.items():
@@ -180,8 +181,8 @@ class Planner:
         bound: list[tuple[str, float, Adapter]],
         lineages: Callable[[], list[list[str]]] | None,
     ) -> _Overrides:
-        """Return the overrides that count for some bound terms, and the terms without what these
-        drop.
+        """Return the overrides that count for some bound terms, and the terms without the
+        increments that these overrides drop.
 
         Raises:
             SpecError: the paths of a blend have different overrides of a tensor.
@@ -215,7 +216,7 @@ class Planner:
     def _without_dropped(
         self, bound: list[tuple[str, float, Adapter]], stands: Standing
     ) -> list[tuple[str, float, Adapter]]:
-        """Return bound terms without what some overrides drop; a warning says what, once."""
+        """Return bound terms without the increments that some overrides drop; warn of each once."""
         resolved, dropped = [], []
         for node, coefficient, adapter in bound:
             modules, lines = counted_modules(tree_node(node), adapter.modules, stands)
@@ -237,9 +238,9 @@ class _Overrides:
     """The overrides of some terms.
 
     Args:
-        terms: site name → those that count there.
+        terms: site name → the overrides that count there.
         resolved: the terms without the increments that these drop.
-        ends: the lineages by which they were chosen; None: there are none, or row by row.
+        ends: the lineages by which they were chosen; None: no overrides, or each row chooses.
     """
 
     terms: Mapping[str, OverrideTerms]

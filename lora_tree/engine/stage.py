@@ -5,9 +5,8 @@
     install(behaviour)               the only writer: weights, side paths, save hook, claim; rolls
                                      back if it fails
 
-Law: after a failed call the base behaves as before, and `current` says so. A behaviour
-that a block remembers keeps its pins, so bringing it back needs no room and no file that it did not
-have.
+Law: after a failed call the base behaves as before, and `current` says so. A behaviour that a block
+remembers keeps its pins, so bringing it back needs no more room and reads no file.
 """
 
 from __future__ import annotations
@@ -51,13 +50,13 @@ class Stage:
 
     Args:
         base: the model.
-        tree: whose nodes.
+        tree: the tree whose nodes are used.
         claim: tells the next model that attaches to this base whether it is bare.
         merged: writes plans into the weights.
         beside: runs plans beside the weights.
         planner: makes plans.
-        compiled: whether the base was compiled, which no side path survives.
-        pin: paths → their adapters, which stay in memory until they are released.
+        compiled: knows whether the base was compiled; a compiled forward ignores side paths.
+        pin: pins the adapters of some nodes, which stay in memory until they are released.
         factors: the factors that train, or did.
     """
 
@@ -80,14 +79,15 @@ class Stage:
         self._pin, self._factors = pin, factors
         self._save_hooks: list[RemovableHandle] = []
         self._warns_on_save: bool | None = False
-        """Whether the save hooks are in; None: a call failed while they were put in or taken out.
+        """True while the save hooks are in; None: a call failed while they were put in or taken
+        out.
         """
         self.blocks = Blocks()
         self.beside = beside
         self._closed = False
         # Key/value caches outside of this library go by it.
         self.epoch = 0
-        """How often a behaviour was installed."""
+        """The number of times that a behaviour was installed."""
         self.current = self.compose(Request(""))
 
     # ------------------------------------------------------------------ what can fail
@@ -120,7 +120,7 @@ class Stage:
             pins = self._pin(nodes, ahead)
         except BaseException:
             if prepared:
-                # What was made of an adapter that may not be used would keep its memory.
+                # Plans and side paths made of an adapter that is refused would keep its memory.
                 prepared.clear()
                 self._planner.forget()
                 if not self.beside.permanent:
@@ -131,7 +131,7 @@ class Stage:
             terms: list[tuple[str, Weight, Adapter]] = []
             for name, node, weight in owed:
                 if node not in pins.adapters:
-                    continue  # a group
+                    continue  # a group: it has no adapter
                 adapters[node] = self._factors.shown(node, pins.adapters[node])
                 terms.append((name, weight, adapters[node]))
             placed = self._planner.placed(terms, lineages)
@@ -153,8 +153,8 @@ class Stage:
         """Prepare a request while one of its files is hashed; see `Ahead`.
 
         Args:
-            request, owed, lineages: what `compose` makes.
-            prepared: gets the plan, if all adapters are there: nothing else may keep it.
+            request, owed, lineages: as in `compose`.
+            prepared: gets the plan, if all adapters are there, because nothing else may keep it.
             found: node → adapter.
             are_all: none is missing.
         """
@@ -164,7 +164,7 @@ class Stage:
                 if node in found:
                     terms.append((name, weight, self._factors.shown(node, found[node])))
             if not are_all:
-                # Most of the work is a binding's, and an adapter is bound once.
+                # Binding is most of the work, and an adapter is bound only once.
                 for name, _, adapter in terms:
                     self._planner.binder.bind(tree_node(name), adapter)
                 return
@@ -173,7 +173,7 @@ class Stage:
             if request.rows is None and request.mode != "merged":
                 self.beside.look_ahead(placed)
         except Warning:
-            raise  # the caller made warnings errors, and each is given once
+            raise  # the caller turns warnings into errors, and each warning is given only once
         except Exception:
             # If the hash is right, `compose` meets it again. If not, the wrong files are the error.
             return
@@ -197,8 +197,8 @@ class Stage:
         if request.rows is None and request.mode == "merged":
             self._merged.mergeable.check(placed, self._factors)
             return placed.plan, self.beside.nothing
-        # Permanent hooks were there when the base was compiled. Any other hook would be ignored in
-        # silence.
+        # Permanent hooks were there when the base was compiled. Any other hook would be ignored
+        # without an error.
         if placed.plan.terms and not self.beside.permanent:
             self._compiled.check(self._base)
         if request.rows is None:
@@ -206,8 +206,8 @@ class Stage:
         return EMPTY_PLAN, self.beside.lay_out_rows(placed, request.rows)
 
     def is_current(self, behaviour: Behaviour) -> bool:
-        """Return whether composing its request anew would give the same: sites, adapters and
-        factors are as then.
+        """Return whether composing its request again would give the same: its sites, adapters and
+        factors have not changed.
         """
         if behaviour.beside.of is not self.beside:
             return False  # the base was prepared meanwhile
@@ -233,7 +233,7 @@ class Stage:
         """Make a behaviour the base's own.
 
         Raises:
-            ForeignWrite: somebody else wrote to a merged weight. Nothing was written.
+            ForeignWrite: other code wrote to a merged weight. Nothing was written.
             MemoryError, RuntimeError: what torch raised. The old behaviour is back.
         """
         old = self.current
@@ -255,7 +255,7 @@ class Stage:
         self.become(self.current.request)
 
     def start_over(self, put_back: Callable[[], None]) -> None:
-        """Be bare, after ``put_back`` has decided which weights are the base's own."""
+        """Make the base bare, after ``put_back`` has decided which weights are its own."""
         # Composed first, because that may fail and `put_back` can't be taken back.
         bare = self.compose(Request(""))
         with torch.no_grad():
@@ -263,20 +263,20 @@ class Stage:
         self.install(bare)
 
     def prepare(self, make: Callable[[], SideHooks]) -> None:
-        """Run the fixed side paths that ``make`` puts in from now on, while the base is bare."""
+        """Make the base bare, and from now on use the permanent side paths that ``make`` makes."""
         before = self.beside
         self.beside = fixed = make()
         try:
             self.become(Request(""))
         except BaseException:
             self.beside = before
-            fixed.forget()  # its hooks are permanent otherwise
+            fixed.forget()  # its hooks would stay in the base otherwise
             # The roll-back of `become` still saw the fixed side paths in the base.
             self._tell_claim(self.current)
             raise
 
     def close(self) -> None:
-        """Be bare for good: open blocks bring nothing back."""
+        """Make the base bare for good: open blocks bring nothing back."""
         self.become(Request(""))
         self._closed = True
 
@@ -312,7 +312,7 @@ class Stage:
 
     # ------------------------------------------------------------------ what is in use
     def requests(self) -> Iterator[Request]:
-        """Yield the request that the base does now, and those that blocks will bring back."""
+        """Yield the current request, and those that blocks will bring back."""
         for behaviour in (self.current, *self.blocks.befores):
             yield behaviour.request
 
@@ -343,8 +343,8 @@ class Stage:
         self._claim.bare = behaviour.state is State.BARE and not self.beside.permanent
 
     def _warn_on_save(self, merged: bool) -> None:
-        """Warn in ``save_pretrained`` while a path is merged: it would write the base with that
-        path in it.
+        """Put in the hooks that warn in ``save_pretrained`` while a path is merged, or take them
+        out.
         """
         self._warns_on_save = None
         while self._save_hooks:
