@@ -42,7 +42,7 @@ class Nesting:
     def settled(
         self, registered: Mapping[str, Sequence[str]], names: Collection[str]
     ) -> tuple[Nesting, dict[str, str]]:
-        """Return the orders as a base settles them, and the names that change by it.
+        """Return the orders that a base settles, and the names that change as a result.
 
         Args:
             registered: module → all its parameters, as the base registers them.

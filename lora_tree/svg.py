@@ -76,5 +76,5 @@ class Picture:
 
 
 def _text(text: str) -> str:
-    """Return a text as XML can hold it: most control characters have no spelling in it at all."""
+    """Escape a text for XML. Control characters become visible: XML can't hold most of them."""
     return html.escape(printable(text))
