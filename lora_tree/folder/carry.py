@@ -27,12 +27,12 @@ def carry_out(folder: Path, record: Record, *, trusted: bool = False) -> None:
     """Put everything in its place, and remove the record.
 
     Args:
-        folder: the folder that the record is of.
+        folder: the folder that the record belongs to.
         record: the decision.
         trusted: this process made the record just now, so there is nothing to verify.
 
     Raises:
-        SpecError: the stage is no folder of its own.
+        SpecError: the stage is a link, or no folder.
         FolderError: a file differs from the record, or the disk refuses.
     """
     stage = folder / HIDDEN / record.stage
@@ -47,8 +47,8 @@ def carry_out(folder: Path, record: Record, *, trusted: bool = False) -> None:
     for gone in record.deletes:
         disk.remove(folder / gone.at)
         emptied.add((folder / gone.at).parent)
-    # The names must last before the record goes: without it nothing would repeat the moves after a
-    # power cut.
+    # The names must be durable before the record is removed: without it nothing would repeat the
+    # moves after a power cut.
     for parent in sorted(touched | emptied):
         if is_folder(parent):
             disk.sync(parent)

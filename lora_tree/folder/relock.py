@@ -1,4 +1,4 @@
-"""Relock: the lock for a folder's present files, and the files that only it accepts.
+"""Relock: the lock for a folder's present files, and the files that only the new lock accepts.
 
 Law: a lock vouches only for files that were read whole. And what a node was trained on goes with
 its content, not with its place: files that were moved on the disk stay as stale, or as fresh, as
@@ -131,7 +131,7 @@ def _examined(opened: Opened) -> dict[str, Examined]:
         try:
             found[path] = examine(entry.files)
         except (BudgetError, FormatError) as error:
-            broken.append(error.within(path))  # all of them are told at once
+            broken.append(error.within(path))  # all of them are reported at once
     if not broken:
         return found
     lines: list[str] = []

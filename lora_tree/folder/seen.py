@@ -71,7 +71,7 @@ def recall(tree: AdapterTree, place: TreePlace) -> Seen:
 
 
 def remember(tree: AdapterTree, place: TreePlace, seen: Seen) -> None:
-    """Note how ``tree`` has seen the folder just now."""
+    """Note that ``tree`` has now seen the folder like this."""
     _trees.setdefault(tree, {})[os.path.realpath(place.folder)] = seen
 
 
