@@ -34,7 +34,7 @@ def is_own(name: str, carried: Tensor, own: Tensor) -> bool:
     """Return whether a tensor that an adapter carries is the base's own; else it is an override.
 
     Args:
-        name: of the parameter.
+        name: the parameter's, for errors.
         carried: the adapter's.
         own: the base's, on any device, in any dtype.
 

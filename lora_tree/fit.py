@@ -62,7 +62,7 @@ def _misfits(
         yield error
         return
     if adapter is None:
-        return  # a group, or a fresh node, which was asked above
+        return  # a group, or a fresh node, which was checked above
     for name, value in adapter.modules.items():
         yield from _unfit(base, name, value)
     for tensor, override in adapter.overrides.items():

@@ -58,7 +58,7 @@ def resolved(terms: NodeTerms, lineages: list[list[str]]) -> NodeTerms:
     """Return the terms without the overrides and increments that a deeper override replaces.
 
     Args:
-        terms: of a path or a blend.
+        terms: those of a path or a blend.
         lineages: for each of its paths, the nodes from the root down.
 
     Raises:

@@ -285,7 +285,7 @@ class TreeModel(AnswersForBase):
                 mode, or its scale times its factors is not finite in the base's dtype.
             FolderError, FormatError: an adapter's files can't be read.
             BudgetError: the path does not fit into a budget; says how much is needed.
-            StateError: detached, or a node that trains was to be merged, or somebody else wrote to
+            StateError: detached, or a node that trains was to be merged, or other code wrote to
                 a merged weight.
 
         On an error the state before the call is kept.
@@ -342,8 +342,8 @@ class TreeModel(AnswersForBase):
             strategy: how the sums are added up: ``nodes``, ``paths``, ``grouped``, ``matrix`` or
                 ``segmented`` (Triton kernels). They agree to rounding; ``auto`` takes one
                 by the device, the dtype and the number of inputs.
-            repeat: each row occurs so many times in succession in the base's input, as for beams.
-            tile: the whole batch is stacked so many times, as for preference pairs or guidance.
+            repeat: k if each row occurs k times in succession in the base's input, as for beams.
+            tile: k if the whole batch is stacked k times, as for preference pairs or guidance.
             batch_first: every site puts the rows on the first axis. Needed only if a first batch
                 has as many tokens as rows and the base can't be run on shapes alone (a mixture of
                 experts) to see which is which.
@@ -556,7 +556,7 @@ class TreeModel(AnswersForBase):
             # them.
             self._compiled.check(self.base, compiles_next=True)
             # Nodes may have been added since `attach`. Each needs its adapter now, because a buffer
-            # is laid out for the increments of all nodes at its site, and stays as it is.
+            # is laid out for the increments of all nodes at its site, and its size is fixed.
             settle_fresh(self.tree, self.base, self.tree.paths(), self._binder.own_value)
             values = increments_beside(self.tree, self._binder)
             # A function, because the stage makes the new side paths itself: it puts the earlier
@@ -580,10 +580,10 @@ class TreeModel(AnswersForBase):
 
         Args:
             *paths: paths, or patterns like ``"fr/*"``; none: nothing trains.
-            dtype: of the factors that train, for a base of any dtype; wider if a factor is wider;
-                None: as they are.
-            dropout: the part of a site's input that they do not see while the model is in training
-                mode; a row has one mask for all nodes on its lineage that train.
+            dtype: the dtype in which factors train, for a base of any dtype; wider if a factor is
+                wider; None: each factor's own.
+            dropout: the fraction of a site's input that is dropped for them while the model is in
+                training mode; a row has one mask for all nodes on its lineage that train.
 
         Returns:
             one parameter group per node, ``{"name": path, "params": [A and B of every module]}``,
@@ -594,7 +594,7 @@ class TreeModel(AnswersForBase):
             PathError: a path or pattern matches no node.
             SpecError: ``dropout`` is not from 0 to below 1, or ``dtype`` is none that factors can
                 train in.
-            BudgetError: what is active does not fit into a budget once other nodes train.
+            BudgetError: the active path does not fit into a budget once other nodes train.
             StateError: a node is merged into the weights now; or the factors are sharded, and
                 others train, or in another dtype.
 
@@ -667,7 +667,7 @@ class TreeModel(AnswersForBase):
         """Yield the tree with whole factors, to save or flatten it while FSDP2 shards them.
 
         Every rank has to enter, and none may run a forward inside; one of them saves. Without FSDP2
-        it is the tree as it is.
+        the tree is yielded as it is.
 
         >>> base = torch.nn.Sequential(torch.nn.Linear(4, 3))
         >>> tree = AdapterTree(defaults=dict(r=2, target_modules=["0"]))

@@ -33,7 +33,7 @@ class DataFile(StrictModel):
     Args:
         path: where it was, relative to the tree's folder: a project that is moved as a whole keeps
             it.
-        sha256: of its bytes.
+        sha256: the hash of its bytes.
     """
 
     path: str
@@ -60,7 +60,7 @@ class TrainedWith(StrictModel):
     Args:
         nodes: the nodes that were trained together.
         data: the files that the rows came from, in order.
-        settings: of the run, as JSON has them; see `lora_tree.runs.Settings.plain`.
+        settings: the run's, as JSON has them; see `lora_tree.runs.Settings.plain`.
         max_length: tokens that were kept of a row.
         run: the folder of the run's checkpoints, relative to the tree's folder.
         held_out: the evaluations of it; None: there were none.

@@ -70,7 +70,7 @@ def _compiles(pattern: str, inside: str = "{}") -> str:
         inside: the pattern into which PEFT puts it, with ``{}`` for its place.
 
     Raises:
-        ValueError: it is none, or it can't be matched in bounded time; says what is wrong.
+        ValueError: it is no regular expression, or can't be matched in bounded time.
     """
     # Both ways, because they fail apart: (?i)q_proj compiles alone, but flags can't stand in the
     # middle of the expression into which PEFT puts it.
@@ -351,7 +351,7 @@ class TreeSpec(HistorySpec):
 
 
 def check_format(data: object, where: str, reads: int = FORMAT) -> None:
-    """Refuse a file of ours in a format that a later version of this library writes.
+    """Refuse a file of this library in a format that only a later version writes.
 
     Call it before any other check of the file: everything else that looks wrong in it is most
     likely right in the newer format, and advice to repair or to remove it would destroy data.

@@ -33,7 +33,7 @@ def spelled_twice(
     """Return the first two names that look like two spellings of one module; None if none do.
 
     Args:
-        names: of modules and raw parameters.
+        names: the names of modules and raw parameters.
         has: tells whether a base is known to have a module of that name; if it has both, they are
             two modules.
 

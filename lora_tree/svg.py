@@ -22,7 +22,7 @@ class Picture:
     r"""An SVG document that grows shape by shape; lengths are in pixels.
 
     Args:
-        font_size: of all text; the font is the viewer's monospace one.
+        font_size: the size of all text; the font is the viewer's monospace one.
 
     >>> picture = Picture()
     >>> picture.text(4, 14, "</text><script>\x1b")

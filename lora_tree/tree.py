@@ -581,9 +581,9 @@ class AdapterTree:
                 program, or a `SaveNote` with what nodes were trained with.
 
         Raises:
-            FolderError: the folder can't be written; or a node would come back because its files
-                are not ours; or the save would undo what somebody else has written there since the
-                tree was opened.
+            FolderError: the folder can't be written; or a removed node would come back, because no
+                save wrote its files and so none deletes them; or the save would undo what another
+                process has written there since the tree was opened.
             FormatError: PEFT has no way to write a node; names the node and the module.
         """
         if not isinstance(note, SaveNote):
@@ -634,7 +634,7 @@ class AdapterTree:
         self._models.drop(model)
 
     def replace(self, node: Node, *, was: Node | None = None) -> None:
-        """Hold another value for a node. For the library's own use: no attached model is asked.
+        """Replace a node's value. For the library's own use: no attached model is consulted.
 
         Args:
             node: the new value; it is known to fit below its parent.
@@ -662,7 +662,7 @@ class AdapterTree:
             )
 
     def _parent_of(self, path: str, parent: str) -> None:
-        """Raise if the node above a new one is not there, and say how to make it."""
+        """Raise if the node above a new one is missing, and say how to make it."""
         if parent not in self._graph:
             raise PathError(
                 f"no node {parent!r} in the tree, below which {path} would lie"

@@ -1,4 +1,4 @@
-"""The adapters of an attached tree: as many as the budgets allow, where they are needed.
+"""The adapters of an attached tree: in the memory where they are needed, within the budgets.
 
     hold(paths)      the adapters of a request, pinned until the hold is released
     read(path)       one adapter, for the tree itself

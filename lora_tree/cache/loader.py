@@ -87,9 +87,9 @@ class Loader:
         """Return a node's adapter in a tier, loading it there if it is missing.
 
         Args:
-            level: of the tier; 0 is the host.
+            level: the index of the tier; 0 is the host.
             path: the node, for errors.
-            pinned: whether to pin the adapter; otherwise the policy is told that it was used.
+            pinned: whether to pin the adapter; otherwise only the policy notes the use.
             wait: whether to wait for room that other threads are about to free.
             ahead: called with the adapter before its hash is known, if it is read from files and
                 there is time.

@@ -199,7 +199,7 @@ def _grown(address: int, held: int, size: int) -> int:
 
     Args:
         address, held: the range, or (0, 0) for a new one.
-        size: of the result; whole pages.
+        size: the size of the result, whole pages.
     """
     assert LIBC is not None
     found: int = FAILED

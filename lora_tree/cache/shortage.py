@@ -27,7 +27,7 @@ def explained(
         error: the error of the adapter that did not fit; returned as it is if no budget is too
             small for the request, or if the sizes can no longer be read.
         needed: node → source, of the whole request.
-        tiers: of the cache, from the outside in.
+        tiers: the cache's, from the outside in.
         lock: the cache's, not held.
     """
     try:

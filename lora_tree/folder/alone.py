@@ -39,7 +39,7 @@ def save_adapter(adapter: Adapter, folder: Path) -> None:
 
 
 def finish_nodes(root: str) -> None:
-    """Carry out, or sweep up, what cut-off saves of single adapters left in the nodes' folders.
+    """Finish the cut-off saves of single adapters in nodes' folders: carry them out, or sweep up.
 
     Args:
         root: the folder of the tree; a cut-off save of the tree itself is not touched.

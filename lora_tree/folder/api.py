@@ -58,7 +58,7 @@ def load(
         path: the folder, or a YAML file in it.
         strict: raise if a node is stale, instead of warning.
         outside: whether tree.yaml may name adapters that lie outside of the folder. Pass False for
-            a tree from somebody you do not trust: then nothing outside of its folder is read,
+            a tree whose author you do not trust: then nothing outside of its folder is read,
             also if its tree.yaml or a link leads there.
         skip_broken: leave out the nodes that can't be used, and all below them, and warn of each
             with its reason. For this the headers of all adapters are read.

@@ -63,7 +63,7 @@ def archive(folder: Path, leaving: Iterable[Archived]) -> None:
     """Put contents into the archive, durably.
 
     Args:
-        folder: of the tree; its writer's lock is held.
+        folder: the tree's; its writer's lock is held.
         leaving: the contents, and where their files are now.
 
     Raises:
@@ -160,7 +160,7 @@ def contents_of_others(folder: Path, mine: str) -> set[str]:
     """Return the contents that the logs of other trees over this folder name.
 
     Args:
-        folder: of the trees.
+        folder: the trees' folder.
         mine: the place of this tree's log.
 
     Raises:

@@ -33,7 +33,7 @@ def local_base(name: str | None, folder: str) -> str | None:
     """Return the base's own folder as an absolute path, or None if its name leads to no folder.
 
     Args:
-        name: of the base.
+        name: the base's.
         folder: the folder that a relative name starts from.
     """
     if not name or "\0" in name:
@@ -94,7 +94,7 @@ def fingerprint(base: str | os.PathLike[str]) -> str | None:
     """Hash a base's folder: names, sizes, configs and headers whole, weights sampled.
 
     A few MB are read of a model of any size. Two folders with equal fingerprints hold the same
-    model, unless somebody made them differ on purpose.
+    model, unless they were made to differ on purpose.
 
     Returns:
         the hash; None if it is no folder of a model.

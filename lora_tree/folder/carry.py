@@ -1,4 +1,4 @@
-"""Carry out a record: each staged file to its place, each deleted file away.
+"""Carry out a record: move each staged file to its place, and delete what it deletes.
 
 Every step can be repeated after a kill: a file that is in its place already stays there, and a file
 that is gone already counts as deleted. A record that this process did not write itself is verified
@@ -24,7 +24,7 @@ _STAGED = re.compile(r"(?:[0-9]+|record)\Z")
 
 
 def carry_out(folder: Path, record: Record, *, trusted: bool = False) -> None:
-    """Put everything in its place, and remove the record.
+    """Move and delete the files that a record names, then remove the record.
 
     Args:
         folder: the folder that the record belongs to.
@@ -82,7 +82,7 @@ def _drop_emptied(folder: Path, emptied: set[Path]) -> None:
             parent = parent.parent
 
 
-# ---------------------------------------------------------------------- somebody else's record
+# ---------------------------------------------------------------------- another process's record
 def _verify(folder: Path, record: Record) -> None:
     """Compare staged files with the record, and every place with what the record says of it."""
     stage = folder / HIDDEN / record.stage

@@ -36,7 +36,7 @@ class NewFile:
 
     Args:
         place: where it goes, relative to the folder.
-        sha256: of the bytes that were decided on; other bytes are refused when it is written.
+        sha256: the hash of the bytes decided on; other bytes are refused when it is written.
         origin: where its bytes come from.
     """
 
@@ -149,7 +149,7 @@ class Changes:
 
     Args:
         files: the files to write, in this order; the lock comes after them.
-        deletes: the places whose files go away.
+        deletes: the places whose files are deleted.
         archives: the contents that leave the folder and are kept in its history.
         forgets: the contents that the history has no entry for any more.
         lock: the lock to write; None if it says the same already.

@@ -2,7 +2,7 @@
 
     .lora_tree/lock              held by the one writer (`writer`)
     .lora_tree/stage-<id>/0 …    new files, whole and synced
-    .lora_tree/commit.json       the decision (`record`): which file goes where, and which go away
+    .lora_tree/commit.json       the decision (`record`): which files move where, which are deleted
     .versions/<content>/         what the save replaces, put there before the decision (`archive`)
 
 Until the record has its name nothing has happened; from then on everything has. Readers that find a
@@ -45,7 +45,7 @@ __all__ = ["Transaction", "writing"]
 
 @contextmanager
 def writing(folder: Path) -> Iterator[Transaction]:
-    """Be the one writer of ``folder``; what earlier writers left is carried out or swept up first.
+    """Hold the writer's lock on ``folder``, finish cut-off saves in it, and yield a transaction.
 
     Raises:
         FolderError: another writer is at work, or the folder can't be written.
@@ -115,7 +115,7 @@ class Transaction:
         self._decide(self._record(changes.deletes), changes.forgets)
 
     def abandon(self) -> None:
-        """Take back everything that was not decided."""
+        """Remove everything that was staged, unless it was decided."""
         # No error here may hide the one that led to it.
         try:
             if disk.exists(self._hidden / RECORD):

@@ -153,7 +153,7 @@ class _Rendered:
 
 
 def _only_in_memory(node: Node, *, copy: bool) -> Adapter | None:
-    """Return a node's adapter if its files may not hold it; None if they do or it has none.
+    """Return a node's adapter if its files may not hold it yet; None if they do, or it has none.
 
     A single file can't be copied into a node's folder as it is, so it counts as not held there.
     """

@@ -42,10 +42,10 @@ class ContentHash:
     place, so those bytes are hashed at once.
 
     Args:
-        names: of the adapter's files.
+        names: the names of the adapter's files.
         whole: find `content`.
         pieces: find `pieces`.
-        nbytes: of the weights, if it is known: several threads hash the pieces of large ones.
+        nbytes: the size of the weights, if known: several threads hash the pieces of large ones.
     """
 
     def __init__(

@@ -45,7 +45,7 @@ def utc_now() -> str:
 
 
 def read_history(opened: Opened) -> History:
-    """Return the history of a tree, as a save that is not wholly carried out will leave it.
+    """Return the history of a tree, as a pending save leaves it.
 
     Raises:
         SpecError: the log is broken.

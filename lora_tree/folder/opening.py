@@ -40,7 +40,7 @@ class Opened:
     Args:
         outside: adapters outside of the folder may be named.
         spec, yaml_bytes: the meaning and the bytes of tree.yaml; None if there is none.
-        lock, lock_bytes: of tree.lock.
+        lock, lock_bytes: the same of tree.lock.
         decided: a save that is not wholly carried out.
         scan: the adapters below the folder, whether they are nodes or not.
         entries: the nodes, depth-first.

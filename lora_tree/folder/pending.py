@@ -28,7 +28,7 @@ class Pending:
 
     Args:
         staged: place → the staged file that waits for it; places are relative.
-        deleted: the places whose files go away.
+        deleted: the places whose files are deleted.
     """
 
     staged: dict[str, str] = field(default_factory=dict)
@@ -57,7 +57,7 @@ def pending(folder: str | Path) -> Pending:
         return Pending()
     stage = os.path.join(folder, HIDDEN, record.stage)
     staged: dict[str, str] = {}
-    if is_folder(stage, follow=False):  # a link would lead the reader to somebody else's files
+    if is_folder(stage, follow=False):  # a link would lead the reader to other files
         for i, move in enumerate(record.moves):
             staged[move.to] = os.path.join(stage, str(i))
     return Pending(staged, frozenset(gone.at for gone in record.deletes))

@@ -60,7 +60,7 @@ class Problem:
             ``hub``: an adapter on the model hub that may not be fetched; ``numbers``: factors, or
             their products, that are not finite.
         text: where, what was found, and what to do.
-        broken: of ``unlocked``: the files can't be used either, so to accept them would be no help.
+        broken: if ``unlocked``: the files can't be used either, so to accept them would not help.
     """
 
     node: str

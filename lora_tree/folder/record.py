@@ -1,6 +1,6 @@
 """The commit record: the decision of one save, as data that anybody may have written.
 
-    .lora_tree/commit.json       which staged file goes to which place, and which files go away
+    .lora_tree/commit.json       which staged file goes to which place, and which are deleted
 
 Law: a record can name only the files that one save writes (adapters in nodes' folders, one YAML
 file, its lock, the log of the history), at places in the folder itself, never through a link. It
@@ -64,7 +64,7 @@ class RecordedMove(StrictModel):
 
 
 class RecordedDelete(StrictModel):
-    """A place whose file goes away, and the file that lay there when the record was made."""
+    """A place whose file is deleted, and the file that lay there when the record was made."""
 
     at: str
     was: FileLock | None

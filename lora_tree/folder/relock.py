@@ -34,7 +34,7 @@ class Relocked:
     Args:
         lock: the new one.
         accepted: the nodes whose files differ from the old lock, or are not in it.
-        moved: of those, node → the node that had the same content in the old lock.
+        moved: node → the node that had the same content in the old lock, if it was another one.
         gone: the nodes of the old lock that have no adapter any more.
         stale: node → why it is stale under the new lock.
     """

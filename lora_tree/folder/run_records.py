@@ -57,7 +57,7 @@ RunState: TypeAlias = Literal["running", "stopped", "cut off", "trained", "finis
 
 @dataclass(frozen=True)
 class NodeMetric:
-    """A node in one step.
+    """The metrics of a node in one step.
 
     Args:
         step: its number, from 1.

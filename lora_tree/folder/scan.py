@@ -29,7 +29,7 @@ __all__ = ["FILES", "Files", "Scan", "find_files", "scan"]
 FILES = (CONFIG, WEIGHTS)
 SINGLE = ".safetensors"
 _NAMES = frozenset((CONFIG, WEIGHTS, PICKLE))
-# Somebody may name a home folder or a whole disk by mistake. The limit ends such a scan with a
+# A user may name a home folder or a whole disk by mistake. The limit ends such a scan with a
 # message instead of letting it run for hours.
 _MOST_FOLDERS = 1_000_000
 

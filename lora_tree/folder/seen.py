@@ -71,7 +71,7 @@ def recall(tree: AdapterTree, place: TreePlace) -> Seen:
 
 
 def remember(tree: AdapterTree, place: TreePlace, seen: Seen) -> None:
-    """Note that ``tree`` has now seen the folder like this."""
+    """Record ``seen`` as the folder in the state in which ``tree`` saw it last."""
     _trees.setdefault(tree, {})[os.path.realpath(place.folder)] = seen
 
 

@@ -33,7 +33,7 @@ class YamlNeeds:
         tree: the tree that is saved.
         opened: the folder as it is now.
         kept: node → its adapter as the folder will hold it.
-        leaving: the paths of adapters whose files go away.
+        leaving: the paths of adapters whose files are deleted.
     """
 
     tree: AdapterTree

@@ -158,7 +158,7 @@ def _put(
     *,
     at: str | None = None,
 ) -> None:
-    """Give a node of a tree its earlier content and weight; bring it back if it is not there.
+    """Give a node of a tree its earlier content and weight; bring it back if it was removed.
 
     Args:
         tree: changed in memory.
@@ -318,7 +318,7 @@ class Restored:
 def restore(
     path: str | os.PathLike[str], *names: str, note: SaveNote | str | None = None
 ) -> list[Restored]:
-    """Give nodes an earlier content and weight again, in one save; undone in the same way.
+    """Give nodes an earlier content and weight again, in one save; a restore can undo it, too.
 
     The nodes' present contents become earlier versions. A node that was removed comes back with its
     last version, or with the one that is named.
@@ -329,7 +329,7 @@ def restore(
         note: the save's note about itself.
 
     Raises:
-        PathError: there is no such node or version, or the node above is not there.
+        PathError: there is no such node or version, or the node above is missing.
         FolderError: the files of a version are gone, or the folder can't be written.
         SpecError, UnlockedError: as `load`.
 

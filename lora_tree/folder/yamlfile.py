@@ -30,9 +30,8 @@ from ..spec_errors import Loc, describe_invalid
 __all__ = ["Located", "json_schema", "parse_yaml", "read_spec", "render_yaml"]
 
 _MOST_MISTAKES = 50  # that one error lists
-_MAX_NESTING = (
-    2 * MAX_DEPTH + 4
-)  # a node and its children are two levels; then a pattern or a list inside
+# A node and its children are two levels; then come a pattern and a list inside.
+_MAX_NESTING = 2 * MAX_DEPTH + 4
 
 _NULL = frozenset(("", "~", "null", "Null", "NULL"))
 _BOOL = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
@@ -46,9 +45,8 @@ _SPECIAL = re.compile(r"([-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))\Z")
 _VERSION = re.compile(rb"^version[ \t]*:[ \t]*([0-9]{1,9})[ \t]*(?:#[^\n]*)?\r?$", re.MULTILINE)
 _LONE = re.compile("[\ud800-\udfff]")
 _PLAIN = re.compile(r"[A-Za-z_./][A-Za-z0-9_./-]*\Z")
-_ELSEWHERE = frozenset(
-    ("y", "n", "yes", "no", "on", "off", "true", "false", "null")
-)  # not strings to YAML 1.1
+# These are not strings to YAML 1.1.
+_ELSEWHERE = frozenset(("y", "n", "yes", "no", "on", "off", "true", "false", "null"))
 
 
 @dataclass
@@ -205,9 +203,8 @@ def _events(text: str, file: str) -> Iterator[Any]:
             place = f"{file}:{mark.line + 1}:{mark.column + 1}" if mark else file
             problem = str(error.problem or error.context)
             raise SpecError(f"{place}: not YAML: {problem}", *_advice(problem)) from error
-        except (
-            Exception
-        ) as error:  # of the YAML package: any error of its parser is a mistake in the text
+        # Any other error of the YAML package's parser is a mistake in the text as well.
+        except Exception as error:
             raise SpecError(f"{file}: not YAML: {' '.join(str(error).split())}") from error
         if event is None:
             return
@@ -332,9 +329,8 @@ def render_yaml(data: Mapping[str, Any]) -> bytes:
 def _block(data: Mapping[str, Any], indent: str, lines: list[str]) -> None:
     for key, value in data.items():
         name = _string(key)
-        head = (
-            f"{indent}{name}:" if len(name) < 1000 else f"{indent}? {name}\n{indent}:"
-        )  # YAML's limit for short keys
+        # A longer key than YAML's limit is written with a question mark.
+        head = f"{indent}{name}:" if len(name) < 1000 else f"{indent}? {name}\n{indent}:"
         if isinstance(value, Mapping) and value:
             lines.append(head)
             _block(value, indent + "  ", lines)

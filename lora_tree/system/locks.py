@@ -145,9 +145,8 @@ def _by_flock(path: Path, shared: bool, make: bool, wait: bool) -> Held | None:
         _flock(file, shared, wait)
         if _same(file, path):
             return Held(path, file, None)
-    except (
-        BaseException
-    ) as error:  # Ctrl-C too: a lock without an owner would shut this process out
+    except BaseException as error:
+        # After Ctrl-C, too: a lock that stays behind would shut this process out.
         os.close(file)
         code = error.errno if isinstance(error, OSError) else None
         if code in _BUSY:
