@@ -15,12 +15,14 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    if name.startswith("__") and name != "__all__":  # asked of every module by all kinds of tools
+    # Tools ask every module for such names. That is no reason to import torch.
+    if name.startswith("__") and name != "__all__":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     surface = importlib.import_module(".surface", __name__)
     for each in ("__all__", *surface.__all__):
         globals()[each] = getattr(surface, each)
-    if name not in globals():  # a room that the import above has brought along is there by now
+    # The import above also binds the subpackages: `lora_tree.folder` is found here.
+    if name not in globals():
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return globals()[name]
 

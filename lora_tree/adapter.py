@@ -33,7 +33,7 @@ from .weights import GivenWeight, Weight, as_weight, check_matched
 __all__ = ["Adapter"]
 
 _EMPTY: Mapping[str, Any] = MappingProxyType({})
-"""One for all adapters: most have no overrides, errors or nesting, and a tree has many."""
+"""One empty mapping that all adapters share: most have no overrides, errors or nesting."""
 
 
 # With eq=False an object keeps its own hash. Plans and caches know an adapter by its identity; a
@@ -59,10 +59,10 @@ class Adapter:
         errors: module → relative error ‖ΔW − ΔW'‖ / ‖ΔW‖ that a truncation left; empty if none was
             made.
         rounded: the modules whose factors `to` rounded; `errors` does not count that.
-        overrides: the name of a tensor of the base (``score.weight``) → what stands there instead.
+        overrides: the name of a tensor of the base (``score.weight``) → its replacement.
 
     Raises:
-        SpecError: a field is not of its kind; names the module.
+        SpecError: a field has the wrong type; names the module.
 
     >>> import torch
     >>> fr = Adapter({"q_proj": LowRank(torch.ones(2, 4), torch.ones(4, 2))}, base="org/model")
@@ -102,7 +102,7 @@ class Adapter:
         """Check every field but the modules.
 
         Raises:
-            SpecError: one is not of its kind.
+            SpecError: a field has the wrong type.
         """
         if self.base is not None and not isinstance(unchecked(self.base), str):
             raise SpecError(f"an adapter's base: expected a name or None, got {self.base!r:.80}")
@@ -141,24 +141,26 @@ class Adapter:
 
     @property
     def module_names(self) -> list[str]:
-        """The modules that it changes: those of its increments, then those of overrides alone."""
+        """The modules that the adapter changes: first those with increments, then those with
+        overrides only.
+        """
         owners = [tensor_owner(tensor)[0] for tensor in self.overrides]
         return list(dict.fromkeys([*self.modules, *owners]))
 
     @property
     def numel(self) -> int:
-        """Numbers in all factors and overrides."""
+        """The number of elements in all factors and overrides."""
         return sum(tensor.numel() for _, tensor in self.named_tensors())
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all factors and overrides, as they are held."""
+        """The bytes of all factors and overrides, in the dtypes that they have in memory."""
         factors = sum(value.nbytes for value in self.modules.values())
         return factors + sum(override.nbytes for override in self.overrides.values())
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the tensors that may train, factors by their module and overrides by their
-        tensor.
+        """Yield (name, tensor) for every tensor that may train: factors under the name of their
+        module, overrides under that of the base's tensor.
         """
         for name, value in self.modules.items():
             for tensor in value.tensors:
@@ -168,14 +170,14 @@ class Adapter:
 
     @property
     def is_trainable(self) -> bool:
-        """Whether a factor or an override is a parameter, which an optimiser may have changed."""
+        """True if a factor or an override is a parameter, which an optimiser may have changed."""
         if any(value.is_trainable for value in self.modules.values()):
             return True
         return any(override.is_trainable for override in self.overrides.values())
 
     @property
     def trains(self) -> bool:
-        """Whether autograd follows a factor or an override."""
+        """True if a factor or an override requires gradients."""
         if any(value.trains for value in self.modules.values()):
             return True
         return any(override.trains for override in self.overrides.values())
@@ -189,7 +191,7 @@ class Adapter:
         return len(self.modules)
 
     def __bool__(self) -> bool:
-        # By its length alone, an adapter that only replaces tensors would pass for none.
+        # `len` counts increments. Without this, an adapter with overrides alone would be falsy.
         return bool(self.modules or self.overrides or self.unchanged)
 
     def __repr__(self) -> str:
@@ -208,7 +210,7 @@ class Adapter:
         return Adapter(*copy.deepcopy(self._arguments(), memo))
 
     def _arguments(self) -> tuple[Any, ...]:
-        """Return the arguments that make this value again, in types that pickle knows."""
+        """Return the arguments that make an equal value, in types that pickle supports."""
         found = []
         for each in fields(self):
             value = getattr(self, each.name)
@@ -227,7 +229,7 @@ class Adapter:
         return replace(self, modules=modules)
 
     def with_tensors(self, change: Callable[[Tensor], Tensor]) -> Adapter:
-        """Return the adapter with other tensors, of the same shapes, in the places of its own."""
+        """Return the adapter with ``change(tensor)`` in place of each tensor; shapes must stay."""
         overrides = {}
         for name, override in self.overrides.items():
             overrides[name] = override.with_values(change(override.values))
@@ -261,10 +263,10 @@ class Adapter:
         return self.weighed(weight)
 
     def weighed(self, weight: Weight) -> Adapter:
-        """Return the increments with a weight in their scales; modules of weight 0 are left out,
-        and so is what replaces or carries their tensors.
+        """Return the adapter with each increment's scale multiplied by its module's weight.
 
-        For the library's own use: unlike `scaled` it takes patterns that match no module.
+        Modules of weight 0 are left out, with their overrides and carried tensors. For the
+        library's own use: unlike `scaled` it accepts patterns that match no module.
         """
         if isinstance(weight, float):
             return self.scaled(weight)
@@ -294,7 +296,8 @@ class Adapter:
     ) -> Adapter:
         """Return the adapter on another device, or with its factors rounded to another dtype.
 
-        `rounded` names the modules of the result that lost a digit. Overrides keep their bits.
+        `rounded` of the result names the modules whose factors lost digits. Overrides keep their
+        dtype.
 
         Raises:
             SpecError: a finite factor is too large for the dtype; names the module.
@@ -340,7 +343,7 @@ class Adapter:
         return replace(short, errors=left)
 
     def renested(self, order: Mapping[str, Sequence[str]]) -> Adapter:
-        """Return the adapter with the order of its raw parameters made certain.
+        """Return the adapter with its raw parameters in the order in which the base has them.
 
         A PEFT file tells two parameters of one module apart only by the order in which the base
         registers them. If the order was assumed, increments move to the parameter that they belong
@@ -376,14 +379,14 @@ class Adapter:
         )
 
     def told_apart(self, own: Mapping[str, Tensor]) -> Adapter:
-        """Return the adapter with the tensors that it carries told apart: what is not the base's
-        own is an override.
+        """Compare the carried tensors (`unchanged`) with the base's own, and return the adapter
+        with those that differ as overrides.
 
         Args:
             own: the base's own tensors, by name.
 
         Raises:
-            BaseMismatch: the base has none of that name, or one of another shape; names it.
+            BaseMismatch: the base has no tensor of that name, or one of another shape; names it.
 
         >>> import torch
         >>> carried = Adapter({}, unchanged={"x": torch.ones(2), "y": torch.ones(2)})
@@ -403,7 +406,7 @@ class Adapter:
         if not overrides:
             return self
         unchanged = {name: t for name, t in self.unchanged.items() if name not in overrides}
-        # A tensor that the file declares as an override as well keeps that one.
+        # If the adapter has an override of the same tensor already, that one wins.
         return replace(self, unchanged=unchanged, overrides={**overrides, **self.overrides})
 
     # ------------------------------------------------------------------ files
@@ -415,7 +418,7 @@ class Adapter:
 
         Raises:
             FormatError: the files are broken or incomplete; names the file and the key.
-            UnsupportedAdapter: an adapter of a kind that does not add up.
+            UnsupportedAdapter: the adapter is of a kind that does not add up to W + B·A.
         """
         # The formats import this module, so it can't import them: see `storage`.
         return storage().read_adapter(as_path(folder))
@@ -428,7 +431,7 @@ class Adapter:
     ) -> None:
         """Write a PEFT folder, or a file of an image format; its bytes depend on the value alone.
 
-        It appears whole or not at all.
+        The folder or file appears whole or not at all.
 
         Args:
             folder: the folder to write. The image formats write one file: its name ends in

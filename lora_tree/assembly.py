@@ -7,7 +7,7 @@
 Underscores can't be turned back into dots by themselves. So each component's own names are written
 with underscores too, once, and a name is looked up among them.
 
-Law: a name that could be two modules' is refused, and one that is none's is an error.
+Law: a name that fits two modules is refused, and so is a name that fits none.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from .sites import as_site_has_it, is_there
 __all__ = ["Assembly", "AssemblyNames", "Convert"]
 
 Convert = Callable[[str, LowRank], Mapping[str, LowRank]]
-"""A name that no component has, and its value → the components' own names; empty if unknown."""
+"""(name that no component has, its value) → {a component's own name: value}; empty if unknown."""
 
 
 class Assembly(nn.Module):
-    """Models side by side, each called by its own owner; the assembly itself has no forward.
+    """Several models as submodules. Their pipeline calls them; the assembly has no forward.
 
     Args:
         components: name → model; a name has no dots.
-        name_or_path: the name of the whole, for messages.
+        name_or_path: the name of the assembly, for messages.
         aliases: other words for components, which files use.
-        prefixes: component → the beginning that its modules' names once had, and those in older
-            files still have.
-        convert: knows names of other programs; asked only for those that no component has.
+        prefixes: component → the prefix that its modules' names once had, and still have in older
+            files.
+        convert: translates the names of other programs; called for a name that no component has.
 
     >>> base = Assembly({"unet": nn.Sequential(nn.Linear(4, 4))})
     >>> [name for name, _ in base.named_parameters()]
@@ -78,7 +78,7 @@ class Assembly(nn.Module):
 
 
 class AssemblyNames:
-    """How an assembly names the modules of an adapter.
+    """Translates an adapter's module names into the assembly's.
 
     Args:
         base: the assembly.
@@ -89,14 +89,14 @@ class AssemblyNames:
         self._flat: dict[str, dict[str, list[str]]] = {}
 
     def bound(self, adapter: Adapter) -> Adapter:
-        """The adapter in the assembly's names; itself where it has them already.
+        """Return the adapter in the assembly's names; the same object if it has them already.
 
         Raises:
-            BaseMismatch: a name could be two modules', or is none's; or another program's names
-                can't be converted.
+            BaseMismatch: a name fits two modules, or none; or another program's names can't be
+                converted.
             ShapeMismatch: two names become one, and their increments don't add up.
         """
-        # The same object for an adapter that fits as it is: plans are known by their adapters.
+        # The same object for an adapter that fits: plans are cached by the identity of adapters.
         if all(self._fits(name, value) for name, value in adapter.modules.items()):
             return adapter
         parts: dict[str, list[LowRank]] = {}
@@ -122,7 +122,7 @@ class AssemblyNames:
     def _placed(self, name: str, value: LowRank) -> Mapping[str, LowRank]:
         """Return the modules of the base that a name stands for, each with its value.
 
-        They are several where other programs fuse what the base splits.
+        A name stands for several modules if the other program fuses modules that the base splits.
         """
         own = self._own(name)
         if own is not None:
@@ -141,7 +141,7 @@ class AssemblyNames:
         return found
 
     def _own(self, name: str) -> str | None:
-        """The one module of the base that ``name`` stands for; None where there is none."""
+        """Return the one module of the base that ``name`` stands for; None if there is none."""
         if is_there(self._base, name):
             return name
         first, _, rest = name.partition(".")
@@ -162,7 +162,7 @@ class AssemblyNames:
         return found[0] if found else None
 
     def _spelled(self, component: str, path: str) -> Sequence[str]:
-        """The modules of a component whose path reads like ``path`` with underscores for dots."""
+        """Return the modules of a component that equal ``path`` with underscores for dots."""
         # Made once for each component: an adapter asks for hundreds of names, and a table of all
         # modules takes a walk over the whole component.
         table = self._flat.get(component)
@@ -173,11 +173,11 @@ class AssemblyNames:
         return [f"{component}.{own}" for own in table.get(path.replace(".", "_"), ())]
 
     def _fits(self, name: str, value: LowRank) -> bool:
-        """Whether the base has the module, and a factor of its own layout."""
+        """Return whether the base has the module, and its site takes the value unchanged."""
         return is_there(self._base, name) and as_site_has_it(self._base, name, value) is value
 
     def _unknown(self, name: str, where: str = "") -> BaseMismatch:
-        """The error for a name that is no module's."""
+        """Return the error for a name that fits no module."""
         first, _, rest = name.partition(".")
         component = self._base.aliases.get(first, first)
         if component not in self._base._modules:
@@ -196,9 +196,9 @@ class AssemblyNames:
 
 
 def _flattened(component: nn.Module, prefix: str) -> dict[str, list[str]]:
-    """Return a table: a name with underscores for dots → the modules that read so.
+    """Return a table: a name with underscores for dots → the modules that are spelled so.
 
-    A name stands in it with the former prefix too, if there was one.
+    If the component has a former prefix, each name is entered with it as well.
     """
     found: dict[str, list[str]] = {}
     for name, module in component.named_modules():

@@ -1,5 +1,5 @@
-"""The models that a tree is attached to, as the tree sees them: which nodes they use, and what they
-read for it.
+"""The models that a tree is attached to, as the tree sees them: the nodes that they use, and the
+files that they read for the tree.
 
 A model is held weakly, because a program may drop one without detaching it.
 """
@@ -34,26 +34,26 @@ class AttachedModels:
 
     def __init__(self) -> None:
         self._all: list[weakref.ref[AttachedModel]] = []
-        # Those of them that have budgets. The first one reads what the tree needs from files.
+        # The models that have budgets. The first that is alive reads files for the tree.
         self._readers: list[weakref.ref[AttachedModel]] = []
 
     def add(self, model: AttachedModel, *, reads: bool) -> None:
-        """Ask a model from now on; if it reads, for adapters too."""
+        """Consult a model from now on before nodes change; if it ``reads``, for adapters too."""
         self._all.append(weakref.ref(model))
         if reads:
             self._readers.append(weakref.ref(model))
 
     def drop(self, model: AttachedModel) -> None:
-        """Ask a model no more."""
-        # The lists are changed in place: a new list bound to `refs` would leave the tree's own as
-        # it is.
+        """Stop consulting a model."""
+        # The lists are changed in place: to bind `refs` to a new list would not change the
+        # attributes.
         for refs in (self._all, self._readers):
-            # References to models that are gone go as well.
+            # References to models that were collected are dropped as well.
             refs[:] = [ref for ref in refs if ref() not in (None, model)]
 
     @property
     def reader(self) -> AttachedModel | None:
-        """The model that reads what the tree needs from files; None: the tree reads by itself."""
+        """The model that reads files for the tree; None if the tree reads them itself."""
         return next(_alive(self._readers), None)
 
     def check_unused(self, paths: Iterable[str], verb: str) -> None:

@@ -1,4 +1,4 @@
-"""Attachment: how a tree is attached to a base, as one value that was checked.
+"""Attachment: the options with which a tree is attached to a base, as one checked value.
 
 `lora_tree.attach` and the `attach` of a diffusion pipeline take the same arguments, which are
 explained there.
@@ -54,7 +54,7 @@ class Attachment:
             )
 
     def budgets(self, tree: AdapterTree) -> Budgets:
-        """Return the budgets, each from the nearest place that names it; tree.yaml is the last.
+        """Return the budgets, each from its argument, else from the environment, else tree.yaml.
 
         Raises:
             SpecError: a size makes no sense; names the place.
@@ -64,7 +64,7 @@ class Attachment:
 
 
 def check_tree_comes_first(tree: object, base: object) -> None:
-    """Refuse a tree that is none, with advice of its own for the likeliest mistake: the order.
+    """Refuse a first argument that is no tree; if it is a model, say that the tree comes first.
 
     Raises:
         SpecError: it is something else.

@@ -4,8 +4,8 @@
     /models/model                                    a folder
     ~/.cache/…/models--org--model/snapshots/1f…      a snapshot in the hub's cache: org/model
 
-A folder and a hub id are taken for the same where they end alike: a model that was downloaded keeps
-its name.
+A folder and a hub id count as the same model if their last parts are equal, because a downloaded
+model usually keeps its name.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ def other_base(one: str | None, other: str | None) -> bool:
     if os.path.isdir(one) and os.path.isdir(other) and os.path.samefile(one, other):
         return False
     first, second = _id(one), _id(other)
-    # Two hub ids are compared whole: of org/model and other/model one may be a changed copy. A
-    # folder says nothing about the organisation, so there the last part has to do.
+    # Two hub ids are compared whole: other/model may be a changed copy of org/model. A folder does
+    # not name the organisation, so there only the last parts are compared.
     if _HUB_ID.match(first) and _HUB_ID.match(second):
         return first.casefold() != second.casefold()
     return _last(first) != _last(second)
 
 
 def hub_id(name: str | None) -> str | None:
-    """Return the hub id that a name is, or that a snapshot in the hub's cache is of; else None.
+    """Return the hub id in a name: the name itself, or its snapshot's id; None if it has none.
 
     >>> hub_id("org/model"), hub_id("gpt2"), hub_id("../model"), hub_id("/models/model")
     ('org/model', 'gpt2', None, None)
@@ -64,10 +64,10 @@ def hub_id(name: str | None) -> str | None:
 
 
 def warn_of_base(what: str, named: str | None, base: str | None, *, stacklevel: int) -> None:
-    """Warn where ``what`` (a node, the tree) names another base than that of the model.
+    """Warn if ``what`` (a node, the tree) names another base than the attached model's.
 
     Args:
-        what: said first in the warning.
+        what: the subject of the warning, its first words.
         named: the base that it names.
         base: the model's own name.
         stacklevel: as for `warnings.warn`, seen from the caller.

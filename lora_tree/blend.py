@@ -1,13 +1,14 @@
-"""Blend: several paths with weights, and what their nodes' coefficients are made of.
+"""Blend: several paths with weights, from which every node gets its coefficient.
 
     coefficient of a node  =  its weight · Σ weight of every entry whose lineage passes through it
 
 A path is the blend with one entry of weight 1. Half-way between two siblings, ``{"fr/legal": 0.5,
 "fr/medical": 0.5}``, their parent keeps its full weight. An entry may have a weight per module
-(`weights`), and then all of this is said of one module.
+(`weights`), and then all of this holds for each module separately.
 
-A blend has one spelling, by which losses, counts, files and servers know it: two blends have the
-same one where they name the same paths with the same weights, to the last bit, and only there.
+A blend has one canonical spelling (`spelled`), which is its key in losses, counts, files and
+servers. Two blends share it if and only if they give the same paths the same weights, to the last
+bit; entries that add nothing do not count.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ Blend: TypeAlias = str | Mapping[str, GivenWeight]
 
 
 def parse_blend(blend: Blend) -> dict[str, Weight]:
-    """A blend in any of its spellings as path → weight.
+    """Return a blend, in any of its spellings, as path → weight.
 
     Raises:
         PathError: not a path, nor a mapping of paths.
@@ -61,7 +62,8 @@ def parse_blend(blend: Blend) -> dict[str, Weight]:
         path, colon, number = entry.strip().rpartition(":")
         if not colon:
             path, number = number, "1"
-        if ":" in path:  # "fr:0.5,de:0.5": without this the comma would be told as a bad name
+        # "fr:0.5,de:0.5": without this the error would call 'fr:0.5,de' a bad name.
+        if ":" in path:
             raise SpecError(
                 f"blend {blend!r}: paths are joined by a plus; write 'fr/legal:0.5+fr/medical:0.5'"
             )
@@ -86,7 +88,8 @@ def _entry(number: str, path: str, blend: str) -> Weight:
 def spelled(blend: Blend) -> str:
     """Return a blend in its one spelling, which `parse_blend` reads back to the same weights.
 
-    Paths come by name, weights as the shortest decimals that read back to the same float. Entries
+    Paths are in the order of their names, weights are the shortest decimals that read back to the
+    same float. Entries
     that add nothing (a weight of 0, the bare base) are left out; one path with a weight of 1 is
     that path.
 
@@ -107,10 +110,10 @@ def spelled(blend: Blend) -> str:
 
 
 def _decimal(weight: Weight) -> str:
-    """A weight without a plus of its own, which would begin another entry."""
+    """Return a weight as text without a plus sign, which would begin another entry."""
     return f"{weight}".replace("e+", "e")
 
 
 def depth_first(path: str) -> tuple[str, ...]:
-    """A key that sorts paths depth-first, children by name: the order of every sum."""
+    """Return the key that sorts paths depth-first, children by name: the order of every sum."""
     return tuple(path.split("/"))

@@ -99,7 +99,7 @@ class Budgets:
 
     @property
     def bounded(self) -> bool:
-        """At least one of them is bounded."""
+        """True if at least one of the two is bounded."""
         return self.host_bytes is not None or self.device_bytes is not None
 
 

@@ -40,8 +40,8 @@ def caller_object(matches: Callable[[Any], bool]) -> Any:
     """Return the nearest caller's ``self`` that matches; None if there is none.
 
     Args:
-        matches: is shown the ``self`` of each caller, from the nearest outward; None for a function
-            without one.
+        matches: called with the ``self`` of each caller, from the nearest outward; with None for a
+            function without one.
 
     >>> class Engine:
     ...     def run(self): return caller_object(lambda owner: isinstance(owner, Engine))
@@ -54,7 +54,9 @@ def caller_object(matches: Callable[[Any], bool]) -> Any:
 
 
 def caller_in(modules: Collection[str], *, until: CodeType) -> str | None:
-    """Return the class of the nearest caller in some modules; a function's name; or None.
+    """Return the name of the nearest caller's class, of callers in some modules only.
+
+    A caller that is a plain function is given by its own name; None if there is no caller.
 
     Args:
         modules: full names of modules.
@@ -84,7 +86,8 @@ def locals_of_call(method: str, owner: object, names: Collection[str]) -> dict[s
     Args:
         method: its name.
         owner: its ``self``.
-        names: the variables wanted. Ask for numbers: the returned value outlives the call.
+        names: the variables wanted. Ask for numbers only: the result outlives the call, and would
+            keep a tensor alive.
 
     >>> class Pipe:
     ...     def __call__(self, images): return locals_of_call("__call__", self, ["images"])
@@ -105,8 +108,8 @@ def locals_of_call(method: str, owner: object, names: Collection[str]) -> dict[s
 
 
 def _nearest(matches: Callable[[FrameType], bool]) -> FrameType | None:
-    # Frames of this module come first. None of their functions is
-    # asked for, so they are not skipped.
+    # The first frames are this module's own. No caller asks for its functions, so they need not be
+    # skipped.
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and not matches(frame):
         frame = frame.f_back

@@ -1,4 +1,4 @@
-"""Tell the tensors of a base that an adapter carries apart: the base's own, and overrides.
+"""Decide whether a base's tensor that an adapter carries is the base's own, or an override.
 
 PEFT saves some tensors of the base beside the factors: every bias with ``bias="all"``, the whole
 of an embedding or a head that is targeted. Such a tensor replaces the base's. If it is the base's
@@ -10,8 +10,8 @@ stored numbers:
     one dtype holds the other    equal, once the wider one is rounded to the narrower one
     fp16 and bf16                within one rounding of each: one number may have become both
 
-Law: a load of the same stored numbers in any dtype is the base's own. A step of training that shows
-in the narrower of the two dtypes is an override.
+Law: the same stored numbers, loaded in any dtype, count as the base's own. A tensor that training
+changed is an override if the change shows in the narrower of the two dtypes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def is_own(name: str, carried: Tensor, own: Tensor) -> bool:
     """Return whether a tensor that an adapter carries is the base's own; else it is an override.
 
     Args:
-        name: of the parameter.
+        name: the parameter's, for errors.
         carried: the adapter's.
         own: the base's, on any device, in any dtype.
 
@@ -106,7 +106,7 @@ def _half_step(t: Tensor) -> Tensor:
     """Return the most that rounding to ``t``'s dtype can have changed each number, in float64."""
     info = torch.finfo(t.dtype)
     _, exponent = torch.frexp(t.double().abs())  # |t| lies in [2^(e-1), 2^e)
-    # Below the smallest normal number, the numbers of a dtype lie no nearer to each other.
+    # Subnormal numbers are spaced like the smallest normal ones, no closer.
     least = round(math.log2(info.smallest_normal))
     exponent = torch.where(t == 0, least, (exponent - 1).clamp(min=least))
     step = exponent + round(math.log2(info.eps))

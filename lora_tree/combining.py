@@ -24,8 +24,8 @@ def weighed_terms(
 ) -> list[tuple[str, float, Adapter]]:
     """Return (node, coefficient, adapter) terms whose coefficients are numbers.
 
-    A weight per module goes into the scales of its adapter, which shares its factors with the one
-    given; the coefficient is then 1.
+    A weight per module is multiplied into the scales of a new adapter, which shares its factors
+    with the given one; the coefficient is then 1.
 
     Raises:
         SpecError: a pattern matches no module; names the node.
@@ -52,8 +52,8 @@ def combine(terms: Sequence[tuple[Adapter, GivenWeight]], *, names: Sequence[str
     several devices are brought to the first one's: a node that trains is where the base is, its
     parent where it was read to.
 
-    Overrides are not scaled. Every increment counts, on top of an override as well: what a path
-    drops, `AdapterTree.terms` has dropped before.
+    Overrides are not scaled. Every increment counts, also where a term overrides the module:
+    `AdapterTree.terms` has already dropped the increments that a deeper override replaces.
 
     Args:
         terms: each adapter with its coefficient, a number or a number for each module.
@@ -88,10 +88,9 @@ def combine(terms: Sequence[tuple[Adapter, GivenWeight]], *, names: Sequence[str
 
 
 class _Combination:
-    """A sum of adapters that is being put together.
+    """A sum of adapters under construction.
 
-    Beside everything that was taken stands the index of the term it came from, for an error that
-    names both terms.
+    Each part is stored with the index of its term, so that an error can name both terms.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -145,7 +144,7 @@ class _Combination:
         if not is_same_tensor(known, tensor):
             with self._naming(name, before, at):
                 raise BaseMismatch("two adapters carry different values of this base tensor")
-        # The wider of two roundings of one tensor says more about the base that is loaded later.
+        # Of two roundings of one tensor the wider is kept: a base is compared with more digits.
         self._carried[name] = before, wider_tensor(known, tensor)
 
     def _add_override(self, at: int, name: str, override: Override) -> None:
@@ -186,7 +185,7 @@ class _Combination:
 
 
 def _is_one_order(one: tuple[str, ...], other: tuple[str, ...]) -> bool:
-    """Return whether the names that both have stand in one order."""
+    """Return whether the names that are in both have the same order."""
     common = set(one) & set(other)
     first = [name for name in one if name in common]
     second = [name for name in other if name in common]
@@ -228,7 +227,7 @@ def _agreed(configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _is_same_field(one: Any, other: Any) -> bool:
-    """Return whether two values of a config's field are one."""
+    """Return whether two values of a config's field are equal."""
     if isinstance(one, list) and isinstance(other, list):
         # PEFT writes sets of names as lists, in an order that changes from run to run.
         return sorted(map(repr, one)) == sorted(map(repr, other))

@@ -12,7 +12,7 @@
     │   ├── StaleError          a node's lineage has changed since it was trained
     │   └── UnlockedError       a node's files are not those of tree.lock
     ├── HubError                the model hub lacks it, refuses it, or can't be asked
-    ├── BaseMismatch            the adapter names a module that this base lacks, or has otherwise
+    ├── BaseMismatch            the adapter names a module that this base lacks or has otherwise
     │   ├── TiedWeights         a weight to be merged is used by a second module
     │   ├── MergedOnly          the site can be changed merged, but was asked for unmerged
     │   └── UnmergedOnly        the site can be changed unmerged, but was asked for merged
@@ -25,9 +25,9 @@
 The first line of a message says what failed and where (node, module, file, line), with the value
 found and the one expected; the lines after it say what to do.
 
-Law: no message obeys a stranger. Names and keys come out of files that strangers wrote, and a
-terminal obeys some characters instead of showing them. They are escaped here, once, for every error
-and warning.
+Law: a name in a message can't control the terminal. Names and keys come out of files that strangers
+wrote, and a terminal obeys control characters instead of showing them. They are escaped here, once,
+for every error and warning.
 """
 
 from __future__ import annotations
@@ -61,18 +61,18 @@ __all__ = [
 ]
 
 MOST_CHARACTERS = 4000
-"""Characters in a line of a message; longer lines are cut."""
+"""The most characters in a line of a message; longer lines are cut."""
 _MOST_SUGGESTED = 1000
 _MOST_MEANT = 3
-"""Paths that one error suggests."""
+"""The most paths that one error suggests."""
 
 
 def printable(text: str, *, keep: str = "") -> str:
-    """Return ``text`` with every character escaped that is no visible sign and no space.
+    """Return ``text`` with every character escaped that is neither visible nor a space.
 
     Control characters drive a terminal: they write to its clipboard, move its cursor, hide text.
-    Signs that turn the direction of text show another order than the one that is there. Both are
-    shown as Python would.
+    Characters that turn the direction of text make it appear in another order than it has. Both are
+    shown as Python's escapes.
 
     Args:
         keep: characters that stay as they are: ``"\\n"`` where lines are meant.
@@ -125,7 +125,7 @@ class LoraTreeError(Exception):
 
 
 class LoraTreeWarning(UserWarning):
-    """The root of the warnings that name something out of a file.
+    """The root of the warnings whose text holds names out of files.
 
     Args:
         what, todo: as for `LoraTreeError`.
@@ -135,8 +135,8 @@ class LoraTreeWarning(UserWarning):
         super().__init__("\n  ".join(_line(line) for line in (what, *todo)))
 
 
-# Each error is one of Python's own kinds too, so that code which does not know this library catches
-# it where it would catch any such error.
+# Each error also derives from one of Python's own, so that code which does not know this library
+# catches it with ``except ValueError`` and so on.
 class SpecError(LoraTreeError, ValueError):
     """A tree.yaml, a lock or an argument says something that makes no sense."""
 
@@ -148,7 +148,7 @@ class NewerFormat(SpecError):
 # LookupError and not KeyError: str() of a KeyError is a repr, which would show the lines of a
 # message as one, with \n between them.
 class PathError(LoraTreeError, LookupError):
-    """A path or a blend names a node that is not there, or is not a valid name."""
+    """A path or a blend names a node that the tree does not have, or is not a valid name."""
 
 
 class TreeError(LoraTreeError, ValueError):
@@ -176,7 +176,7 @@ class StaleError(FolderError):
 
 
 class UnlockedError(FolderError):
-    """A node's files are not what tree.lock says."""
+    """A node's files are not those that tree.lock records."""
 
 
 class HubError(LoraTreeError, OSError):
@@ -204,7 +204,7 @@ class StateError(LoraTreeError, RuntimeError):
 
 
 class ForeignWrite(StateError):
-    """Somebody else wrote to a weight, or replaced it, while a path was merged into it."""
+    """Other code wrote to a weight, or replaced it, while a path was merged into it."""
 
 
 class DivergedError(LoraTreeError, ArithmeticError):
@@ -244,8 +244,9 @@ def suggest(name: str, known: Iterable[str], *, prefix: str = "; did you mean ")
 def suggest_path(path: str, known: Iterable[str]) -> str:
     """Return ``; did you mean 'shared/fr'?`` for a path that names no node; or an empty string.
 
-    Nodes move below others, and people remember their own names. So a path that ends in ``path``
-    comes first, then the nearest spelling, then a node of the same name elsewhere.
+    A node may have moved below another one, and people remember the path that it had. So a path
+    that ends in ``path`` comes first, then the nearest spelling, then a node elsewhere whose last
+    name is like that of ``path``.
 
     >>> suggest_path("fr", ["shared/fr", "shared/fr/legal", "de"])
     "; did you mean 'shared/fr'?"
@@ -268,7 +269,7 @@ def suggest_path(path: str, known: Iterable[str]) -> str:
 
 
 def listing(names: Iterable[str], *, most: int = 8) -> str:
-    """``a, b, c and 4 more``: names for an error message, not too many of them."""
+    """Return names for a message, at most ``most`` of them: ``a, b, c and 4 more``."""
     names = list(names)
     shown = ", ".join(names[:most])
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

@@ -1,6 +1,7 @@
-"""Optional packages: imported at their first use, or an error with the line that installs them.
+"""Optional packages: imported at their first use; a missing one is an error with the pip command.
 
-Their errors become ours at this boundary, once: their words, after the action that failed.
+An error that such a package raises becomes one of ours here, once: the action that failed, then the
+package's own words.
 
 Law: a base's own Python code never runs unless the user said so (`open_pretrained`).
 """
@@ -33,7 +34,7 @@ OTHER_BASE = "name the folder or the hub id of a transformers model: --base MODE
 
 
 def _folder_meant(base: str) -> list[str]:
-    """Return a line that names the folder which a mistyped base may mean, if one lies there."""
+    """Return a line that names the folder whose name is most like the base's, if one is."""
     above, name = os.path.split(base)
     if not os.path.isdir(above or "."):
         return []
@@ -134,14 +135,14 @@ def open_pretrained(
 ) -> Any:
     """Return what ``kind.from_pretrained(base)`` makes: a config, a tokenizer or a model.
 
-    A base may bring Python files of its own. They run only if ``trust_remote_code`` is true, which
-    must be the user's own word. Without the argument transformers would ask a question on stdout,
+    A base may bring Python files of its own. They run only if ``trust_remote_code`` is true, and
+    only the user may decide that. Without the argument transformers would ask a question on stdout,
     and obey a "y" that happens to lie in a pipe. So every call passes it, and all are made here.
 
     Args:
         kind: an Auto class or a model class of transformers.
         base: a folder or a hub id.
-        failed: the message where it can't: ``transformers can't open its tokenizer``.
+        failed: the message if it can't be opened: ``transformers can't open its tokenizer``.
         trust_remote_code: run the base's own code.
         options: more arguments of ``from_pretrained``.
 

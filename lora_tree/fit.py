@@ -28,9 +28,9 @@ def misfits(tree: AdapterTree, base: nn.Module) -> list[tuple[str, str]]:
     """Return everything in a tree that does not fit a base.
 
     Args:
-        tree: of adapters that are not in memory only the headers are read.
-        base: its modules are asked for kinds and shapes; ``with torch.device("meta")`` makes one of
-            any size at once.
+        tree: an adapter that is not in memory is judged by its files' headers.
+        base: only kinds and shapes of its modules are used; ``with torch.device("meta")`` makes a
+            base of any size at once.
 
     >>> tree = AdapterTree(defaults=dict(target_modules=["1"]))
     >>> _ = tree.add("fr")
@@ -62,7 +62,7 @@ def _misfits(
         yield error
         return
     if adapter is None:
-        return  # a group, or a fresh node, which was asked above
+        return  # a group, or a fresh node, which was checked above
     for name, value in adapter.modules.items():
         yield from _unfit(base, name, value)
     for tensor, override in adapter.overrides.items():
@@ -85,7 +85,8 @@ def _unfit(base: nn.Module, name: str, value: LowRank | None = None) -> Iterator
 def dropped(tree: AdapterTree) -> list[str]:
     """Return a line for each increment that an override below it drops, from headers alone.
 
-    That is no problem: it is what an override is for. But the increment counts on other paths only.
+    This is no fault, since an override is meant to replace. But such an increment counts only on
+    paths without the override.
 
     >>> import torch
     >>> from lora_tree import Override
@@ -115,12 +116,12 @@ def dropped(tree: AdapterTree) -> list[str]:
 def clashes(tree: AdapterTree, base: nn.Module | None = None) -> list[tuple[str, str]]:
     """Return every module in which a node does not add up with a node above it.
 
-    A module is compared with the nearest node above that changes it. Two names that look like one
-    module's, an earlier transformers' and today's, are listed as well.
+    A module is compared with the nearest node above that changes it. Without a base, two names that
+    look like an old and a new name of one module (transformers renames some) are listed as well.
 
     Args:
-        base: has the names of today, so that two names of one module are one; the meta device will
-            do.
+        base: if given, its module names replace those of the adapters first, so that an old and a
+            new name of one module are the same; it may be on the meta device.
 
     Returns:
         (node, error text) for each.
@@ -157,7 +158,7 @@ def clashes(tree: AdapterTree, base: nn.Module | None = None) -> list[tuple[str,
 
 
 def _bound(renaming: Renaming, outline: Adapter) -> Adapter:
-    """Return the outline in the base's names; or as it is, if it does not fit: see `misfits`."""
+    """Return the outline in the base's names; unchanged if it does not fit (see `misfits`)."""
     try:
         return renaming.bound(outline)
     except LoraTreeError:
@@ -165,7 +166,7 @@ def _bound(renaming: Renaming, outline: Adapter) -> Adapter:
 
 
 def _two_names(path: str, lineage: Mapping[str, Adapter]) -> Iterator[str]:
-    """Yield an error if a lineage names one module in two ways, one of them first at this node.
+    """Yield an error if a lineage names one module in two ways, one of them at this node.
 
     Args:
         path: the last node of the lineage.

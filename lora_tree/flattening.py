@@ -1,4 +1,4 @@
-"""One adapter for a whole lineage or blend, and the sums that can't be one."""
+"""Flatten a lineage or blend into one adapter, and refuse the sums that can't be one."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def flattened(
             )
     nodes = [node for node, _, _ in terms]
     flat = combine([(adapter, coefficient) for _, coefficient, adapter in terms], names=nodes)
-    # Before the truncation, which fails on such numbers too, but then every node would be named.
+    # Before the truncation: it fails on such numbers too, but its error would name every node.
     _all_finite(flat, terms)
     try:
         if rank is not None or max_error is not None:
@@ -58,8 +58,8 @@ def resolved(terms: NodeTerms, lineages: list[list[str]]) -> NodeTerms:
     """Return the terms without the overrides and increments that a deeper override replaces.
 
     Args:
-        terms: of a path or a blend.
-        lineages: of each of its paths, the nodes from the root down.
+        terms: those of a path or a blend.
+        lineages: for each of its paths, the nodes from the root down.
 
     Raises:
         SpecError: two paths have different overrides of a tensor.
@@ -74,7 +74,7 @@ def resolved(terms: NodeTerms, lineages: list[list[str]]) -> NodeTerms:
     for node, coefficient, adapter in terms:
         modules, lines = counted_modules(node, adapter.modules, stands)
         dropped += lines
-        # A base tensor that comes along is none under an override of it.
+        # A carried tensor of the base is dropped if an override replaces that tensor.
         unchanged = {name: t for name, t in adapter.unchanged.items() if name not in stands}
         own = counts.get(node, {})
         made = replace(adapter, modules=modules, unchanged=unchanged, overrides=own)
@@ -88,7 +88,7 @@ def _spelled_once(terms: NodeTerms, base: nn.Module | None) -> None:
     whose: dict[str, str] = {}
     for node, _, adapter in terms:
         for name in adapter.modules:
-            whose.setdefault(name, node)  # the topmost node that has it is told
+            whose.setdefault(name, node)  # the error names the topmost node that has it
     twice = spelled_twice(whose) if base is None else spelled_twice(whose, names_of(base).has)
     if twice is None:
         return

@@ -1,7 +1,7 @@
-"""Arguments as callers gave them: checks of their types and numbers.
+"""Checks of the types and numbers that callers pass as arguments.
 
 An annotation promises a type, and Python does not check it. A type checker believes the promise, so
-it calls the code that tests an argument unreachable. `unchecked` takes the promise back for one
+it reports the code behind a failed test as unreachable. `unchecked` takes the promise back for one
 expression:
 
     if not isinstance(unchecked(order), Mapping):
@@ -43,7 +43,7 @@ def unchecked(value: object) -> object:
 
 
 def check_iterable(values: object, what: str) -> None:
-    """Refuse what no loop can go through.
+    """Refuse a value that can't be iterated over.
 
     Args:
         values: the argument.
@@ -93,7 +93,7 @@ def check_whole_number(number: object, what: str) -> None:
 
 
 def finite_number(value: object, what: str) -> float:
-    """Return a number of any kind as a float.
+    """Return a number of any numeric type as a float.
 
     Args:
         what: the argument, for the error.

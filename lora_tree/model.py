@@ -1,4 +1,4 @@
-"""TreeModel: a tree bound to one base; makes a path the base's behaviour, and takes it away again.
+"""TreeModel: a tree bound to one base; makes a path the base's behaviour, and undoes it again.
 
     BARE                 the base alone
     MERGED               the path is written into the weights; no hook, no wrapper, the same
@@ -8,8 +8,8 @@
     DETACHED             nothing of ours is left; the model can't be used again
 
 Every state but the last leads to every other. A call checks everything before it changes anything.
-If it fails, the state of before is kept. One lock guards the switches: while one thread is inside
-``using`` or ``route``, other threads wait to switch the base.
+If it fails, the state before the call is kept. One lock guards the switches: while one thread is
+inside ``using`` or ``route``, other threads wait to switch the base.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ from .tree import AdapterTree
 __all__ = ["MergedWarning", "State", "TreeModel", "attach"]
 
 KEPT_IN_BUDGET = 64
-"""Plans that stay under budgets, on a device whose memory the cache takes back from them."""
+"""Plans kept under a budget, if the cache can free their adapters' memory all the same."""
 
 
 def attach(
@@ -179,7 +179,7 @@ class TreeModel(AnswersForBase):
 
         name = getattr(inner, "name_or_path", None)
         own_name = name if isinstance(name, str) and name else None
-        # The caller stands behind attach and this method.
+        # The warning is for the caller of `attach`, two frames up from here.
         warn_of_base("the tree", tree.base, own_name, stacklevel=3)
         self._binder = Binder(
             inner,
@@ -241,7 +241,7 @@ class TreeModel(AnswersForBase):
     # ------------------------------------------------------------------ switching
     @property
     def pristine(self) -> Copies:
-        """Where the base's own weights are kept now, and the bytes that this takes.
+        """The places where the base's own weights are kept now, and the bytes that this takes.
 
         >>> base = torch.nn.Sequential(torch.nn.Linear(4, 3))
         >>> tree = AdapterTree(defaults=dict(r=2, target_modules=["0"]))
@@ -285,10 +285,10 @@ class TreeModel(AnswersForBase):
                 mode, or its scale times its factors is not finite in the base's dtype.
             FolderError, FormatError: an adapter's files can't be read.
             BudgetError: the path does not fit into a budget; says how much is needed.
-            StateError: detached, or a node that trains was to be merged, or somebody else wrote to
+            StateError: detached, or a node that trains was to be merged, or other code wrote to
                 a merged weight.
 
-        If it fails, the state of before is kept.
+        On an error the state before the call is kept.
         """
         with self._lock:
             # Under the lock, because another thread may have detached the model while this one
@@ -307,15 +307,15 @@ class TreeModel(AnswersForBase):
 
     @contextlib.contextmanager
     def using(self, blend: Blend, *, mode: Mode = "merged") -> Iterator[TreeModel]:
-        """`activate` for the length of a ``with``.
+        """Activate a path or a blend for the length of a ``with``.
 
-        The path that was active before comes back at its end, after exceptions too. Other threads
-        that switch this base wait until the block is left.
+        The path that was active before comes back at its end, also after an exception. Other
+        threads that switch this base wait until the block is left.
         """
         with self._lock:
             self._usable()
-            # Entered before the switch, so that the block remembers the path of before. It
-            # remembers the pins too: no memory and no file is needed to bring that path back.
+            # Entered before the switch, so that the block remembers the path that was active. It
+            # keeps that path's pins too: no memory and no file is needed to bring it back.
             with self._stage.coming_back():
                 self.activate(blend, mode=mode)
                 yield self
@@ -332,18 +332,18 @@ class TreeModel(AnswersForBase):
     ) -> Iterator[TreeModel]:
         """Give every row of a batch its own path, for the length of a ``with``.
 
-        The path that was active before comes back at its end, after exceptions too. Any row takes
-        any path or blend, in any order, in forward and in backward; ``""`` is the bare base, bit
-        for bit. Only the nodes on the batch's lineages are loaded. ``generate`` may repeat rows for
-        beams and sequences.
+        The path that was active before comes back at its end, also after an exception. Any row may
+        have any path or blend, in any order, in forward and in backward; ``""`` is the bare base,
+        bit for bit. Only the nodes on the batch's lineages are loaded. ``generate`` may repeat rows
+        for beams and sequences.
 
         Args:
             paths: one path or blend for every row.
             strategy: how the sums are added up: ``nodes``, ``paths``, ``grouped``, ``matrix`` or
                 ``segmented`` (Triton kernels). They agree to rounding; ``auto`` takes one
                 by the device, the dtype and the number of inputs.
-            repeat: each row occurs so many times in succession in the base's input, as for beams.
-            tile: the whole batch is stacked so many times, as for preference pairs or guidance.
+            repeat: k if each row occurs k times in succession in the base's input, as for beams.
+            tile: k if the whole batch is stacked k times, as for preference pairs or guidance.
             batch_first: every site puts the rows on the first axis. Needed only if a first batch
                 has as many tokens as rows and the base can't be run on shapes alone (a mixture of
                 experts) to see which is which.
@@ -389,12 +389,13 @@ class TreeModel(AnswersForBase):
                     yield self
 
     def at(self, blend: Blend) -> PathModel:
-        """Return a path or blend as an ``nn.Module`` of its own, for a trainer or a second opinion.
+        """Return a path or blend as a separate ``nn.Module``, for a trainer or for comparison.
 
-        It has the base's parameters and modules of its own, so that several paths live side by
-        side: a policy and its reference, say. Forward, ``generate``, the base without its head, and
-        backward through checkpointed layers all run by its path, whatever is active here. The tree
-        refuses to change its nodes until it is dropped, or its ``close()`` is called.
+        It shares the base's parameters and has modules of its own, so that several paths can be
+        used side by side: a policy and its reference, say. Forward, ``generate``, the base without
+        its head, and backward through checkpointed layers all run its path, whatever is active
+        here. The tree refuses to change the path's nodes until the module is dropped, or its
+        ``close()`` is called.
 
         Args:
             blend: as for `activate`; ``""`` is the bare base.
@@ -403,7 +404,7 @@ class TreeModel(AnswersForBase):
             PathError, SpecError: not a path of the tree, or not a blend.
             BaseMismatch, FolderError, FormatError, BudgetError: as `activate` with
                 ``mode="unmerged"``.
-            StateError: detached; or a part of the base can't be seen a second time (it is sharded,
+            StateError: detached; or a part of the base can't be made a second time (it is sharded,
                 compiled, or its forward was replaced by a function). In a forward: a path is merged
                 into the weights.
 
@@ -449,7 +450,7 @@ class TreeModel(AnswersForBase):
         self.cache.prefetch(nodes)
 
     def trust(self, what: Literal["pristine", "weights"]) -> None:
-        """Settle which weights are the base's own, after a `ForeignWrite`; the base is bare then.
+        """Settle which weights are the base's own after a `ForeignWrite`, and make the base bare.
 
         Args:
             what: ``pristine`` puts the copies back; ``weights`` takes the present weights for the
@@ -515,7 +516,7 @@ class TreeModel(AnswersForBase):
         return sorted(used)
 
     def prepare(self, *, max_rank: int | None = None) -> None:
-        """Put in permanent side paths over buffers of a fixed size, for ``torch.compile``.
+        """Install permanent side paths over buffers of a fixed size, for ``torch.compile``.
 
         They stay until `detach`. After it, ``activate(…, mode="unmerged")`` and `route` rewrite the
         buffers in place, so a base that is compiled next is traced once while bare, once for a path
@@ -551,11 +552,11 @@ class TreeModel(AnswersForBase):
                     "prepare needs a bare model that is not prepared yet",
                     "deactivate(), or detach()",
                 )
-            # A compiled base was traced without the hooks that are about to come, and would pass
-            # them by.
+            # A base that was compiled before was traced without the new hooks, and would never call
+            # them.
             self._compiled.check(self.base, compiles_next=True)
             # Nodes may have been added since `attach`. Each needs its adapter now, because a buffer
-            # is laid out for the increments of all nodes at its site, and stays as it is.
+            # is laid out for the increments of all nodes at its site, and its size is fixed.
             settle_fresh(self.tree, self.base, self.tree.paths(), self._binder.own_value)
             values = increments_beside(self.tree, self._binder)
             # A function, because the stage makes the new side paths itself: it puts the earlier
@@ -579,10 +580,10 @@ class TreeModel(AnswersForBase):
 
         Args:
             *paths: paths, or patterns like ``"fr/*"``; none: nothing trains.
-            dtype: of the factors that train, for a base of any dtype; wider if a factor is wider;
-                None: as they are.
-            dropout: the part of a site's input that they do not see while the model is in training
-                mode; a row has one mask for all nodes on its lineage that train.
+            dtype: the dtype in which factors train, for a base of any dtype; wider if a factor is
+                wider; None: each factor's own.
+            dropout: the fraction of a site's input that is dropped for them while the model is in
+                training mode; a row has one mask for all nodes on its lineage that train.
 
         Returns:
             one parameter group per node, ``{"name": path, "params": [A and B of every module]}``,
@@ -593,7 +594,7 @@ class TreeModel(AnswersForBase):
             PathError: a path or pattern matches no node.
             SpecError: ``dropout`` is not from 0 to below 1, or ``dtype`` is none that factors can
                 train in.
-            BudgetError: what is active does not fit into a budget once other nodes train.
+            BudgetError: the active path does not fit into a budget once other nodes train.
             StateError: a node is merged into the weights now; or the factors are sharded, and
                 others train, or in another dtype.
 
@@ -612,12 +613,12 @@ class TreeModel(AnswersForBase):
             return self._training.train(chosen, dtype, dropout, within=self)
 
     def follow(self, optimizer: torch.optim.Optimizer) -> None:
-        """Step each node, from now on, as an optimiser over that node alone would.
+        """Make the optimiser step each node as an optimiser over that node alone would.
 
         A node without rows since the last step, in no micro-batch and on no rank, is not moved at
         all: no momentum, no decay. It had rows if a gradient came back through a side path of its
         own, whichever module of the base the forward began at. If a group has a ``clip_norm``, its
-        gradients are clipped to it before each step. With several ranks each has to make the step.
+        gradients are clipped to it before each step. With several ranks, every rank has to step.
 
         The step raises `StateError`, and moves nothing, if a node without rows has a gradient other
         than zero: the loss used its factors directly.
@@ -644,7 +645,7 @@ class TreeModel(AnswersForBase):
             self._training.follow(optimizer)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop the gradients, and the record of `follow` of the nodes that they came back to."""
+        """Drop the gradients, and the record that `follow` keeps of the nodes that had rows."""
         super().zero_grad(set_to_none)
         self._training.forget_rows()
 
@@ -666,7 +667,7 @@ class TreeModel(AnswersForBase):
         """Yield the tree with whole factors, to save or flatten it while FSDP2 shards them.
 
         Every rank has to enter, and none may run a forward inside; one of them saves. Without FSDP2
-        it is the tree as it is.
+        the tree is yielded as it is.
 
         >>> base = torch.nn.Sequential(torch.nn.Linear(4, 3))
         >>> tree = AdapterTree(defaults=dict(r=2, target_modules=["0"]))
@@ -696,7 +697,7 @@ class TreeModel(AnswersForBase):
 
     # ------------------------------------------------------------------ private
     def _row_axis(self, rows: int, *, repeat: int, tile: int, batch_first: bool) -> BatchAxis:
-        """Return how the rows of a routed batch lie in the base's inputs."""
+        """Return the layout of a routed batch's rows in the base's inputs."""
         return BatchAxis(
             rows, repeat=repeat, tile=tile, batch_first=batch_first, seen=self._seen_sites
         )
@@ -708,12 +709,13 @@ class TreeModel(AnswersForBase):
             )
 
     def _usable(self) -> None:
-        """Check that the caller may switch. It holds the lock, which keeps out other threads.
+        """Check that the caller may switch the base.
 
-        Other asyncio tasks of this thread hold the same lock, so blocks know their owners.
+        The caller holds the lock, which keeps out other threads. It does not keep out other asyncio
+        tasks of the same thread, so each open block has an owner, which is checked here.
         """
         self._attached()
         self._stage.blocks.check_mine()
-        # Looked at here, without a call: every switch asks, and there is hardly ever one.
+        # Tested here to save a call: every switch comes by, and there is hardly ever one.
         if self._path_models.dropped:
             self._path_models.close_dropped()

@@ -8,8 +8,8 @@ it:
     assumed  (up, down)      x.up           x.down
     in fact  (down, up)      x.down         x.up       increments move to where they belong
 
-Law: an increment moves only if its module's order was assumed. Where the order was known, names
-stay, and the base's order takes its place.
+Law: an increment moves only if its module's order was assumed. If the order was known, names stay,
+and only the recorded order becomes the base's.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ class Nesting:
     def settled(
         self, registered: Mapping[str, Sequence[str]], names: Collection[str]
     ) -> tuple[Nesting, dict[str, str]]:
-        """Return the orders as a base settles them, and the names that change by it.
+        """Return the orders that a base settles, and the names that change as a result.
 
         Args:
             registered: module → all its parameters, as the base registers them.
-            names: of the adapter's increments, ``x.up``.
+            names: the names of the adapter's increments, ``x.up``.
 
         Returns:
             the orders, and ``{"x.up": "x.down"}``: names that were assumed → what they are.

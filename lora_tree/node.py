@@ -1,4 +1,4 @@
-"""Node: one place in the tree, as a value. What changes is which value the tree holds for a path.
+"""Node: one place in the tree, as a frozen value. A change puts another value in its place.
 
 loaded    source    fresh      the node is
 ·         ·         ·          a group: no increments of its own
@@ -21,8 +21,8 @@ from .weights import Weight
 __all__ = ["Node"]
 
 
-# Identity is the only comparison: by it the tree sees that a node was changed while its files were
-# read (`AdapterTree.replace`), also where the new value has equal fields.
+# Nodes are compared by identity alone: the tree has to notice that a node was replaced while its
+# files were read (`AdapterTree.replace`), even by a value with equal fields.
 @dataclass(frozen=True, eq=False)
 class Node:
     """A place in the tree below the root.
@@ -35,7 +35,7 @@ class Node:
         fresh: how its adapter is to be made when the tree is attached, if it has none yet.
         stale: why it no longer fits its lineage, if the lock says so.
         home: the folder that is this node's own place in a saved tree; a save may write there.
-        rereadable: ``loaded`` was read from ``source``, so it can be let go of and read again.
+        rereadable: ``loaded`` was read from ``source``, so it can be dropped and read again.
     """
 
     path: str
@@ -54,7 +54,7 @@ class Node:
 
     @property
     def has_adapter(self) -> bool:
-        """It has increments of its own, in memory or in files."""
+        """True if the node has an adapter of its own, in memory or in files."""
         return self.loaded is not None or self.source is not None
 
     def outline(self) -> Adapter | None:
@@ -72,15 +72,15 @@ class Node:
 
     # ------------------------------------------------------------------ the same node, changed
     def holding(self, adapter: Adapter) -> Node:
-        """Return the node with an adapter of its own, without files, recipe or staleness."""
+        """Return the node with an adapter in memory only: no files, no recipe, not stale."""
         return replace(self, loaded=adapter, source=None, fresh=None, stale=None, rereadable=False)
 
     def read_from(self, source: Source) -> Node:
-        """Return the node with an adapter in other files, read when it is first needed."""
+        """Return the node with an adapter in other files, which are read when first needed."""
         return replace(self, loaded=None, source=source, fresh=None, stale=None, rereadable=False)
 
     def with_loaded(self, adapter: Adapter, *, rereadable: bool = False) -> Node:
-        """Return the node with its adapter in these tensors, and with the files it has.
+        """Return the node with ``adapter`` in memory, and with the files that it has.
 
         Args:
             adapter: the same numbers, or numbers that the files will get at the next save.

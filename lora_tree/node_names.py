@@ -1,10 +1,10 @@
-"""Names of nodes and their paths: which are valid, since each node may be a folder of its name.
+"""Valid names and paths of nodes: a saved node is a folder of its name.
 
     fr            a name: letters, digits, "-", "_" and ".", at most 128
     fr/legal      a path: the names from the top of the tree down; the root's path is ""
 
-Law: a valid name is a file name on every operating system, and no file that an adapter or a tree
-has in the same folder is called like it.
+Law: a valid name is a file name on every operating system, and not the name of a file that an
+adapter or a tree keeps in the same folder.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ NAME = r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,127}"
 """The characters of a name. A leading dot would hide the folder."""
 
 MAX_DEPTH = 64
-"""How deep a tree may be: a bound, since trees come from strangers and systems bound paths too."""
+"""The most levels of a tree: trees come from strangers, and systems bound the length of a path."""
 
 _NAME = re.compile(rf"{NAME}\Z")  # \Z: $ would let a name end in a newline
 # Windows opens a device by these names, in every folder and with any ending.
@@ -42,7 +42,8 @@ def check_name(name: str) -> str:
     """Return a node's own name if it is valid.
 
     Raises:
-        PathError: it is no file name that is safe on every system, or an adapter has such a file.
+        PathError: it is no file name that is safe on every system, or an adapter has a file of that
+            name.
     """
     is_spelled_right = isinstance(name, str) and _NAME.match(name) is not None
     if isinstance(name, str) and is_pattern(name):

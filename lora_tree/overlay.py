@@ -12,10 +12,10 @@ __all__ = ["apart", "over"]
 
 
 def over(memory: Tensor) -> Callable[[Tensor], Tensor]:
-    """Return a function that puts a tensor over ``memory``, where it lies in its own storage.
+    """Return a function: tensor → a view of ``memory`` with the tensor's shape, strides and offset.
 
-    Nothing is copied. The tensors may be an outline on the meta device, of which all share one
-    storage.
+    Nothing is copied. The tensors may be those of an outline on the meta device, which all share
+    one storage.
 
     Args:
         memory: (bytes,) uint8, aligned for every dtype.
@@ -24,8 +24,8 @@ def over(memory: Tensor) -> Callable[[Tensor], Tensor]:
     >>> over(torch.arange(4.0).view(torch.uint8))(outline)
     tensor([2., 3.])
     """
-    # One view of all the memory for each dtype. An adapter has hundreds of tensors, and a strided
-    # view of these is one call for each of them instead of three.
+    # One view of all the memory for each dtype. An adapter has hundreds of tensors, and each then
+    # takes one call, `as_strided`, instead of three.
     views: dict[torch.dtype, Tensor] = {}
 
     def there(tensor: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
-"""Override: a node's own value of a tensor of the base, or of some rows of it; and which one
-counts.
+"""Override: a node's own value of a tensor of the base, or of some rows of it; and the
+rule that says which override counts.
 
-    fr              score.weight = H₁          stands for the base's own score.weight under fr,
+    fr              score.weight = H₁          replaces the base's own score.weight under fr,
     fr/legal        ΔW on score                its increment adds to H₁,
-    fr/legal/x      score.weight = H₂          stands for it there: H₁ and ΔW are dropped
+    fr/legal/x      score.weight = H₂          replaces it there: H₁ and ΔW are dropped
 
 PEFT writes an override for each tensor of a module in ``modules_to_save``, and one of rows for each
 embedding in ``trainable_token_indices``.
@@ -50,7 +50,8 @@ class Override:
 
     Args:
         values: the whole tensor in the base's shape; or (rows, …), the rows that are replaced.
-        rows: the rows that ``values`` are, in that order; None: the whole tensor.
+        rows: the indices of the rows that ``values`` replace, in the same order; None: the whole
+            tensor.
 
     Raises:
         SpecError: ``values`` is no tensor, or ``rows`` are no whole numbers from 0, or repeat one.
@@ -87,21 +88,21 @@ class Override:
 
     @property
     def trains(self) -> bool:
-        """Whether autograd follows it: a step of an optimiser will change it."""
+        """True if it requires gradients: a step of an optimiser will change it."""
         return self.values.requires_grad
 
     @property
     def is_trainable(self) -> bool:
-        """Whether it is a parameter: an optimiser may have changed it since it was read."""
+        """True if it is a parameter: an optimiser may have changed it since it was read."""
         return isinstance(self.values, nn.Parameter)
 
     @property
     def is_finite(self) -> bool:
-        """Whether it is free of NaN and infinities."""
+        """True if it is free of NaN and infinities."""
         return bool(self.values.isfinite().all())
 
     def with_values(self, values: Tensor) -> Override:
-        """Return the override with another tensor of the same shape; itself for its own."""
+        """Return the override with another tensor of the same shape; itself for the same tensor."""
         return self if values is self.values else replace(self, values=values)
 
     def index(self, device: torch.device) -> Tensor:
@@ -110,14 +111,14 @@ class Override:
         return torch.tensor(self.rows, dtype=torch.int64, device=device)
 
     def applied(self, tensor: Tensor) -> Tensor:
-        """Return a tensor with the override in it, in the tensor's dtype, on its device."""
+        """Return ``tensor`` with the override applied, in the tensor's dtype and on its device."""
         values = self.values.to(device=tensor.device, dtype=tensor.dtype)
         if self.rows is None:
             return values
         return tensor.index_copy(0, self.index(tensor.device), values)
 
     def over(self, above: Override) -> Override:
-        """Return one override: this one's rows, and elsewhere the rows of a node above it.
+        """Return one override in place of two: this one's rows, elsewhere those of ``above``.
 
         >>> fr, legal = Override(torch.zeros(2, 1), rows=(3, 5)), Override(torch.ones(1, 1), (5,))
         >>> legal.over(fr).rows, legal.over(fr).values.flatten().tolist()
@@ -149,8 +150,8 @@ class Override:
 
 
 Standing: TypeAlias = Mapping[str, tuple[tuple[str, Override], ...]]
-"""Tensor → the (node, override) that count for it, in the order in which they are applied: a whole
-one first, then rows."""
+"""Tensor → the (node, override) pairs that count for it, in the order in which they are applied:
+an override of the whole tensor first, then overrides of rows."""
 
 
 def check_none(overrides: Iterable[str], form: str) -> None:
@@ -178,7 +179,7 @@ def standing(
     """Return the overrides that count for a path, or for all paths of a blend.
 
     Args:
-        lineages: of each path, its nodes from the root down.
+        lineages: for each path, its nodes from the root down.
         held: node → tensor → its override.
 
     Raises:
@@ -196,7 +197,7 @@ def standing(
             found = mine
         for tensor in sorted({*found, *mine}):
             one, other = found.get(tensor, ()), mine.get(tensor, ())
-            # By the nodes: a tensor has one override in a node.
+            # Comparing nodes is enough: a node has one override of a tensor.
             if [node for node, _ in one] != [node for node, _ in other]:
                 raise SpecError(
                     f"{tensor}: {_whose(one)} for one path of the blend and {_whose(other)} for "
@@ -212,7 +213,7 @@ def _on_lineage(
     found: dict[str, tuple[tuple[str, Override], ...]] = {}
     for node in lineage:
         for tensor, override in held.get(node, {}).items():
-            # A whole tensor leaves nothing of what stood above it.
+            # An override of the whole tensor replaces every override above it.
             above = () if override.rows is None else found.get(tensor, ())
             found[tensor] = (*above, (node, override))
     return found
@@ -224,7 +225,7 @@ def _whose(stack: Sequence[tuple[str, Override]]) -> str:
 
 
 def tensor_owner(tensor: str) -> tuple[str, str]:
-    """Return the module of a tensor, and its name there.
+    """Split the name of a tensor into its module and its name in the module.
 
     >>> tensor_owner("model.norm.weight")
     ('model.norm', 'weight')
@@ -236,10 +237,10 @@ def tensor_owner(tensor: str) -> tuple[str, str]:
 def counted_modules(
     node: str, modules: Mapping[str, LowRank], stands: Standing
 ) -> tuple[dict[str, LowRank], list[str]]:
-    """Return what counts of a node's increments, and a line for each that is dropped or cut.
+    """Return the increments of a node that count, and a line for each that is dropped or cut.
 
     Args:
-        node: that has the increments.
+        node: the node that has the increments.
         modules: its increments.
         stands: as `standing` returned it.
     """
@@ -277,19 +278,19 @@ def _overridden_by(node: str, module: str, stands: Standing) -> str:
 
 
 def counted(node: str, module: str, value: LowRank, stands: Standing) -> LowRank | None:
-    """Return what counts of a node's increment of a module under the overrides of a path.
+    """Return the part of a node's increment that counts under the overrides of a path.
 
     An increment of a node above an override is dropped. Above overridden rows it loses these rows;
     above the override of a bias alone it loses its bias.
 
     Args:
-        node: that has the increment.
+        node: the node that has the increment.
         module: the module, or the raw parameter, that it changes.
         value: the increment.
         stands: as `standing` returned it.
 
     Returns:
-        the value itself where nothing is dropped; None where nothing is left.
+        the value itself if nothing is dropped; None if nothing is left.
 
     >>> value = LowRank(torch.ones(1, 4), torch.ones(2, 1))
     >>> stands = {"score.weight": (("fr/legal", Override(torch.ones(2, 4))),)}
@@ -313,7 +314,7 @@ def counted(node: str, module: str, value: LowRank, stands: Standing) -> LowRank
 
 
 def _without_rows(value: LowRank, override: Override) -> LowRank:
-    """Return an increment that is zero in the rows of the stored weight that are overridden."""
+    """Return an increment with zeros in the overridden rows of the stored weight."""
     # Rows of an embedding's weight are columns of its A; rows of a Linear's are rows of its B.
     if value.layout == EMBEDDING:
         A = value.A.index_fill(1, override.index(value.device), 0.0)

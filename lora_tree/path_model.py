@@ -4,9 +4,10 @@
       ├── base               a view of the base, with the path beside its weights for good
       └── factors            those of the path's own nodes that train, or did
 
-A `TreeModel` has one behaviour at a time, and its base shows it only while it lasts. Trainers hold
-on to a model, and call parts of it by themselves: the base without its head, the head's weight,
-``generate``. Here each of these is a module of the view, whose side paths are always there.
+A `TreeModel` has one active path at a time, and its base behaves so only until the next switch.
+Trainers keep a model for long, and call parts of it directly: the base without its head, the head's
+weight, ``generate``. In a path model each part is a module of the view, and the view's side paths
+stay installed.
 
 Law: whatever else is active, and in whatever order path models run, forward and backward of one are
 those of its path.
@@ -46,11 +47,11 @@ class PathModel(AnswersForBase):
     Args:
         path: the path or blend.
         base: a view of the base.
-        stage: of that view.
-        factors: of the whole tree.
-        owner: lives as long as this object.
-        check: raises while the base's weights are not its own.
-        dropped: gets the stage when this object is collected.
+        stage: the stage of that view.
+        factors: the factors that train, or did, of the whole tree.
+        owner: the `TreeModel`; this object keeps it alive.
+        check: called before each forward; raises while a path is merged into the base's weights.
+        dropped: called with the stage when this object is collected.
     """
 
     def __init__(
@@ -70,16 +71,16 @@ class PathModel(AnswersForBase):
         self.factors = Factors()
         self.training = base.training
         self._path_stage = stage
-        # In a tuple: nn.Module would take them for submodules. The owner, so that it lives as long.
+        # In a tuple: nn.Module would register them as submodules. It keeps the owner alive.
         self._of_tree = factors, owner
         self._digest: Tensor | None = None
-        # The hooks refer to the gate and not to this object, so that it is collected when it is
-        # dropped, and not when the garbage collector runs next.
+        # The hooks refer to the gate and not to this object. A reference back would be a cycle, and
+        # this object would stay alive until the garbage collector runs.
         self._gate = _Gate(check)
         gate(base, self._gate)
         stage.become(Request(path, "unmerged"))
         self._own_factors()
-        # Not in `forward`, which trainers replace by one of theirs.
+        # A hook, because trainers replace `forward` with their own function.
         self.register_forward_hook(_every_factor)
         # A finalizer may run in a thread that holds the cache's lock, so it only makes a note.
         self._note = weakref.finalize(self, dropped, stage)
@@ -87,14 +88,14 @@ class PathModel(AnswersForBase):
         self._answers = True
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the base's forward by the path.
+        """Run the base's forward under the path.
 
         If several ranks train together, every factor that trains is in every rank's backward.
         """
         return self.base(*args, **kwargs)
 
     def close(self) -> None:
-        """Let go of the path's nodes: the tree may change them then. A second call does nothing."""
+        """Release the path's nodes, so that the tree may change them; idempotent."""
         if self._gate.is_open:
             self._gate.is_open = False
             self._note.detach()
@@ -102,16 +103,16 @@ class PathModel(AnswersForBase):
 
     @property
     def tree_model(self) -> Any:
-        """The `TreeModel` that it was made of."""
+        """The `TreeModel` that made it."""
         return self._of_tree[1]
 
     @property
     def nodes(self) -> list[str]:
-        """The nodes that it runs, from the root down; none once it is closed."""
+        """The nodes of its path, from the root down; none once it is closed."""
         return list(self._path_stage.current.adapters)
 
     def renew(self) -> None:
-        """Lay the path out anew, because its nodes have other factors now, or others train."""
+        """Make the side paths again, because the nodes' factors changed, or other nodes train."""
         if self._gate.is_open:
             self._path_stage.renew()
             self._own_factors()
@@ -120,8 +121,7 @@ class PathModel(AnswersForBase):
         """Return the head, for a caller that multiplies by its weight.
 
         Raises:
-            StateError: the path changes the head, and such a caller would leave that out in
-            silence;
+            StateError: the path changes the head, and such a caller would silently leave that out;
                 names the nodes.
         """
         base: Any = self.base
@@ -141,24 +141,24 @@ class PathModel(AnswersForBase):
         return head
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> PathModel:
-        """Move or cast, as every module does, and lay the path out where the base is then."""
+        """Move or cast as every module does, then make the side paths for the new place."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.renew()
         return self
 
     def get_extra_state(self) -> Tensor:
-        """Return the content of the frozen nodes that it stands on, as the bytes of one hash.
+        """Return a hash of the content of the path's frozen nodes.
 
-        It is in the ``state_dict`` beside the factors. So a checkpoint says what it was trained on,
-        and a cache of results that goes by the ``state_dict`` (trl keeps a reference's
-        log-probabilities so) does not take two paths over one base for the same model.
+        The ``state_dict`` has it beside the factors. So a checkpoint records the nodes that it was
+        trained on, and a cache of results under a ``state_dict``'s hash (trl caches a reference's
+        log-probabilities like this) does not mistake two paths over one base for the same model.
         """
         if self._digest is None:
             self._digest = _digest_of(self._path_stage.current.placed.plan, set(self.factors))
         return self._digest
 
     def set_extra_state(self, state: Any) -> None:
-        """Compare the content of the frozen nodes with a ``state_dict``.
+        """Check that a ``state_dict`` was made over the same frozen nodes.
 
         Raises:
             StateError: the factors in it were trained on other nodes.
@@ -172,8 +172,8 @@ class PathModel(AnswersForBase):
             )
 
     def _own_factors(self) -> None:
-        """Hold the factors of this path's nodes, and of no others: data parallelism waits for a
-        gradient of every parameter.
+        """Hold the factors of this path's nodes and of no others, because data parallelism waits
+        for a gradient of every parameter.
         """
         self._digest = None
         self.factors.clear()
@@ -204,8 +204,10 @@ def _every_factor(module: nn.Module, args: Any, out: Any) -> Any:
 
 
 def _digest_of(plan: Plan, without: Collection[str]) -> Tensor:
-    """Return the SHA-256 of a plan's terms as (32,) uint8; those of some nodes' factors left
-    out.
+    """Return the SHA-256 of a plan's terms and overrides as (32,) uint8.
+
+    Args:
+        without: the keys (`key_of`) of nodes that are left out.
     """
     seen = hashlib.sha256()
     for name in plan.sites:

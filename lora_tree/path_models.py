@@ -1,9 +1,9 @@
-"""PathModels: makes the path models of one `TreeModel`, and closes what dropped ones leave.
+"""PathModels: makes the path models of one `TreeModel`, and closes the stages of dropped ones.
 
     add(path)         view of the base → stage over the view → PathModel, held weakly
-    the caller drops  its finalizer notes the stage, and no more: it may run in any thread
+    caller drops it   its finalizer only notes the stage, because it may run in any thread
     close_dropped()   the next verb of the TreeModel, which holds the lock, closes the noted stages
-    close()           detach: those that are left are closed
+    close()           on detach: closes those that are left
 
 A stage over a view has a binder, a planner and side paths of its own. It shares the cache, the
 factors that train and the compute dtype with the base's stage.
@@ -45,13 +45,10 @@ class PathModels:
     """The path models of one `TreeModel`; iterating yields those that are alive.
 
     Args:
-        tree: of the `TreeModel`.
-        base: of the `TreeModel`.
+        tree, base, cache: those of the `TreeModel`.
         base_name: the base's own name, if it has one.
-        stage: of the base.
-        binder: of the base.
-        cache: of the `TreeModel`.
-        factors: those that train, of the whole tree.
+        stage, binder: those of the base.
+        factors: the factors that train, of the whole tree.
         manner: what side paths compute in.
     """
 
@@ -114,7 +111,7 @@ class PathModels:
         return used
 
     def close_dropped(self) -> None:
-        """Close what collected path models left. The caller holds the `TreeModel`'s lock."""
+        """Close the stages of collected path models. The caller holds the `TreeModel`'s lock."""
         while self.dropped:
             self.dropped.popleft().close()
 

@@ -33,7 +33,7 @@ class DataFile(StrictModel):
     Args:
         path: where it was, relative to the tree's folder: a project that is moved as a whole keeps
             it.
-        sha256: of its bytes.
+        sha256: the hash of its bytes.
     """
 
     path: str
@@ -41,12 +41,12 @@ class DataFile(StrictModel):
 
 
 class WatchedWith(StrictModel):
-    """How a training was watched on rows that it did not learn; see `lora_tree.runs.HeldOut`.
+    """The evaluations of a training on rows that it did not learn; see `lora_tree.runs.HeldOut`.
 
     Args:
-        data: the files of these rows, in order; none: rows that the run held back.
+        data: the files of these rows, in order; empty: rows that the run held back from its own.
         every: steps between two evaluations.
-        patience: evaluations without improving after which a node stopped; None: none did.
+        patience: evaluations without improvement after which a node stops; None: no node does.
     """
 
     data: list[DataFile] = Field(default_factory=list)
@@ -60,10 +60,10 @@ class TrainedWith(StrictModel):
     Args:
         nodes: the nodes that were trained together.
         data: the files that the rows came from, in order.
-        settings: of the run, as JSON has them; see `lora_tree.runs.Settings.plain`.
+        settings: the run's, as JSON has them; see `lora_tree.runs.Settings.plain`.
         max_length: tokens that were kept of a row.
         run: the folder of the run's checkpoints, relative to the tree's folder.
-        held_out: how it was watched; None: not at all.
+        held_out: the evaluations of it; None: there were none.
     """
 
     nodes: list[str]
@@ -75,9 +75,9 @@ class TrainedWith(StrictModel):
 
     @property
     def digest(self) -> str:
-        """The hash of it all, under which a lock keeps it once for all its nodes."""
+        """A hash of all fields: tree.lock keeps one entry under it for all nodes of a training."""
         told = self.model_dump(mode="json")
-        # A training that was not watched has the hash that it had before there was this word.
+        # A training without `held_out` keeps the hash that it had before this field existed.
         if told["held_out"] is None:
             del told["held_out"]
         text = json.dumps(told, sort_keys=True)
@@ -126,7 +126,7 @@ def data_files(
 
     Args:
         files: the files.
-        folder: of the tree; the paths are told as seen from there.
+        folder: the tree's; the paths returned are relative to it.
 
     Raises:
         FolderError: a file can't be read.
@@ -145,9 +145,9 @@ def data_files(
 
 
 def seen_from(folder: str | os.PathLike[str], path: str | os.PathLike[str]) -> str:
-    """Return a path as seen from a folder, with "/"; an absolute one where there is no such way."""
+    """Return a path relative to a folder, with "/"; an absolute one if there is no such path."""
     try:
-        # Real paths: by the names alone a ".." would lead astray where the folder is a link.
+        # Links are resolved first: if the folder is a link, a ".." leads to another place.
         found = os.path.relpath(os.path.realpath(path), os.path.realpath(folder))
     except ValueError:  # two drives of Windows
         found = os.path.realpath(path)

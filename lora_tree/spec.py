@@ -12,8 +12,8 @@
 
 The words of `LoraSpec` are PEFT's, with PEFT's meaning and PEFT's defaults.
 
-Law: every model refuses unknown keys and values of another type. A misspelled key that is passed
-over would train something else than was written.
+Law: every model refuses unknown keys and values of another type. If a misspelled key were ignored,
+something else would be trained than the author wrote.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def _compiles(pattern: str, inside: str = "{}") -> str:
         inside: the pattern into which PEFT puts it, with ``{}`` for its place.
 
     Raises:
-        ValueError: it is none, or it can't be matched in bounded time; says what is wrong.
+        ValueError: it is no regular expression, or can't be matched in bounded time.
     """
     # Both ways, because they fail apart: (?i)q_proj compiles alone, but flags can't stand in the
     # middle of the expression into which PEFT puts it.
@@ -112,7 +112,7 @@ def _weight(numbers: dict[str, float]) -> dict[str, float]:
 
 
 def _no_bool(value: object) -> object:
-    if isinstance(value, bool):  # True equals 1 in Python, and so it would be that literal
+    if isinstance(value, bool):  # True equals 1 in Python, so the literal 1 would accept it
         raise ValueError("should be the number 1")
     return value
 
@@ -140,7 +140,7 @@ class StrictModel(BaseModel):
 
 
 class LoraSpec(StrictModel):
-    """How a fresh adapter is made when the tree is attached, in the words of PEFT's LoraConfig."""
+    """The recipe of an adapter that is made when the tree is attached, in LoraConfig's words."""
 
     r: Rank | None = Field(default=None, description="rank; 8 where nothing says otherwise")
     lora_alpha: Alpha | None = Field(
@@ -214,7 +214,7 @@ class LoraSpec(StrictModel):
 
     @property
     def has_targets(self) -> bool:
-        """Whether it names modules to adapt or to replace."""
+        """True if it names modules to adapt or to replace."""
         factors = self.target_modules or self.target_parameters
         return bool(factors or self.modules_to_save or self.trainable_token_indices)
 
@@ -260,7 +260,7 @@ class TreeDefaults(LoraSpec):
 
 
 def at_depth(values: Sequence[T], path: str) -> T:
-    """Return the value for a node's depth: the first at the top, the last also below its depth.
+    """Return the value for a node's depth: the first at the top, the last also further down.
 
     >>> at_depth([0, 1, 3], "fr/legal")
     1
@@ -288,7 +288,7 @@ class NodeSpec(LoraSpec):
 
 
 class CacheSpec(StrictModel):
-    """How many bytes of adapters an attached tree may hold; see ``budget.py``."""
+    """The bytes that the adapters of an attached tree may take; see ``budget.py``."""
 
     host_budget: Size | None = Field(
         default=None, description="bytes in RAM: a number, or 512MiB, 8GiB, 8GB"
@@ -299,7 +299,7 @@ class CacheSpec(StrictModel):
 
 
 class HistorySpec(StrictModel):
-    """How much of what a save replaces is kept; the words stand in tree.yaml itself.
+    """The bounds on the earlier contents that are kept of nodes; fields of tree.yaml itself.
 
     >>> HistorySpec().most, HistorySpec(versions=0).most
     (5, 0)
@@ -346,18 +346,18 @@ class TreeSpec(HistorySpec):
 
     @property
     def history(self) -> HistorySpec:
-        """The words of it that are about the history."""
+        """The fields that are about the history."""
         return HistorySpec(versions=self.versions, versions_budget=self.versions_budget)
 
 
 def check_format(data: object, where: str, reads: int = FORMAT) -> None:
-    """Refuse a file of ours in a format that a later version of this library writes.
+    """Refuse a file of this library in a format that only a later version writes.
 
     Call it before any other check of the file: everything else that looks wrong in it is most
     likely right in the newer format, and advice to repair or to remove it would destroy data.
 
     Args:
-        data: the file's content, as far as it is known; its ``version`` is what counts.
+        data: the file's content; only its ``version`` is looked at.
         where: the file, with line and column where it has them.
         reads: the latest version that is known here.
 

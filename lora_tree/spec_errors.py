@@ -22,7 +22,7 @@ Loc: TypeAlias = tuple[str | int, ...]
 """The way to a place in nested data: keys and indices."""
 
 _MOST_HINTS = 50
-"""How many unknown keys get a hint: each is compared with every word there is, which takes time."""
+"""The most unknown keys that get a hint: to compare each with every known word takes time."""
 
 _SYNONYMS = {
     "rank": "r",
@@ -71,9 +71,10 @@ def describe_invalid(
 def _is_other_member(
     detail: Mapping[str, Any], loc: Loc, value: Any, details: list[tuple[Any, Loc, Any]]
 ) -> bool:
-    """Return whether an error is that of a union's member which was not meant.
+    """Return whether an error comes from a member of a union that the author did not mean.
 
-    A mapping is no number; the errors about mappings name the mistake in it.
+    For a mapping pydantic also reports that it is no number. The errors of the member that is a
+    mapping name the real mistake.
     """
     is_scalars_error = detail["type"].endswith(("_type", "_parsing")) and isinstance(value, dict)
     if not is_scalars_error or detail["type"] in ("model_type", "dict_type"):
@@ -141,7 +142,7 @@ def _inside(loc: Loc, data: Any) -> tuple[Loc, Any]:
     for step in loc:
         is_key = isinstance(data, dict) and step in data
         is_index = isinstance(data, list) and isinstance(step, int) and step < len(data)
-        # The member of a union that stands for a mapping is followed by keys of that.
+        # Names of union members are left out. After that of a mapping, the mapping's keys follow.
         if not is_key and not is_index:
             continue
         inside.append(step)
@@ -219,7 +220,7 @@ def _in_lower_case(text: str) -> str:
 
 
 def _short(value: Any) -> str:
-    """Return a value as YAML spells it, cut where it is long."""
+    """Return a value as YAML spells it, cut if it is long."""
     if isinstance(value, dict):
         return "a mapping"
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Find two names that look like one module's, without a base that could tell.
+"""Find two names that look like spellings of one module, without a base that could tell.
 
     language_model.model.layers.0.mlp.up_proj       before transformers 4.52
     model.language_model.layers.0.mlp.up_proj       today
@@ -9,7 +9,7 @@
     unet.mid_block_attentions_0_proj_in            underscores for dots, as in files of image makers
 
 If a sum held a module twice, once under each name, PEFT and transformers would load one of the two
-and drop the other. So such a sum is refused without a base: a base says which name counts.
+and drop the other. So without a base, which tells the name that counts, such a sum is refused.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def spelled_twice(
     """Return the first two names that look like two spellings of one module; None if none do.
 
     Args:
-        names: of modules and raw parameters.
+        names: the names of modules and raw parameters.
         has: tells whether a base is known to have a module of that name; if it has both, they are
             two modules.
 
@@ -48,8 +48,8 @@ def spelled_twice(
     names = sorted(names)
     known: dict[str, tuple[str, str]] = {}
     for name in names:
-        # The first spelling of a place stands for all that follow: sorted, so
-        # that the error is always the same.
+        # Every name is compared with the first spelling of its place. The names are sorted, so the
+        # error is always the same.
         place, spelling = _place(name)
         other, spelled = known.setdefault(place, (name, spelling))
         if spelled != spelling and not (has(other) and has(name)):
@@ -58,7 +58,7 @@ def spelled_twice(
 
 
 def _spelled_flat(names: list[str], has: Callable[[str], bool]) -> tuple[str, str] | None:
-    """The first two names of which one is the other with underscores for dots."""
+    """Return the first two names of which one is the other with underscores for dots."""
     if not any(_FLAT.fullmatch(name) for name in names):
         return None  # names with dots are never compared: a_b and a.b may well be two modules
     known: dict[str, str] = {}

@@ -1,9 +1,9 @@
-"""Where the values ask for files, and for a base's names, without knowing how either is found.
+"""Slots through which values get at files, and at a base's names, without importing either.
 
 `Adapter.load` and `AdapterTree.save` belong on the values, where users look for them; the formats
 belong at the edge. The edge (``folder/``) puts itself into a slot when it is imported, and the
-values call through it, so that imports go on pointing inward. `AdapterTree.flatten` asks how a base
-names its modules in the same way (``renaming``).
+values call it through the slot, so that imports still point inward. `AdapterTree.flatten` asks for
+a base's names of modules in the same way (``renaming``).
 """
 
 from __future__ import annotations
@@ -41,14 +41,15 @@ Allocate: TypeAlias = Callable[[int], Tensor]
 """Allocate memory for one adapter: bytes → a uint8 tensor of that length; may raise."""
 
 Witness: TypeAlias = Callable[[str, memoryview], object]
-"""Is shown every byte that a reader uses: (file name, bytes), in order. Those of a PEFT folder's
-weights stay as they are until the reader's caller hands the adapter out; it may keep no others."""
+"""Called with every byte that a reader uses: (file name, bytes), in order. It may keep views of a
+PEFT folder's weights, which stay unchanged until the reader's caller hands the adapter out, and of
+no other bytes."""
 
 
 Unhashed: TypeAlias = "Callable[[Adapter], object]"
-"""Is shown an adapter that was read while its hash is not known yet. It may prepare for it, as by
-sending it to a device. It may let no computation of the user's have it: if the hash is wrong, the
-load raises."""
+"""Called with an adapter that was read but whose hash is not known yet. It may prepare for the use
+of the adapter, as by sending it to a device, but must not let a computation of the user's read it:
+if the hash is wrong, the load raises."""
 
 
 class Source(Protocol):
@@ -68,10 +69,10 @@ class Source(Protocol):
         """Read, check and return the adapter; a new value at every call.
 
         Args:
-            allocate: is asked once for the memory of all its numbers, before any is read; None:
+            allocate: called once for the memory of all its numbers, before any is read; None:
                 ordinary memory.
-            unhashed: is shown the adapter if there is time until its hash is known; also again, if
-                the files had to be read again.
+            unhashed: called with the adapter if there is time until its hash is known; called again
+                if the files had to be read again.
 
         Raises:
             FolderError, FormatError: the files are gone, broken, or differ from the lock.
@@ -79,7 +80,7 @@ class Source(Protocol):
         ...
 
     def outline(self) -> Adapter:
-        """The adapter's shapes, ranks and scales without its numbers: only headers are read.
+        """Return the adapter's shapes, ranks and scales without its numbers; reads only headers.
 
         Raises:
             FormatError: the files are gone or broken.
@@ -88,7 +89,7 @@ class Source(Protocol):
 
 
 class Storage(Protocol):
-    """The services of the edge to the values."""
+    """The functions that the edge offers to the values."""
 
     def read_adapter(self, folder: Path) -> Adapter: ...
 
@@ -102,14 +103,14 @@ class Storage(Protocol):
 
 
 class Names(Protocol):
-    """How a base names the modules of an adapter."""
+    """Translates the module names of an adapter into those of a base."""
 
     def bound(self, adapter: Adapter) -> Adapter:
-        """The adapter in the base's names; itself where it has them already."""
+        """Return the adapter in the base's names; the same object if it has them already."""
         ...
 
     def has(self, name: str) -> bool:
-        """Whether the base has a module, or a raw parameter, of that name."""
+        """Return whether the base has a module, or a raw parameter, of that name."""
         ...
 
 
@@ -120,12 +121,12 @@ _names: list[Callable[[nn.Module], Names]] = []
 
 
 def install(edge: Storage) -> None:
-    """Put the edge in place; the last one wins."""
+    """Install the edge; a later one replaces it."""
     _slot[:] = [edge]
 
 
 def storage() -> Storage:
-    """The edge, which is imported now if a program has imported nothing but values so far."""
+    """Return the edge; import it now if a program has imported nothing but values so far."""
     if not _slot:
         # The edge fills the slot while it is imported. An import statement at the top of this file
         # would make the values depend on the edge, and on every format.
@@ -134,19 +135,19 @@ def storage() -> Storage:
 
 
 def install_names(of: Callable[[nn.Module], Names]) -> None:
-    """Put in place what finds out how a base names modules; the last one wins."""
+    """Install the function that returns a base's `Names`; a later one replaces it."""
     _names[:] = [of]
 
 
 def names_of(base: nn.Module) -> Names:
-    """Return how a base names modules; the code for it is imported at the first use."""
+    """Return the `Names` of a base; the code for it is imported at the first use."""
     if not _names:
         importlib.import_module(".renaming", __package__)
     return _names[0](base)
 
 
 def as_path(folder: str | os.PathLike[str]) -> Path:
-    """A user's spelling of a folder, with ``~`` expanded.
+    """Return the path of a folder that a user named, with ``~`` expanded.
 
     Raises:
         FolderError: it is no name of a folder, or ``~name``, and there is no user of that name.

@@ -22,7 +22,7 @@ class Picture:
     r"""An SVG document that grows shape by shape; lengths are in pixels.
 
     Args:
-        font_size: of all text; the font is the viewer's monospace one.
+        font_size: the size of all text; the font is the viewer's monospace one.
 
     >>> picture = Picture()
     >>> picture.text(4, 14, "</text><script>\x1b")
@@ -76,5 +76,5 @@ class Picture:
 
 
 def _text(text: str) -> str:
-    """Return a text as XML can hold it: most control characters have no spelling in it at all."""
+    """Escape a text for XML. Control characters become visible: XML can't hold most of them."""
     return html.escape(printable(text))

@@ -78,8 +78,8 @@ class AdapterTree:
         """The tree as a frozen networkx graph: paths, with each `Node` under ``node``; the root is
         ``""``.
 
-        A copy: what is written into its attributes, or done to the tree afterwards, does not reach
-        the other.
+        It is a copy: changes of its attributes do not reach the tree, and later changes of the tree
+        do not reach the copy.
         """
         copy: nx.DiGraph[str] = nx.freeze(self._graph.copy())
         return copy
@@ -113,7 +113,7 @@ class AdapterTree:
         """Return every path below ``under``, depth-first, children by name: the order of every sum.
 
         Raises:
-            PathError: ``under`` is not there; with the nearest that is.
+            PathError: ``under`` is no node; suggests the nearest one.
         """
         self._known(under)
         found: list[str] = []
@@ -129,7 +129,7 @@ class AdapterTree:
         """Return the paths one step below ``path``, by name.
 
         Raises:
-            PathError: ``path`` is not there; with the nearest that is.
+            PathError: ``path`` is no node; suggests the nearest one.
         """
         self._known(path)
         # networkx gives children in the order in which they were added, and a sum in that order
@@ -144,7 +144,7 @@ class AdapterTree:
         """Return the path one step up; ``""`` for a top-level node.
 
         Raises:
-            PathError: ``path`` is not there; with the nearest that is.
+            PathError: ``path`` is no node; suggests the nearest one.
         """
         self._known(path)
         return path.rpartition("/")[0]
@@ -153,7 +153,7 @@ class AdapterTree:
         """Return the nodes from the root down to ``path``; ``[]`` for the bare base.
 
         Raises:
-            PathError: ``path`` is not there; with the nearest that is.
+            PathError: ``path`` is no node; suggests the nearest one.
         """
         self._known(path)
         # A node's names were checked when it came into the tree, so its path is only taken apart.
@@ -164,7 +164,7 @@ class AdapterTree:
         """Return the deepest node on the lineages of all ``paths``; ``""`` if only the base is.
 
         Raises:
-            PathError: a path is not there; with the nearest that is.
+            PathError: a path is no node; suggests the nearest one.
         """
         lineages = [self.lineage(path) for path in paths]
         shared = ""
@@ -182,7 +182,7 @@ class AdapterTree:
         blend, is.
 
         Raises:
-            PathError: a path is not there; with the nearest that is.
+            PathError: a path is no node; suggests the nearest one.
             SpecError: a weight, or a node's coefficient, is not a finite number, or the blend is
                 empty.
 
@@ -208,7 +208,7 @@ class AdapterTree:
         return coefficients
 
     def shares(self, blend: Blend) -> dict[str, Weight]:
-        """Return node → the weights of the entries that pass through it, without the node's own.
+        """Return node → the total weight of the entries through it, without the node's own weight.
 
         Raises:
             PathError, SpecError: as `coefficients`.
@@ -251,7 +251,7 @@ class AdapterTree:
                     f"a path or pattern is a string like 'fr/*', got {pattern!r:.80}",
                     "several are given one by one: trainable('fr', 'de')",
                 )
-            # A node that has the very name comes first, then the pattern is tried.
+            # A node of exactly that name comes first, then the pattern is tried.
             hits = {pattern} if pattern in self else set(fnmatch.filter(self.paths(), pattern))
             if not hits:
                 raise PathError(f"{pattern!r} matches no node{suggest_path(pattern, self.paths())}")
@@ -332,11 +332,11 @@ class AdapterTree:
         """Take a node out; its files stay until the tree is saved.
 
         Raises:
-            PathError: it is not there.
+            PathError: there is no such node.
             TreeError: it has children and ``recursive`` was not given, or an attached model is
                 using it.
         """
-        self[path]  # raises if it is not there
+        self[path]  # raises if there is no such node
         below = self.paths(path)
         if below and not recursive:
             raise TreeError(
@@ -353,7 +353,7 @@ class AdapterTree:
         A node that was trained becomes stale below another parent.
 
         Raises:
-            PathError: ``path``, or the node above ``to``, is not there; or ``to`` is not a valid
+            PathError: ``path``, or the node above ``to``, is missing; or ``to`` is not a valid
                 path.
             TreeError: ``to`` exists or lies below ``path``, or an attached model is using the node.
         """
@@ -371,7 +371,7 @@ class AdapterTree:
         self._free(to, but=path)
         below = self.paths(path)
         self._models.check_unused([path, *below], "moved")
-        # Read before they leave the graph, which drops their values. Parents stand before children,
+        # Taken before they leave the graph, which drops their values. Parents come before children,
         # and go back in that order: see `replace`.
         nodes = [self[p] for p in (path, *below)]
         self._graph.remove_nodes_from([n.path for n in nodes])
@@ -382,7 +382,7 @@ class AdapterTree:
         """Give a node another name below the same parent; see `move`.
 
         Raises:
-            PathError: it is not there, or ``name`` is not a valid name.
+            PathError: there is no such node, or ``name`` is not a valid name.
             TreeError: a sibling has that name, or an attached model is using the node.
         """
         parent = self.parent(path)
@@ -398,7 +398,7 @@ class AdapterTree:
         """Give a node another adapter or another weight, a number or one for each module.
 
         Raises:
-            PathError: it is not there.
+            PathError: there is no such node.
             TreeError: an attached model is using it.
             SpecError: the weight is not a finite number, or ``adapter`` is neither an adapter nor a
                 folder; or a pattern of the weight matches no module of the adapter.
@@ -421,11 +421,11 @@ class AdapterTree:
     def adapter(self, path: str) -> Adapter | None:
         """Return a node's own adapter, read when first needed; None for a group or a fresh node.
 
-        It stays in memory from then on; where a model is attached under a budget, as long as that
-        allows.
+        It stays in memory from then on; if a model with a budget is attached, only as long as the
+        budget allows.
 
         Raises:
-            PathError: the node is not there.
+            PathError: there is no such node.
             FolderError, FormatError: its files are gone, broken, or differ from the lock.
             BudgetError: it is larger than the budget leaves room for.
         """
@@ -447,7 +447,7 @@ class AdapterTree:
         """Return a node's own adapter; if it is not in memory, its shapes on the meta device.
 
         Raises:
-            PathError: the node is not there.
+            PathError: there is no such node.
             FormatError: its files are gone or broken.
         """
         return self[path].outline()
@@ -461,13 +461,14 @@ class AdapterTree:
     ) -> NodeTerms:
         """Return the terms of a blend, (node, coefficient, adapter), in the order of the sum.
 
-        What a deeper override replaces is dropped: the adapters add up to the path as they are. A
-        weight per module is in the scales of the term's adapter, whose coefficient is then 1.
+        Increments and overrides that a deeper override replaces are dropped, so the adapters
+        returned simply add up to the path. A weight per module is multiplied into the scales of its
+        adapter, whose coefficient is then 1.
 
         Args:
             base: give every adapter the names that its modules have in this model today.
-            bound: makes of a node's adapter what it is in a base, for callers that know more of it
-                than names; None: with ``base`` alone.
+            bound: called with each (node, adapter) after the renaming; returns the adapter as a
+                base needs it, for callers that know more of the base than its names.
 
         Raises:
             PathError, SpecError: as `coefficients`; or the paths of a blend have different
@@ -521,7 +522,7 @@ class AdapterTree:
         dtype: torch.dtype | None = None,
         base: nn.Module | None = None,
     ) -> Adapter:
-        """One ordinary adapter equal to a whole lineage or blend.
+        """Return one ordinary adapter equal to a whole lineage or blend.
 
         Args:
             blend: a path or a blend.
@@ -538,7 +539,7 @@ class AdapterTree:
             ``dtype`` rounded.
 
         Raises:
-            PathError: a node is not there.
+            PathError: a path is no node.
             ShapeMismatch: two nodes change one module in different shapes; names both and the
                 module.
             BaseMismatch: two nodes were made for bases that differ; or name one module in two ways,
@@ -580,9 +581,9 @@ class AdapterTree:
                 program, or a `SaveNote` with what nodes were trained with.
 
         Raises:
-            FolderError: the folder can't be written; or a node would come back because its files
-                are not ours; or the save would undo what somebody else has written there since the
-                tree was opened.
+            FolderError: the folder can't be written; or a removed node would come back, because no
+                save wrote its files and so none deletes them; or the save would undo what another
+                process has written there since the tree was opened.
             FormatError: PEFT has no way to write a node; names the node and the module.
         """
         if not isinstance(note, SaveNote):
@@ -601,7 +602,7 @@ class AdapterTree:
         history: HistorySpec | None = None,
         home: Path | None = None,
     ) -> AdapterTree:
-        """A tree of nodes whose paths are known to fit together, parents before children."""
+        """Return a tree of nodes whose paths are known to fit together, parents before children."""
         tree = cls(base, defaults)
         tree.cache = cache or tree.cache
         tree.history = history or tree.history
@@ -612,12 +613,12 @@ class AdapterTree:
 
     # ------------------------------------------------------------------ for an attached model
     def attach(self, model: AttachedModel, *, reads: bool) -> None:
-        """Ask a model, held weakly, before its nodes are changed; see `lora_tree.attach`.
+        """Consult a model, held weakly, before nodes change; see `lora_tree.attach`.
 
         Args:
             model: the model.
-            reads: it has budgets. From now on it reads adapters from files when they are needed,
-                and the tree drops those that it has read itself: that would lie beside the budgets.
+            reads: the model has budgets. From now on it reads adapters from files when they are
+                needed, and the tree drops those that it read itself: no budget would count them.
         """
         self._models.add(model, reads=reads)
         if not reads:
@@ -629,11 +630,11 @@ class AdapterTree:
                 self.replace(node.holding_nothing())
 
     def release(self, model: AttachedModel) -> None:
-        """Ask a model no more; from now on the tree keeps what it reads itself."""
+        """Stop consulting a model; a tree without a reader keeps what it reads itself."""
         self._models.drop(model)
 
     def replace(self, node: Node, *, was: Node | None = None) -> None:
-        """Hold another value for a node. For the library's own use: no attached model is asked.
+        """Replace a node's value. For the library's own use: no attached model is consulted.
 
         Args:
             node: the new value; it is known to fit below its parent.
@@ -661,7 +662,7 @@ class AdapterTree:
             )
 
     def _parent_of(self, path: str, parent: str) -> None:
-        """Raise if the node above a new one is not there, and say how to make it."""
+        """Raise if the node above a new one is missing, and say how to make it."""
         if parent not in self._graph:
             raise PathError(
                 f"no node {parent!r} in the tree, below which {path} would lie"

@@ -73,7 +73,7 @@ class ModuleWeights:
         return self.default
 
     def unmatched(self, modules: Collection[str]) -> list[str]:
-        """Return the patterns that match none of some modules."""
+        """Return the patterns that match none of the given modules."""
         found = []
         for pattern, _ in self.patterns:
             if not any(glob_means(pattern, module) for module in modules):
@@ -81,7 +81,7 @@ class ModuleWeights:
         return found
 
     def as_dict(self) -> dict[str, float]:
-        """Return the mapping that it was made of, with the default."""
+        """Return the mapping that it was made from, with the default."""
         return {DEFAULT: self.default, **dict(self.patterns)}
 
     def __format__(self, spec: str) -> str:
@@ -116,7 +116,7 @@ class BlendedWeight:
 
 
 Weight: TypeAlias = float | ModuleWeights | BlendedWeight
-"""A number, or a value whose ``of(module)`` is one. Only coefficients of a blend are blended."""
+"""A number, or a value whose ``of(module)`` is one. Only a blend has a `BlendedWeight`."""
 
 GivenWeight: TypeAlias = float | Mapping[str, float] | ModuleWeights | BlendedWeight
 """A weight as a caller writes it: a number, or a mapping of patterns to numbers."""
@@ -195,10 +195,10 @@ def _number(text: str, where: str, whole: str) -> float:
 
 
 def check_finite(value: object, what: str) -> None:
-    """Refuse a number that is none, or not finite.
+    """Refuse a value that is no number, or not finite.
 
     Raises:
-        SpecError: it is not; says ``what`` it should have been.
+        SpecError: it is one of these; names it by ``what``.
     """
     # Written as `not … <=` because every comparison with NaN is false. An integer is compared as it
     # is: float() raises an OverflowError for one that is too large.
@@ -294,7 +294,7 @@ def inverse_weight(weight: Weight) -> Weight:
 def weight_within(weight: Weight, modules: Collection[str]) -> Weight:
     """Return the same weights for some of the modules, without the patterns that match none.
 
-    One number, where no pattern is left.
+    The result is one number if no pattern is left.
     """
     if not isinstance(weight, ModuleWeights):
         return weight

@@ -3,7 +3,7 @@
     files ──one read──▶ host: one packed buffer, page-locked for CUDA ──one copy──▶ device
                         └── on a CPU base these two are one tier ──┘
 
-Laws. A budget bounds what is held, for every request. An adapter in use is never evicted. The
+Laws. A tier never holds more bytes than its budget. An adapter in use is never evicted. The
 numbers of an adapter do not depend on whether it was cached.
 
 `Cache` answers requests, `Loader` brings one adapter into a tier, `Tier` counts bytes and evicts in

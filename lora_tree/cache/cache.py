@@ -1,4 +1,4 @@
-"""The adapters of an attached tree: as many as the budgets allow, where they are needed.
+"""The adapters of an attached tree: in the memory where they are needed, within the budgets.
 
     hold(paths)      the adapters of a request, pinned until the hold is released
     read(path)       one adapter, for the tree itself
@@ -56,7 +56,7 @@ class Cache:
     """The adapters of one tree for one base.
 
     Args:
-        tree: whose nodes; under budgets, the tree reads through the cache too.
+        tree: the tree whose adapters are cached; under budgets it reads files through the cache.
         budgets: bytes for each kind of memory.
         policy: makes the eviction order of a tier; called once for each tier.
         link: the way to a device that has memory of its own; None: adapters are used in host
@@ -94,7 +94,7 @@ class Cache:
 
         Args:
             paths: the nodes.
-            ahead: may prepare for adapters of which one is still being hashed; see its type.
+            ahead: called with the adapters while one of them is still being hashed; see `Ahead`.
 
         Raises:
             FolderError, FormatError: a node's files are gone, broken, or differ from the lock;
@@ -165,8 +165,8 @@ class Cache:
     def follow(self, link: Link | None) -> None:
         """Send adapters to another device from now on, because the base was moved; empty the cache.
 
-        Holds of before keep their adapters. They unpin in the old tier, which goes with the last of
-        them.
+        Earlier holds keep their adapters. They unpin in the old tier, which lives as long as the
+        last of them.
         """
         with self._lock:
             before, memory = self._loader.memory, self._host_memory(link)
@@ -176,16 +176,16 @@ class Cache:
             self._copies.clear()
 
     def origin(self, adapter: Adapter) -> Hashable:
-        """Return an adapter's identity: its files' content if the lock says it, or else itself."""
+        """Return a key for an adapter's numbers: see `Loader.origin`."""
         return self._loader.origin(adapter)
 
     @property
     def reclaims(self) -> bool:
-        """Whether an evicted adapter's memory is freed though plans still refer to it."""
+        """True if no plan keeps an evicted adapter's memory: it is freed, or nothing is evicted."""
         return not self.bounded or self._loader.link is not None
 
     def spare(self, kept: LastUsed[Any]) -> None:
-        """Allow the cache to drop what ``kept`` keeps when it needs room; held weakly."""
+        """Allow the cache to drop the values of ``kept``, held weakly, when it needs room."""
         with self._lock:
             self._loader.top.spare(kept)
 
@@ -200,7 +200,7 @@ class Cache:
                 self._loader.top.lay_out(owner, nbytes, churns=self._loader.link is None)
 
     def lend(self, owner: object, nbytes: int) -> Lender:
-        """`charge` the bytes, and return a function that hands out that memory, freed memory first.
+        """Charge the bytes, and return a function that allocates them, from freed memory first.
 
         Raises:
             BudgetError: everything that is held is in use.
@@ -231,7 +231,7 @@ class Cache:
 
     # ------------------------------------------------------------------ private
     def _host_memory(self, link: Link | None) -> Shelf | PageLocked:
-        """Return where the host's adapters are read to; freed memory goes with the cache."""
+        """Return the allocator of the host's adapters; the cache's end unmaps its freed memory."""
         if link is None:
             return self._shelf
         memory = PageLocked(link)
@@ -266,7 +266,7 @@ class Cache:
         others: Mapping[str, Adapter],
         ahead: Ahead | None,
     ) -> bool:
-        """Pin adapters in the last tier and load what is missing; return whether anything was.
+        """Pin adapters in the last tier and load those that are missing; return whether any were.
 
         Args:
             tier: the last.
@@ -299,8 +299,8 @@ class Cache:
                 pinned.append(cache_key(source))
         except BaseException as error:
             with self._lock:
-                # A policy only evicts what it was told of, so it is told of
-                # these though the request failed.
+                # A policy evicts only adapters that it knows. It has to know these although the
+                # request failed, or they would stay for ever.
                 tier.used(pinned)
             self._unpin(tier, pinned)
             if isinstance(error, BudgetError):
@@ -316,10 +316,10 @@ class Cache:
         others: Mapping[str, Adapter],
         arrived: Arrived,
     ) -> None:
-        """Show a request its adapters, one of which is still being hashed.
+        """Call ``ahead`` with a request's adapters, one of which is still being hashed.
 
         Args:
-            ahead: the request's.
+            ahead: the request's callback.
             path: the node of the new adapter.
             needed, others: as in `_pin`.
             arrived: the new adapter.
@@ -345,7 +345,7 @@ class Cache:
     def _into_tree(self, unread: Mapping[str, Source], nodes: Mapping[str, Node]) -> bool:
         """Read some nodes and give them to the tree: all of them, or on an error none.
 
-        Return whether any had to be read; a prefetch may have been there before.
+        Return whether any had to be read; a prefetch may have read them before.
         """
         host = self._loader.tiers[0]
         with self._lock:

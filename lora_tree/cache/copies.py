@@ -43,7 +43,7 @@ class TreeSource:
         """The adapter.
 
         Raises:
-            StateError: the tree let go of it meanwhile.
+            StateError: the tree dropped it meanwhile.
         """
         adapter = self._adapter()
         if adapter is None:

@@ -34,9 +34,9 @@ class Arrived:
 
     Args:
         adapter: with its tensors on the device.
-        event: recorded when the copy is done; None: the numbers are there.
-        buffer: the device memory of all its tensors; None: it needs no record of the streams that
-            read it, and stays as long as anything refers to it.
+        event: complete when the copy is done; None: the numbers are there.
+        buffer: the device memory of all its tensors, in which `Link.wait` records the streams that
+            read it; None in host memory, which is freed when nothing refers to it.
     """
 
     adapter: Adapter
@@ -51,7 +51,7 @@ class Arrived:
 
 
 class Link(Protocol):
-    """How adapters get to a device that has memory of its own. Any thread may call any method."""
+    """Sends adapters to a device that has memory of its own. Any thread may call any method."""
 
     def holds(self, adapter: Adapter) -> bool:
         """Return whether an adapter lies on the device already."""
@@ -74,12 +74,16 @@ class Link(Protocol):
 
         Args:
             adapter: in host memory.
-            again: what was sent of it before, vacated; it is what arrives again.
+            again: the adapter that an earlier call sent, vacated since; it gets memory again and
+                is what arrives. None: a new adapter arrives.
         """
         ...
 
     def wait(self, arrived: Arrived) -> None:
-        """Make work that this thread starts from now on wait for the transfer; keep its buffer."""
+        """Make work that this thread starts from now on wait for the transfer.
+
+        The buffer is not reused before that work is done.
+        """
         ...
 
 
@@ -90,7 +94,7 @@ class CudaLink:
         self._device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._locked: set[int] = set()
-        """Where the memory begins that this link has locked."""
+        """Addresses of the host memory that this link has page-locked."""
 
     def holds(self, adapter: Adapter) -> bool:
         return all(tensor.device == self._device for tensor in tensors(adapter))
@@ -103,7 +107,8 @@ class CudaLink:
             cuda: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
             failed = int(cuda.cudaHostRegister(address, nbytes, 0))
             if failed:
-                # CUDA remembers the error, and the next launch would raise it: this one does.
+                # CUDA remembers the error, and would raise it at the next launch. So a launch is
+                # made here to take it.
                 with contextlib.suppress(RuntimeError):
                     torch.ones(1, device=self._device)
                 return False
@@ -125,13 +130,13 @@ class CudaLink:
             else:
                 parts = distinct(adapter) if host is None else [host]
                 send_staged(parts, there, self._stages(there.numel()), self._copy)
-            # `host` may go from now on: torch's own page-locked memory waits for the copy, and ours
-            # waits for this event.
+            # `host` may be dropped from now on: torch reuses its own page-locked memory only after
+            # the copy, and ours waits for this event.
             event = self._copy_done()
         return Arrived(sent, event, there)
 
     def _is_locked(self, host: Tensor) -> bool:
-        """Return whether a copy from this memory leaves the host free."""
+        """Return whether memory is page-locked, so that a copy from it does not block the host."""
         return host.data_ptr() in self._locked or host.is_pinned()
 
     def _stages(self, nbytes: int) -> list[Tensor]:

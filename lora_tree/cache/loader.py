@@ -36,8 +36,8 @@ from .tier import Resident, Tier
 __all__ = ["EarlyUse", "Loader"]
 
 EarlyUse: TypeAlias = Callable[[Arrived], object]
-"""Is shown an adapter in the last tier while its hash is not known yet; it may prepare for it. It
-may wait for no room in a tier: the load holds some."""
+"""Called with an adapter that has arrived in a tier but whose hash is not known yet, to prepare for
+it. It must not wait for room in a tier, because the load holds some itself."""
 
 
 class Loader:
@@ -47,7 +47,7 @@ class Loader:
         lock: the cache's lock. It guards the tiers, `link`, `closed` and `_loading`.
         tiers: from the outside in.
         link: the way from the host to the device; None: the two are one tier.
-        memory: where host memory comes from.
+        memory: allocates host memory.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Loader:
         # another thread can see the adapter.
         self._origins: weakref.WeakKeyDictionary[Adapter, Hashable] = weakref.WeakKeyDictionary()
         # Adapters on the device, under the key of their tier. A plan may keep one after it was
-        # evicted. When it is needed again it is given memory, and the plan is good again.
+        # evicted. When it is needed again it is given memory, and the plan is valid again.
         self._sent: weakref.WeakValueDictionary[Hashable, Adapter] = weakref.WeakValueDictionary()
 
     @property
@@ -87,12 +87,12 @@ class Loader:
         """Return a node's adapter in a tier, loading it there if it is missing.
 
         Args:
-            level: of the tier; 0 is the host.
+            level: the index of the tier; 0 is the host.
             path: the node, for errors.
-            pinned: whether to pin the adapter; otherwise the policy is told that it was used.
+            pinned: whether to pin the adapter; otherwise only the policy notes the use.
             wait: whether to wait for room that other threads are about to free.
-            ahead: is shown the adapter before its hash is known, if it is read from files and there
-                is time.
+            ahead: called with the adapter before its hash is known, if it is read from files and
+                there is time.
 
         Raises:
             FolderError, FormatError: the files are gone, broken, or differ from the lock.
@@ -116,7 +116,9 @@ class Loader:
             )
 
     def origin(self, adapter: Adapter) -> Hashable:
-        """Return an adapter's identity: its files' content if the lock says it, or else itself."""
+        """Return a key for an adapter's numbers: its files' key if the lock has one, else a weak
+        reference to the adapter.
+        """
         return self._origins.get(adapter) or weakref.ref(adapter)
 
     def follow(self, tiers: list[Tier], link: Link | None, memory: Shelf | PageLocked) -> None:
@@ -162,8 +164,8 @@ class Loader:
             reservation.resize(nbytes)
             resident = Resident(arrived, nbytes)
             with self.lock:
-                # In one step with `add`: another thread must see these bytes
-                # neither twice nor not at all.
+                # In one step with `add`, so that no other thread sees these bytes counted twice, or
+                # not at all.
                 reservation.close()
                 if pinned:
                     self.check_open()
@@ -194,7 +196,7 @@ class Loader:
         """Read files into one host buffer."""
 
         def first(nbytes: int) -> Tensor:
-            # Not `extend`: a source that finds its files changed starts anew,
+            # Not `extend`: a source that finds its files changed starts again,
             # and has freed its first buffer.
             reservation.resize(nbytes)
             return memory.take(nbytes)
@@ -300,9 +302,9 @@ class Loader:
         return arrived
 
     def _sent_over(self, link: Link, adapter: Adapter, source: Source) -> Arrived:
-        """Start an adapter's transfer, to what was sent of it before if that has no memory now."""
+        """Start an adapter's transfer, into the adapter sent before if that was vacated."""
         key, again = cache_key(source), None
-        # Without a lock, its files may have another content by now.
+        # Without a key from the lock, its files may have another content by now.
         comes_back = source.key is not None or isinstance(source, TreeSource)
         if comes_back:
             again = self._sent.get(key)

@@ -1,7 +1,7 @@
 """Pack an adapter into one buffer: its factors, and the tensors that it carries, back to back.
 
 A file that was read is packed already. If a format had to transpose a factor (fused experts), or if
-the adapter was put together otherwise, it is copied into a buffer once. Then one copy sends all of
+the adapter was made in memory, it is copied into a buffer once. Then one copy sends all of
 it to a device.
 
 The numbers keep the dtype of the file. Merged weights and flattened adapters are made from those,
@@ -10,7 +10,7 @@ base take half the memory.
 
 On a device an adapter outlives its memory. When it is evicted its buffer is freed, and its tensors
 stay as they are, over nothing. When it is sent again they get memory again. So the plans and side
-paths that were made of it are good again, and none of that work is done a second time.
+paths that were made of it are valid again, and none of that work is done a second time.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 _BUFFERS: weakref.WeakKeyDictionary[Adapter, Tensor] = weakref.WeakKeyDictionary()
-"""Packed adapter → its buffer. To ask hundreds of tensors takes half as long as a transfer."""
+"""Packed adapter → its buffer. To look at hundreds of tensors takes half as long as a transfer."""
 
 
 def pack(adapter: Adapter, allocate: Allocate) -> Adapter:
@@ -55,7 +55,7 @@ def pack(adapter: Adapter, allocate: Allocate) -> Adapter:
 
 
 def packed_bytes(adapter: Adapter) -> int:
-    """Return the bytes of an adapter's one buffer: of that in which it lies, or will lie."""
+    """Return the bytes of the one buffer that an adapter has, or will have once packed."""
     buffer = buffer_of(adapter)
     if buffer is not None:
         return buffer.numel()
@@ -73,7 +73,7 @@ def _cut_from(memory: Tensor, adapter: Adapter) -> Adapter:
 
     Args:
         memory: (packed_bytes(adapter),) uint8.
-        adapter: lies in no buffer of its own.
+        adapter: one that is not packed.
     """
     slab = Slab(memory)
     parts: dict[int, Tensor] = {}
@@ -85,7 +85,7 @@ def _cut_from(memory: Tensor, adapter: Adapter) -> Adapter:
 def buffer_of(adapter: Adapter) -> Tensor | None:
     """Return an adapter's one buffer, (bytes,) uint8; None if it has several, or one with gaps.
 
-    A part of a larger buffer is no buffer of its own: to send it would send what lies beside it.
+    A part of a larger buffer does not count: to send it would send its neighbours as well.
     """
     known = _BUFFERS.get(adapter)
     # An adapter that was vacated has a buffer without bytes until it is given memory again.
@@ -124,8 +124,8 @@ def placed(adapter: Adapter, device: torch.device, again: Adapter | None) -> tup
     Args:
         adapter: in host memory.
         device: where the memory is taken.
-        again: what this returned for the adapter before, without its memory by now; it gets new
-            memory, and every tensor made of it is good again. None: there is none.
+        again: the adapter that an earlier call returned, vacated since; it gets new memory, and
+            every tensor made of it is valid again. None: a new one is made.
     """
     nbytes = packed_bytes(adapter)
     if again is None:
@@ -139,7 +139,7 @@ def placed(adapter: Adapter, device: torch.device, again: Adapter | None) -> tup
 
 
 def vacate(adapter: Adapter) -> None:
-    """Free the memory of a packed adapter; whatever refers to its tensors keeps none of it.
+    """Free the memory of a packed adapter, even if plans still refer to its tensors.
 
     Its tensors may not be read until `placed` has given it memory again.
     """
@@ -150,7 +150,7 @@ def vacate(adapter: Adapter) -> None:
 
 
 def is_vacated(adapter: Adapter) -> bool:
-    """Return whether `vacate` took an adapter's memory."""
+    """Return whether `vacate` freed an adapter's memory."""
     return next(tensors(adapter)).untyped_storage().nbytes() == 0
 
 
@@ -164,7 +164,7 @@ def held_bytes(adapter: Adapter) -> int:
 
 
 def tensors(adapter: Adapter) -> Iterator[Tensor]:
-    """Yield the tensors of an adapter: its factors, and the base's that it carries or replaces."""
+    """Yield the tensors of an adapter: factors, carried tensors of the base, and overrides."""
     for value in adapter.modules.values():
         yield from value.tensors
     yield from adapter.unchanged.values()

@@ -28,16 +28,16 @@ from .shelf import LIBC, PAGED, map_pages, paged, tensor_at, unmap_pages
 __all__ = ["Locks", "PageLocked"]
 
 MOST_BYTES = 256 << 20
-"""The most that stays ready, where the budget leaves it over."""
+"""The most bytes that stay ready, if the budget has room for them."""
 
 HUGE = 2 << 20
-"""A huge page of x86 and of most other machines: with these a first write takes half the time."""
+"""Bytes of a huge page on x86 and most other machines: a first write to it takes half the time."""
 
-HUGE_PAGES = 14  # MADV_HUGEPAGE of Linux, which the mmap module names on some systems alone
+HUGE_PAGES = 14  # MADV_HUGEPAGE of Linux, which the mmap module has only on some systems
 
 
 class Locks(Protocol):
-    """A device's hold on host memory; a `Link` has these."""
+    """The part of a `Link` that page-locks host memory."""
 
     def allocate(self, nbytes: int) -> Tensor:
         """Return page-locked memory of the device's own library: (nbytes,) uint8."""
@@ -54,11 +54,11 @@ class Locks(Protocol):
 
 @dataclass(eq=False)
 class _Piece:
-    """A mapping of its own.
+    """Memory in a mapping of its own.
 
     Args:
         address: where the memory begins.
-        nbytes: of it, whole pages.
+        nbytes: its size, whole pages.
         mapped: address and bytes of the whole mapping, which begins before a huge page.
         is_locked: `lock_pages` was called.
         copied: the event after the last copy from it; None: none is known to run.
@@ -78,7 +78,7 @@ class PageLocked:
 
     Args:
         locks: locks and unlocks the pages.
-        most_bytes: the most that stays ready.
+        most_bytes: the most bytes that stay ready.
     """
 
     def __init__(self, locks: Locks, most_bytes: int = MOST_BYTES) -> None:
@@ -108,9 +108,9 @@ class PageLocked:
         return tensor_at(piece.address, nbytes, partial(self._come_back, piece.address))
 
     def lock(self, memory: Tensor) -> None:
-        """Page-lock a piece in which the numbers are; a no-op for other memory, or a second time.
+        """Page-lock a piece that was filled; a no-op for other memory, and for a locked piece.
 
-        If the system refuses, the piece stays as it is: it is sent all the same, more slowly.
+        If the system refuses, the piece stays unlocked: it is sent all the same, more slowly.
         """
         piece = self._out.get(memory.data_ptr())
         if piece is not None and not piece.is_locked:

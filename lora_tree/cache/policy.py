@@ -1,6 +1,7 @@
 """The order in which a full tier evicts adapters: one small object, which a caller may replace.
 
-A policy is told what is used, and names a victim among what is idle. It knows nodes and not paths.
+A policy is told which adapters are used, and names a victim among the idle ones. It knows nodes,
+not paths.
 A request uses its whole lineage, so an ancestor is used at least as often, and as lately, as
 anything below it. Both policies here therefore keep an ancestor at least as long as its
 descendants, and need no rule about the tree.

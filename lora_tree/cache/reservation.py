@@ -11,7 +11,7 @@ __all__ = ["Reservation"]
 
 
 class Reservation:
-    """The bytes reserved for one adapter. They follow what is known of its size until `close`.
+    """The bytes reserved for one adapter; corrected as more is known of its size, until `close`.
 
     Args:
         tier: where the adapter will be.
@@ -41,7 +41,7 @@ class Reservation:
             self._nbytes = nbytes
 
     def at_once(self, nbytes: int) -> bool:
-        """`resize` without waiting for other loads; return False if there is no room now."""
+        """Resize without waiting for other loads; return False if there is no room now."""
         wait, self.wait = self.wait, False
         try:
             self.resize(nbytes)
@@ -56,7 +56,7 @@ class Reservation:
         self.resize(self._nbytes + nbytes)
 
     def close(self) -> None:
-        """Give all of it back; a second call is a no-op."""
+        """Give all bytes back; a second call is a no-op."""
         self._tier.cancel(self._nbytes)
         self._nbytes = 0
         self.open = False

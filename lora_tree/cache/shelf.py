@@ -28,8 +28,8 @@ from torch import Tensor
 __all__ = ["LIBC", "PAGED", "Shelf", "map_pages", "paged", "tensor_at", "trim", "unmap_pages"]
 
 MOST_BYTES = 256 << 20
-"""The most that stays ready, where the budget leaves it over: a few stacks of routed batches over a
-small model."""
+"""The most bytes that stay ready, if the budget has room for them: a few stacks of routed batches
+over a small model."""
 
 PAGED = 128 << 10
 """Pieces below this many bytes are left to the allocator, which has pages of its own."""
@@ -199,7 +199,7 @@ def _grown(address: int, held: int, size: int) -> int:
 
     Args:
         address, held: the range, or (0, 0) for a new one.
-        size: of the result; whole pages.
+        size: the size of the result, whole pages.
     """
     assert LIBC is not None
     found: int = FAILED
@@ -226,8 +226,8 @@ def tensor_at(address: int, nbytes: int, come_back: Callable[[], object]) -> Ten
 
     Args:
         address: where it begins.
-        nbytes: of it.
-        come_back: is called when no view of the tensor lives any more, in any thread.
+        nbytes: its size.
+        come_back: called when no view of the tensor is alive any more, in any thread.
     """
     # `frombuffer` keeps `memory` alive for as long as a view of the tensor lives.
     memory = (ctypes.c_char * nbytes).from_address(address)

@@ -21,13 +21,13 @@ def explained(
     tiers: Sequence[Tier],
     lock: threading.Condition,
 ) -> BudgetError:
-    """Return an error that says what a whole request needs, in place of one adapter's.
+    """Return an error that says how much a whole request needs, in place of one adapter's.
 
     Args:
         error: the error of the adapter that did not fit; returned as it is if no budget is too
-            small for the request, or if the sizes can't be read any more.
+            small for the request, or if the sizes can no longer be read.
         needed: node → source, of the whole request.
-        tiers: of the cache, from the outside in.
+        tiers: the cache's, from the outside in.
         lock: the cache's, not held.
     """
     try:

@@ -22,7 +22,7 @@ from ..engine.slab import ALIGNED
 __all__ = ["STAGE_BYTES", "send_staged"]
 
 STAGE_BYTES = 8 << 20
-"""The size of a buffer: large enough that the calls of a copy take no part of its time."""
+"""The size of a buffer: so large that the calls for a copy take next to none of its time."""
 
 
 def send_staged(

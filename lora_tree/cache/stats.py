@@ -9,7 +9,7 @@ __all__ = ["CacheStats", "TierStats"]
 
 @dataclass(frozen=True)
 class TierStats:
-    """One kind of memory. Bytes are whole numbers, times are seconds.
+    """The bytes and counts of one tier; times are in seconds.
 
     Args:
         name: ``host`` or ``device``; a base on the CPU has one tier, ``host``, for both.
@@ -20,8 +20,8 @@ class TierStats:
         ready_bytes: freed memory beside it, kept for reuse where the budget has room for it.
         nodes: adapters held now.
         loads, loaded_bytes, load_s: adapters that came in, from files or from the host, their
-            bytes, and the time taken, prefetches included. A transfer to a device runs on by
-            itself: of it, the time to start it is counted.
+            bytes, and the time taken, prefetches included. A transfer to a device is asynchronous,
+            so only its start is timed.
         slowest_s: the longest of these times.
         evictions, evicted_bytes: adapters evicted to make room.
         failures: loads that ended in an error.
@@ -45,7 +45,7 @@ class TierStats:
 
 @dataclass(frozen=True)
 class CacheStats:
-    """A cache, since the model was attached.
+    """The counts of a cache since the model was attached.
 
     Args:
         requests: requests (for a path, a blend or a batch) whose lineages have nodes with files.

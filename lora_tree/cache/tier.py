@@ -108,7 +108,7 @@ class Tier:
         self.policy.gone(key)
 
     def let_go(self, key: Hashable) -> bool:
-        """`discard` an adapter unless it is pinned; return whether it was discarded."""
+        """Discard an adapter unless it is pinned; return whether it was discarded."""
         if key in self._pins:
             return False
         self.discard(key)
@@ -140,9 +140,9 @@ class Tier:
         self._lock.notify_all()
 
     def leave(self) -> None:
-        """Free every idle adapter's memory, and that of each pinned one when it is unpinned last.
+        """Free every idle adapter's memory now, and that of a pinned one at its last `unpin`.
 
-        The base was moved away, and uses this tier no more.
+        Called when the base was moved to another device and no longer uses this tier.
         """
         self._left = True
         for key in list(self._residents):
@@ -176,7 +176,7 @@ class Tier:
         self._lock.notify_all()
 
     def spare(self, kept: LastUsed[Any]) -> None:
-        """Allow the tier to drop what ``kept`` keeps when it needs room; held weakly."""
+        """Allow the tier to drop the values of ``kept``, held weakly, when it needs room."""
         self._spare.append(weakref.ref(kept))
 
     def lay_out(self, owner: object, nbytes: int, *, churns: bool) -> None:
@@ -198,7 +198,7 @@ class Tier:
         weakref.finalize(owner, self._refunds.append, (nbytes, churns)).atexit = False
 
     def busy_bytes(self, but: Sequence[Hashable] = ()) -> int:
-        """Return the bytes that can't be evicted: side paths, and pinned adapters but ``but``."""
+        """Return the bytes that can't be evicted: side paths and pinned adapters except ``but``."""
         self._take_refunds()
         pinned_but = {key for key in but if key in self._pins}
         return (
@@ -276,10 +276,10 @@ class Tier:
         return True
 
     def _vacate(self, key: Hashable) -> None:
-        """Discard an adapter that is not pinned, and free its memory if that is a device's.
+        """Discard an adapter that is not pinned, and free its memory if it is on a device.
 
-        In host memory other threads may have it from `Cache.read`, without a pin. On a device
-        nothing reads it but what pins it.
+        In host memory other threads may have it from `Cache.read`, without a pin. On a device only
+        the holder of a pin reads it.
         """
         resident = self._residents[key]
         self.discard(key)
@@ -295,7 +295,9 @@ class Tier:
         )
 
     def _trim_shelf(self) -> None:
-        """Keep no more freed memory than the budget leaves over; without one, the shelf knows."""
+        """Keep no more freed memory than the budget has room for; without one the shelf's own
+        bound counts.
+        """
         if self._shelf is None or self.budget_bytes is None:
             return
         self._take_refunds()

@@ -4,10 +4,10 @@ reading     disk, bounds, lockfile, yamlfile; record → pending → scan → re
             source, bases → opening → nodes
 deciding    seen, ownership, treeyaml, keeping → decide → changes  it writes nothing
 writing     writer, archive, carry → commit                        it decides nothing
-the past    history: what nodes were; archive: their files
-the runs    run_records: what training noted; run_store: where it is written, and makes room
-the verbs   saving, alone, relock → api, checking, versions, cleaning; edge puts them where the
-            values look for files
+the past    history: the earlier versions of nodes; archive: their files
+the runs    run_records: reads the records of training; run_store: writes and removes them
+the verbs   saving, alone, relock → api, checking, versions, cleaning; edge installs them where
+            the values look for files
 """
 
 from .api import SkippedWarning, StaleWarning, load, lock, relock, survey

@@ -28,10 +28,10 @@ def read_files(
     """Return the adapter in some files.
 
     Args:
-        files: whole.
+        files: those of a whole adapter.
         outline: leave the numbers out.
-        allocate: makes the one buffer of all its numbers; None: ordinary memory.
-        witness: is shown every byte that is read.
+        allocate: called once for the buffer of all its numbers; None: ordinary memory.
+        witness: called with every byte that is read.
         inside: where the files may lie, all links followed; None: anywhere.
 
     Raises:
@@ -58,7 +58,7 @@ def read_files(
 
 
 def check_named(place: str, spelled: str, above: str = "") -> None:
-    """Refuse a name under which there is no adapter, by what lies there.
+    """Refuse a name that leads to no adapter; the error says what lies there.
 
     Args:
         place: the absolute path.
@@ -66,7 +66,7 @@ def check_named(place: str, spelled: str, above: str = "") -> None:
         above: the folder that the spelling is relative to; the working directory where empty.
 
     Raises:
-        FormatError: a file of no known format, a pickle, or nothing at all.
+        FormatError: a file of no known format, a pickle, or nothing under what looks like a hub id.
     """
     if recognise(Path(place)).file is not None:
         return

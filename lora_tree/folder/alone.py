@@ -1,10 +1,10 @@
-"""Saving one adapter by itself: a new folder appears whole; in an old one both files change as one.
+"""Save one adapter by itself: a new folder appears whole, in an old one both files change as one.
 
     a new folder    filled under a hidden name and renamed (`whole`)
     an old one      a transaction of its own, with its own ``.lora_tree`` (`commit`)
 
-If the old one is a node's folder and the save was cut off, readers of the tree look through that
-record too. So a save of the tree carries it out before it writes there itself (`finish_nodes`).
+If an old folder is a node's and the save was cut off, readers of the tree follow its record,
+too. So a save of the tree first carries that record out (`finish_nodes`).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def save_adapter(adapter: Adapter, folder: Path) -> None:
 
 
 def finish_nodes(root: str) -> None:
-    """Carry out, or sweep up, what cut-off saves of single adapters left in the nodes' folders.
+    """Finish the cut-off saves of single adapters in nodes' folders: carry them out, or sweep up.
 
     Args:
         root: the folder of the tree; a cut-off save of the tree itself is not touched.
@@ -51,6 +51,6 @@ def finish_nodes(root: str) -> None:
         # The empty path is the tree's own folder. The caller holds the lock of that folder already,
         # so to ask for it again here would wait until the time-out.
         if path and leftovers(Path(files.folder)):
-            # To become the writer of a folder is to finish what the writers before left there.
+            # Nothing is written here: on entry, `writing` finishes what earlier writers left.
             with writing(Path(files.folder)):
                 pass

@@ -31,7 +31,7 @@ __all__ = ["SkippedWarning", "StaleWarning", "load", "lock", "relock", "survey"]
 
 
 _MOST_TOLD = 20
-"""Nodes that one warning gives the reason of."""
+"""The most nodes whose reason one warning gives."""
 
 
 class StaleWarning(LoraTreeWarning):
@@ -58,7 +58,7 @@ def load(
         path: the folder, or a YAML file in it.
         strict: raise if a node is stale, instead of warning.
         outside: whether tree.yaml may name adapters that lie outside of the folder. Pass False for
-            a tree from somebody you do not trust: then nothing outside of its folder is read,
+            a tree whose author you do not trust: then nothing outside of its folder is read,
             also if its tree.yaml or a link leads there.
         skip_broken: leave out the nodes that can't be used, and all below them, and warn of each
             with its reason. For this the headers of all adapters are read.
@@ -75,8 +75,8 @@ def load(
     opened = inspect(place, outside=outside)
     skipped: dict[str, str] = {}
     if skip_broken:
-        # A mistake in the tree's own files is of no single node, so nothing could be left out for
-        # it.
+        # A mistake in the tree's own files belongs to no single node, so to leave nodes out would
+        # not help.
         raise_any([problem for problem in opened.problems if not problem.node])
         skipped = unusable(opened)
     else:
@@ -170,7 +170,7 @@ def survey(
         path, outside: as for `load`.
 
     Raises:
-        SpecError, FolderError: there is no tree, or what its folder means can't be said.
+        SpecError, FolderError: there is no tree, or a file of the tree itself is broken.
     """
     opened = inspect(place_of(path), outside=outside)
     raise_any([problem for problem in opened.problems if not problem.node])
@@ -190,15 +190,15 @@ def survey(
 
 
 def lock(path: str | os.PathLike[str], *, accept_stale: bool = False) -> None:
-    """Accept the present files of a tree: write its tree.lock anew.
+    """Accept the present files of a tree: write a new tree.lock.
 
-    Every file that the old lock does not vouch for is read whole first. What a node was trained on
-    goes with its content: a folder that was moved on the disk is known again. A node with new
-    content counts as trained on its present lineage.
+    Every file that the old lock does not vouch for is read whole first. The record of what a node
+    was trained on follows its content, so a folder that was moved on the disk keeps it. A node with
+    new content counts as trained on its present lineage.
 
     Args:
         path: the folder, or a YAML file in it.
-        accept_stale: every other node counts as trained on its lineage of today as well.
+        accept_stale: count every other node as trained on its present lineage, too.
 
     Raises:
         SpecError, FolderError: as `load`, or the folder can't be written.
@@ -212,8 +212,8 @@ def relock(path: str | os.PathLike[str], *, accept_stale: bool = False) -> Reloc
     """Lock as `lock` does, and return the files that only the new lock accepts."""
     place = place_of(path)
     with writing(Path(place.folder)) as transaction:
-        # `check` says that a lock clears what cut-off saves left, in the nodes' folders as well. It
-        # is done before the look, so that the look finds every file at its own place.
+        # A lock clears what cut-off saves left, in the nodes' folders as well: `check` says so. It
+        # does that before `inspect`, which then finds every file at its own place.
         finish_nodes(place.folder)
         opened = inspect(place, repin=True)
         raise_any(opened.problems, but=("stale", "unlocked", "leftover"))

@@ -5,7 +5,7 @@
 
 A save that replaces a node's files gives them a second name here first, before it decides: a hard
 link, which costs no bytes. The save then takes the first name away. So an archive may hold more
-than the log names (of a save that was cut off), and never less.
+contents than the log names (left by a save that was cut off), and never fewer.
 
 Law: a file of the archive shares its bytes with no file outside. A program that writes an adapter
 in place, as some do, would write into the archive otherwise.
@@ -60,10 +60,10 @@ def archived(folder: str | Path) -> set[str]:
 
 
 def archive(folder: Path, leaving: Iterable[Archived]) -> None:
-    """Put contents into the archive, so that they last.
+    """Put contents into the archive, durably.
 
     Args:
-        folder: of the tree; its writer's lock is held.
+        folder: the tree's; its writer's lock is held.
         leaving: the contents, and where their files are now.
 
     Raises:
@@ -81,7 +81,8 @@ def archive(folder: Path, leaving: Iterable[Archived]) -> None:
             if not disk.exists(place / name):
                 _keep(one.files[name], place / name)
         disk.sync(place)
-    # The names of the contents last only once their folder is synced, and it in turn in the tree's.
+    # The contents' names are durable once the archive is synced, its own name once the tree's
+    # folder is.
     if os.path.lexists(home):
         disk.sync(home)
     if made:
@@ -121,7 +122,7 @@ def forget(folder: Path, contents: Iterable[str]) -> None:
 
 
 def forget_unnamed(folder: Path) -> None:
-    """Remove what no log names: a save was cut off before it had decided.
+    """Remove contents that no log names, left by a save that was cut off before it had decided.
 
     Raises:
         FolderError: a file can't be read or removed.
@@ -159,7 +160,7 @@ def contents_of_others(folder: Path, mine: str) -> set[str]:
     """Return the contents that the logs of other trees over this folder name.
 
     Args:
-        folder: of the trees.
+        folder: the trees' folder.
         mine: the place of this tree's log.
 
     Raises:

@@ -1,7 +1,7 @@
-"""Bases: the folder that a base's name leads to, what its files are, and which base adapters name.
+"""Bases: the folder that a base's name leads to, its fingerprint, and the base that adapters name.
 
 name in tree.yaml      ../base, as seen from the tree's folder
-fingerprint            a hash of the base's files, weights sampled: it tells a changed base
+fingerprint            a hash of the base's files, weights sampled: it shows a changed base
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def local_base(name: str | None, folder: str) -> str | None:
     """Return the base's own folder as an absolute path, or None if its name leads to no folder.
 
     Args:
-        name: of the base.
-        folder: the folder that a relative name is seen from.
+        name: the base's.
+        folder: the folder that a relative name starts from.
     """
     if not name or "\0" in name:
         return None
@@ -48,8 +48,8 @@ def base_lock(name: str | None, spelled: str | None, before: Iterable[BaseLock])
     Args:
         name: the base, a local folder as an absolute path; None if its files may not be looked at.
         spelled: its name as tree.yaml has it.
-        before: earlier entries. If the base's files are not at hand, the fingerprint of the one of
-            that name stays.
+        before: earlier entries. If the base's files are not at hand, the fingerprint in the entry
+            of the same name is kept.
     """
     if spelled is None:
         return BaseLock()
@@ -74,7 +74,7 @@ def bases_of(adapters: Mapping[str, Files]) -> dict[str, str]:
         try:
             config = strict_json.loads(disk.read_file(config_file, most=CONFIG_BYTES), config_file)
         except LoraTreeError:
-            continue  # its flaw is a problem of its own, told where adapters are examined
+            continue  # its flaw is a problem of its own, reported where adapters are examined
         named = config.get("base_model_name_or_path")
         if isinstance(named, str) and named:
             found[path] = named
@@ -89,12 +89,12 @@ def agreed_base(names: Iterable[str]) -> str | None:
     return names[0]
 
 
-# ---------------------------------------------------------------------- what its files are
+# ---------------------------------------------------------------------- the fingerprint
 def fingerprint(base: str | os.PathLike[str]) -> str | None:
     """Hash a base's folder: names, sizes, configs and headers whole, weights sampled.
 
     A few MB are read of a model of any size. Two folders with equal fingerprints hold the same
-    model, unless somebody made them differ on purpose.
+    model, unless they were made to differ on purpose.
 
     Returns:
         the hash; None if it is no folder of a model.
@@ -119,7 +119,7 @@ def fingerprint(base: str | os.PathLike[str]) -> str | None:
 
 
 def _files(folder: Path) -> list[Path]:
-    """List the plain files in a folder and one level below it, as a pipeline has them."""
+    """List the plain files in a folder and one level below it, where a pipeline has its models."""
     if not is_folder(folder):
         return []
     with disk.named("read the base", folder):
@@ -133,8 +133,8 @@ def _sampled(file: Path, size: int) -> bytes:
         start = 0
         if file.suffix == ".safetensors":
             header_bytes = int.from_bytes(stream.read(8), "little")
-            # A length that can't be one is of a file that is broken; its samples tell it apart all
-            # the same.
+            # An impossible length means a broken file. Its samples tell it from other files all the
+            # same.
             if 0 < header_bytes <= min(size - 8, _MOST_HEADER_BYTES):
                 start = 8 + header_bytes
         found = hashlib.sha256()

@@ -1,4 +1,4 @@
-"""Belonging: which files a tree consists of, wherever else its folder is used for.
+"""Belonging: the files that a tree consists of, whatever else its folder is used for.
 
     tree.yaml, tree.lock           under these names, also if the tree was opened by another YAML
     fr/adapter_config.json, …      the files of each node, as tree.yaml and the folders say
@@ -37,7 +37,7 @@ class Belongings:
     Args:
         files: place in the tree's folder → where the file is now, which may be in a save's stage.
         outside: node → the folder of its adapter, for adapters that lie outside of the tree's, or
-            in a hidden folder of it, where other programs keep what is theirs.
+            in a hidden folder of it, where other programs keep their files.
     """
 
     files: Mapping[str, str] = field(default_factory=dict)
@@ -56,7 +56,7 @@ def belongings(opened: Opened) -> Belongings:
     root = os.path.normpath(place.folder)
     for path, entry in opened.entries.items():
         if entry.files is None or entry.hub is not None:
-            continue  # what is on the hub already goes by its name
+            continue  # tree.yaml names an adapter on the hub, so its files are not sent
         # By its name and not by where links lead: a snapshot in the hub's cache is all links.
         at = os.path.relpath(entry.files.around, root)
         if not lies_in(os.path.normpath(entry.files.around), (root,)) or is_hidden(at):
@@ -69,7 +69,7 @@ def belongings(opened: Opened) -> Belongings:
 
 
 def locked_times(opened: Opened) -> dict[str, int]:
-    """Return the times that the lock tells of the nodes' files: place → nanoseconds."""
+    """Return the times of the nodes' files that the lock records: place → nanoseconds."""
     found: dict[str, int] = {}
     for path, entry in opened.entries.items():
         if entry.files is None or path not in opened.contents or opened.lock is None:
@@ -83,7 +83,7 @@ def locked_times(opened: Opened) -> dict[str, int]:
 
 
 def places_among(names: Iterable[str], spec: TreeSpec | None) -> list[str]:
-    """Return the places of a tree's files among the names of a folder's, before any is there.
+    """Return which of a folder's names are files of its tree, before any file is fetched.
 
     Args:
         names: every file, relative to the folder.

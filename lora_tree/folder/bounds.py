@@ -1,4 +1,4 @@
-"""Bounds: which files belong to a folder, and a guess for a user who named something else.
+"""Bounds: where the files of a folder may lie, and a hint for a user who named something else.
 
 A tree's folder owns what lies in it. One exception: a snapshot in the model hub's cache holds
 nothing but links, and what they lead to lies beside it, in the ``blobs`` of the same repository.
@@ -21,7 +21,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9][A-Za-z0-9_.-]
 
 
 def blobs(folder: str) -> str | None:
-    """Return where a snapshot in the hub's cache keeps its files; None if ``folder`` is in none.
+    """Return where a snapshot in the hub's cache keeps its files; None without one.
 
     Args:
         folder: a real path; the snapshot itself or a folder in it.
@@ -81,7 +81,7 @@ def no_folder(folder: str, spelled: str, above: str = "") -> tuple[str, ...] | N
         # The likeliest mistake: the user named one of an adapter's two files.
         return (what, f"name the folder that it lies in: {os.path.dirname(spelled) or '.'}")
     hint = hub_hint(spelled, above)
-    # Without a hint the caller says what is missing, which knows what the folder was for.
+    # Without a hint the caller reports what is missing: it knows what the folder was for.
     return (f"{folder}: no such folder", hint) if hint else None
 
 

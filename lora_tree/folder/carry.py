@@ -1,4 +1,4 @@
-"""Carry out a record: each staged file to its place, each deleted file away.
+"""Carry out a record: move each staged file to its place, and delete what it deletes.
 
 Every step can be repeated after a kill: a file that is in its place already stays there, and a file
 that is gone already counts as deleted. A record that this process did not write itself is verified
@@ -24,15 +24,15 @@ _STAGED = re.compile(r"(?:[0-9]+|record)\Z")
 
 
 def carry_out(folder: Path, record: Record, *, trusted: bool = False) -> None:
-    """Put everything in its place, and remove the record.
+    """Move and delete the files that a record names, then remove the record.
 
     Args:
-        folder: the folder that the record is of.
+        folder: the folder that the record belongs to.
         record: the decision.
         trusted: this process made the record just now, so there is nothing to verify.
 
     Raises:
-        SpecError: the stage is no folder of its own.
+        SpecError: the stage is a link, or no folder.
         FolderError: a file differs from the record, or the disk refuses.
     """
     stage = folder / HIDDEN / record.stage
@@ -47,8 +47,8 @@ def carry_out(folder: Path, record: Record, *, trusted: bool = False) -> None:
     for gone in record.deletes:
         disk.remove(folder / gone.at)
         emptied.add((folder / gone.at).parent)
-    # The names must last before the record goes: without it nothing would repeat the moves after a
-    # power cut.
+    # The names must be durable before the record is removed: without it nothing would repeat the
+    # moves after a power cut.
     for parent in sorted(touched | emptied):
         if is_folder(parent):
             disk.sync(parent)
@@ -82,7 +82,7 @@ def _drop_emptied(folder: Path, emptied: set[Path]) -> None:
             parent = parent.parent
 
 
-# ---------------------------------------------------------------------- somebody else's record
+# ---------------------------------------------------------------------- another process's record
 def _verify(folder: Path, record: Record) -> None:
     """Compare staged files with the record, and every place with what the record says of it."""
     stage = folder / HIDDEN / record.stage

@@ -36,7 +36,7 @@ class NewFile:
 
     Args:
         place: where it goes, relative to the folder.
-        sha256: of the bytes that were decided on; other bytes are refused when it is written.
+        sha256: the hash of the bytes decided on; other bytes are refused when it is written.
         origin: where its bytes come from.
     """
 
@@ -57,7 +57,7 @@ class KeptAdapter:
     Args:
         folder: where its two files will be.
         content: the hash of both.
-        pieces: the same by pieces of the weights, if it is known.
+        pieces: the hash by pieces of the weights (`pieces`), if it is known.
         stamps: size and time of its files; None if they are new, so that only the disk will know.
         trained: the lineage and base that it was trained on; None if those are the ones that the
             save writes.
@@ -80,7 +80,7 @@ class KeptAdapter:
 
 @dataclass(frozen=True)
 class NewLock:
-    """The tree.lock that a save leaves, but for the times of the files that it writes.
+    """The tree.lock that a save leaves, except the times of the files that it writes.
 
     Args:
         place: the name of the lock.
@@ -149,7 +149,7 @@ class Changes:
 
     Args:
         files: the files to write, in this order; the lock comes after them.
-        deletes: the places whose files go away.
+        deletes: the places whose files are deleted.
         archives: the contents that leave the folder and are kept in its history.
         forgets: the contents that the history has no entry for any more.
         lock: the lock to write; None if it says the same already.
@@ -170,7 +170,7 @@ class Changes:
 
     @property
     def is_empty(self) -> bool:
-        """There is nothing to do."""
+        """True if there is nothing to do."""
         return not (self.files or self.deletes or self.forgets) and self.lock is None
 
     @property

@@ -27,7 +27,7 @@ from .tree_place import place_of
 
 __all__ = ["check", "moved_branches", "notes"]
 
-# A note reads the headers of files that may have nothing to do with the tree, so not of thousands.
+# Notes read headers of files that may have nothing to do with the tree, so their number is bounded.
 _MOST_HEADERS = 100
 
 
@@ -125,7 +125,7 @@ def _fits(value: LowRank, weight: float, dtype: torch.dtype) -> bool:
 def _leftovers(opened: Opened) -> Iterator[Problem]:
     """Find the remains of saves that were cut off, in the tree's own folder and in its nodes'."""
     # The scan lists the top folder too if an adapter lies in it. A dict drops the second mention,
-    # so that its remains are told once.
+    # so that its remains are listed once.
     for path in dict.fromkeys(["", *opened.scan.found]):
         folder = Path(opened.place.folder, path)
         try:
@@ -141,9 +141,9 @@ def _leftovers(opened: Opened) -> Iterator[Problem]:
 
 # ---------------------------------------------------------------------- no problems
 def notes(path: str | os.PathLike[str]) -> list[str]:
-    """Return notes: what is passed over, and bases that disagree.
+    """Return notes about adapters that are passed over, and about bases that disagree.
 
-    Passed over are steps of training runs, and adapters of other programs that nothing names.
+    Steps of training runs are passed over, and adapters of other programs that nothing names.
 
     Raises:
         FolderError: there is no such folder or file.
@@ -160,7 +160,7 @@ def notes(path: str | os.PathLike[str]) -> list[str]:
 def moved_branches(path: str | os.PathLike[str]) -> list[str]:
     """Return a note for each adapter on the hub whose branch has moved on since it was locked.
 
-    The hub is asked; where it does not answer there is none.
+    This asks the hub; if it does not answer, there are no notes.
 
     Raises:
         FolderError: there is no such folder or file.

@@ -28,10 +28,10 @@ class Freed:
     """The contents that a clean-up removes, or would remove.
 
     Args:
-        nodes: node → how many of its earlier versions.
-        contents: content → bytes, of the files that go.
+        nodes: node → the number of its earlier versions that go.
+        contents: content → the bytes of its files, for each content that goes.
         left_bytes: the bytes that the history still takes.
-        runs: number → bytes, of the records of runs that go.
+        runs: number of a run → the bytes of its record, for each run that goes.
         dry_run: nothing was removed.
     """
 
@@ -54,7 +54,7 @@ def gc(
     runs: int | None = None,
     dry_run: bool = False,
 ) -> Freed:
-    """Remove earlier versions and records of runs beyond the bound, and files that none names.
+    """Remove earlier versions and records of runs beyond the bound, and files that no log names.
 
     Args:
         path: the folder of the tree, or a YAML file in it.
@@ -76,7 +76,7 @@ def gc(
     with writing(Path(place.folder)) as transaction:
         freed, changes = _spare(_looked(path), versions)
         transaction.apply(changes)
-    # A run may have begun or ended since it was looked: the ones that went are told.
+    # A run may have begun or ended since the look above: only those that really went are reported.
     gone = {int(own.name) for own in drop_runs(kept, most=most)}
     runs_gone = {number: nbytes for number, nbytes in spare.items() if number in gone}
     return replace(freed, runs=runs_gone, dry_run=False)

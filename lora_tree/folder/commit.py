@@ -2,7 +2,7 @@
 
     .lora_tree/lock              held by the one writer (`writer`)
     .lora_tree/stage-<id>/0 …    new files, whole and synced
-    .lora_tree/commit.json       the decision (`record`): which file goes where, and which go away
+    .lora_tree/commit.json       the decision (`record`): which files move where, which are deleted
     .versions/<content>/         what the save replaces, put there before the decision (`archive`)
 
 Until the record has its name nothing has happened; from then on everything has. Readers that find a
@@ -45,11 +45,11 @@ __all__ = ["Transaction", "writing"]
 
 @contextmanager
 def writing(folder: Path) -> Iterator[Transaction]:
-    """Be the one writer of ``folder``; what earlier writers left is carried out or swept up first.
+    """Hold the writer's lock on ``folder``, finish cut-off saves in it, and yield a transaction.
 
     Raises:
         FolderError: another writer is at work, or the folder can't be written.
-        SpecError: a commit record that can't be trusted.
+        SpecError: the commit record can't be trusted.
     """
     with only_writer(folder):
         # The order matters: `sweep` removes every stage. If it came first it would remove the files
@@ -59,8 +59,8 @@ def writing(folder: Path) -> Iterator[Transaction]:
         if record is not None:
             carry_out(folder, record)
         if was_cut_off:
-            # Before `sweep`: a stage is the sign that there may be such contents, also for the
-            # writer after one that is killed here.
+            # Before `sweep`: a stage is the sign that there may be such contents. If this writer is
+            # killed here, the next one still finds the sign.
             forget_unnamed(folder)
         sweep(folder)
         transaction = Transaction(folder)
@@ -75,7 +75,7 @@ class Transaction:
     """Changes that happen together, or not at all.
 
     Attributes:
-        decided: the record has its name, so the folder opens as the new one.
+        decided: the record has its name, so the folder opens as the new tree.
         written: place → size and time of each file as it was written.
     """
 
@@ -95,7 +95,7 @@ class Transaction:
         Raises:
             SpecError, FolderError: a place can't be written; nothing has been.
             FolderError: the disk refuses. If `decided` is False nothing has happened; otherwise the
-                folder opens as the new one already.
+                folder opens as the new tree already.
         """
         if changes.is_empty:
             return
@@ -115,7 +115,7 @@ class Transaction:
         self._decide(self._record(changes.deletes), changes.forgets)
 
     def abandon(self) -> None:
-        """Take back everything that was not decided."""
+        """Remove everything that was staged, unless it was decided."""
         # No error here may hide the one that led to it.
         try:
             if disk.exists(self._hidden / RECORD):
@@ -130,7 +130,7 @@ class Transaction:
             for folder in reversed(self._made):
                 disk.drop(folder)
 
-    # ------------------------------------------------------------------ before a byte
+    # ------------------------------------------------------------------ checks before writing
     def _check(self, changes: Changes) -> None:
         """Refuse places that can't be written, or that no save may write."""
         writes = list(changes.writes)

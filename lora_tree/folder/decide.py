@@ -1,12 +1,12 @@
-"""Decide what a save does, and write nothing: nodes' files, tree.yaml, tree.lock, what goes, what
-is kept.
+"""Decide all that a save changes, and write nothing: the nodes' files, tree.yaml, tree.lock,
+deletions, and the versions that the history keeps.
 
     a node with                           becomes
     an adapter in memory alone            its two files, rendered
     parameters, which an optimiser moves  the same, unless its files say just that already
     an adapter whose files are gone       the same, from memory
     files in their place already          nothing: they stay as they are
-    files elsewhere in this or a tree     a copy of their bytes
+    files elsewhere in any tree           a copy of their bytes
     files that its user named             its folder's name in tree.yaml (with ``copy``, or where
                                           it is another node's own folder: a copy)
     neither                               a line in tree.yaml: fresh, or null for a group
@@ -67,7 +67,7 @@ def decide(
 
     Raises:
         SpecError: the log of the history is broken.
-        FolderError: the save would undo somebody else's, or a node would come back.
+        FolderError: the save would undo another process's, or a removed node would come back.
         FormatError: PEFT has no way to write a node; or its files are gone or broken. Names the
             node.
         UnlockedError: files that stay where they are have changed since the tree was opened.
@@ -92,7 +92,7 @@ def decide(
     if log is not None:
         draft.files.append(log)
     lock = _new_lock(draft, needs.spelled_base(), yaml, keeping)
-    # New files have new times, which the lock lists. Without them its bytes are known by now.
+    # The lock lists the times of new files. If there are none, its bytes are known by now.
     same_lock = not draft.files and lock.to_bytes({}) == opened.lock_bytes
     return Changes(
         tuple(draft.files),
@@ -153,7 +153,7 @@ class _Rendered:
 
 
 def _only_in_memory(node: Node, *, copy: bool) -> Adapter | None:
-    """Return a node's adapter if its files may not hold it; None if they do or it has none.
+    """Return a node's adapter if its files may not hold it yet; None if they do, or it has none.
 
     A single file can't be copied into a node's folder as it is, so it counts as not held there.
     """
@@ -170,7 +170,7 @@ def _only_in_memory(node: Node, *, copy: bool) -> Adapter | None:
 
 
 def _is_in_files(node: Node, rendered: _Rendered) -> bool:
-    """Tell whether a node's own files hold these very bytes, as before a first training step."""
+    """Tell whether a node's own files hold these bytes already: no step has changed them."""
     source = node.source
     if not isinstance(source, FolderSource) or source.content != rendered.content:
         return False
@@ -211,7 +211,7 @@ def _from_memory(draft: _Decisions, node: Node, rendered: _Rendered) -> KeptAdap
 
 
 def _weights_again(node: Node, adapter: Adapter) -> Callable[[], bytes]:
-    """Return a function that renders weights, and holds no adapter that the tree does not."""
+    """Return a function that renders weights; it keeps only the tree's own adapter in memory."""
     source = node.source
     if node.loaded is None and source is not None:
         # It was read for this save alone. A tree of such files may be larger than memory.
@@ -258,7 +258,7 @@ def _from_files(draft: _Decisions, node: Node, source: FolderSource) -> KeptAdap
 
 
 def _is_other_nodes(draft: _Decisions, folder: str) -> bool:
-    """Tell whether a folder is the own place of a node of this tree.
+    """Tell whether a folder is the place of a node of this tree.
 
     A tree.yaml that named it for a second node would take it from the first one.
     """
@@ -283,8 +283,8 @@ def _in_place(draft: _Decisions, path: str, source: FolderSource, files: Files) 
 
 
 def _examined(source: FolderSource, files: Files) -> Examined:
-    """Return the findings in files that stay where they are."""
-    if source.trained is not None:  # a lock says them, so no weights need be read
+    """Return the hashes of files that stay where they are, and whether they add anything."""
+    if source.trained is not None:  # the lock has them, so no weights need be read
         return Examined(source.unchanged(files), source.pieces, source.trained.untrained)
     return examine(files)
 

@@ -1,4 +1,4 @@
-"""The few operations by which this library changes a disk; it may fail or be killed at each.
+"""The few operations by which this library changes a disk; a process may be killed at each.
 
 Everything that is written goes through here, in this order: a new file is written whole and synced
 under a name that no reader looks for, then renamed; a folder is synced after its content has
@@ -64,7 +64,7 @@ Glimpse = tuple[int, int, int]
 
 
 def refuse(error: OSError) -> None:
-    """Raise for a folder that can't be looked into, which `os.walk` by itself would pass over.
+    """Raise for a folder that can't be looked into, which `os.walk` would skip.
 
     Raises:
         FolderError: always.
@@ -112,7 +112,7 @@ def read_file(
         FolderError: the file is refused, or can't be read.
     """
     with named("read it", path), open_plain(path, follow=follow, inside=inside) as file:
-        # The open file is asked: the one that had the name a moment ago may be another.
+        # The size is the open file's: the name may have belonged to another file a moment ago.
         size = os.fstat(file).st_size
         if most is not None and size > most:
             raise FolderError(f"{path}: {size} bytes; the most is {most}")
@@ -129,7 +129,7 @@ def digest(
 
     Args:
         follow: follow a link; otherwise a link is refused.
-        beside: is shown the bytes too, in order.
+        beside: called with the bytes too, in order.
     """
     found = hashlib.sha256()
     with named("read it", path), open_plain(path, follow=follow) as file:
@@ -143,7 +143,7 @@ def digest(
 def mode_of(path: str | Path) -> int:
     """Return the mode that a file of this name has, or will get from its folder.
 
-    If the folder is not there yet, the next one above it that is there counts. Only the owner may
+    If the folder does not exist yet, the nearest one above it that does counts. Only the owner may
     write a new file and, if the folder allows it, the group.
     """
     with suppress(OSError, ValueError):
@@ -163,7 +163,7 @@ def write(path: str | Path, data: bytes, *, mode: int | None = None) -> Stamp:
 
 
 def replace(path: str | Path, data: bytes) -> None:
-    """Make or replace a file: its bytes are there and synced before it has the name.
+    """Make or replace a file atomically: its bytes are synced before it gets the name.
 
     Raises:
         FolderError: the folder of ``path`` is missing, or the system refuses; it names ``path``.
@@ -172,7 +172,7 @@ def replace(path: str | Path, data: bytes) -> None:
     # Beside it, because a rename does not cross file systems.
     beside = Path(path).with_name(f".{Path(path).name}.{uuid.uuid4().hex}")
     try:
-        # Every refusal is told of ``path``: the caller has never heard of the file beside it.
+        # Errors name ``path``, because the caller does not know of the file beside it.
         with named("write it", path):
             with _created(beside, mode_of(path)) as file:
                 _fill(file, data)
@@ -212,7 +212,7 @@ def copy(
     mode: int | None = None,
     inside: Inside | None = None,
 ) -> tuple[Stamp, str]:
-    """Make a new file from another's bytes, synced, and return the SHA-256 of them too.
+    """Copy a file to a new one, synced; return the new file's stamp and its SHA-256.
 
     Args:
         mode: see `write`.
@@ -233,7 +233,7 @@ def copy(
 
 
 def link(path: str | Path, to: str | Path) -> bool:
-    """Give a file a second name; False where the file system has no second names, or refuses."""
+    """Give a file a second name, a hard link; return False if the file system refuses."""
     try:
         os.link(path, to, follow_symlinks=False)
     # A link costs nothing but is never needed: whatever the reason, the caller copies the file,
@@ -244,13 +244,13 @@ def link(path: str | Path, to: str | Path) -> bool:
 
 
 def rename(path: str | Path, to: str | Path) -> None:
-    """Give a file or folder another name, over a file that has it."""
+    """Rename a file or folder, replacing a file that has the new name."""
     with named(f"rename {path} to it", to):
         _rename(path, to)
 
 
 def remove(path: str | Path) -> None:
-    """Remove a file; fine if it is gone already."""
+    """Remove a file; a no-op if it is gone already."""
     with named("remove it", path):
         try:
             os.unlink(path)
@@ -259,12 +259,12 @@ def remove(path: str | Path) -> None:
 
 
 def make(folder: str | Path) -> bool:
-    """Make one folder; False if it is there already."""
+    """Make one folder; return False if it exists already."""
     return _make(folder, 0o777)
 
 
 def make_inside(folder: str | Path) -> bool:
-    """Make one folder with no more permissions than the one around it; False if it is there."""
+    """Make one folder, with no more permissions than the one around it; see `make`."""
     made = _make(folder, 0o700)
     if made:
         with suppress(OSError):  # a file system without modes
@@ -291,7 +291,7 @@ def _make(folder: str | Path, mode: int) -> bool:
 
 
 def drop(folder: str | Path) -> bool:
-    """Remove an empty folder; False if it is not empty, or gone."""
+    """Remove an empty folder; return False if it is not empty, or gone."""
     try:
         os.rmdir(folder)
     except OSError:

@@ -1,4 +1,4 @@
-"""The edge: what the values call for files. It puts itself into their slot when it is imported."""
+"""The edge: gives the values access to files. It installs itself in their slot when imported."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class FolderStorage:
         peft_form(adapter)
 
     def source(self, folder: Path) -> FolderSource:
-        """Return an adapter that is read when it is first needed; its files have to be there now.
+        """Return a source, which reads an adapter when first needed; the files have to exist now.
 
         Raises:
             FormatError: there is no whole adapter.
@@ -65,9 +65,9 @@ class FolderStorage:
 
 
 def _adapter_place(spelled: Path) -> tuple[str, HubLock | None]:
-    """Return where an adapter is, as an absolute path, and where it is on the hub.
+    """Return the absolute path of an adapter, and its place on the hub if it is named there.
 
-    One on the hub is fetched.
+    An adapter on the hub is fetched first.
 
     Raises:
         FormatError: something else has this name.

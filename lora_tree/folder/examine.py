@@ -39,7 +39,7 @@ class Examined:
 
     Args:
         content: the hash of their content.
-        pieces: the same by pieces of the weights; None of small ones.
+        pieces: the hash by pieces of the weights; None if they are small.
         untrained: the increments are zero.
     """
 
@@ -62,7 +62,7 @@ def examine(files: Files) -> Examined:
         adapter = read_files(files, witness=hashing)
         return Examined(hashing.content(), hashing.pieces(), adds_nothing(adapter))
     except UnsupportedAdapter:
-        # The hash was not fed to its end, so the files are hashed for themselves.
+        # The reader stopped before the hash had all bytes, so the files are hashed again.
         weights = files.names[-1]
         read_tensors(files.now[weights][0], os.path.join(files.around, weights), outline=True)
         return Examined(hashed(files), None, untrained=False)
@@ -74,8 +74,8 @@ def broken_text(files: Files, *, unknown_kinds: bool = False) -> str | None:
     """Say why an adapter's files are broken, as far as headers and sizes show it; None if whole.
 
     Args:
-        files: both of them.
-        unknown_kinds: whether an adapter of a kind that this library can't add up counts as well.
+        files: those of an adapter of which none is missing.
+        unknown_kinds: whether an adapter of a kind that this library can't add up is broken, too.
     """
     try:
         read_files(files, outline=True)

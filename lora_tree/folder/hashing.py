@@ -5,9 +5,9 @@
     pieces             several threads, each a piece  where the lock has the hash of the pieces
 
 SHA-256 takes several times as long as a read from the page cache, so the read is hidden behind it,
-and so is what the reader does with the adapter afterwards. While it does that it has the
-interpreter's lock, for which the hasher waits between two parts: so parts that wait are hashed as
-one.
+and so is what the reader does with the adapter afterwards. Meanwhile the reader often has the
+interpreter's lock, for which the hasher has to wait between two parts: so parts that wait are
+hashed as one.
 
 Law: the hashes depend on the bytes alone. No caller gets an adapter before `content` or `pieces`
 has returned the hash of its files.
@@ -37,15 +37,15 @@ __all__ = ["ContentHash", "by_pieces", "weights_digest"]
 class ContentHash:
     """The hashes of an adapter's content, from the bytes that its reader used.
 
-    It is a reader's witness. A PEFT folder's weights stay as they are until `content`, `pieces` or
-    `close`, and are hashed beside the read. Readers of other formats may turn factors over in the
-    memory into which they were read, so those are hashed at once.
+    It is a reader's witness. A PEFT folder's weights stay unchanged until `content`, `pieces` or
+    `close`, and are hashed beside the read. Readers of other formats may transpose factors in
+    place, so those bytes are hashed at once.
 
     Args:
-        names: of the adapter's files.
+        names: the names of the adapter's files.
         whole: find `content`.
         pieces: find `pieces`.
-        nbytes: of the weights, if it is known: several threads hash the pieces of large ones.
+        nbytes: the size of the weights, if known: several threads hash the pieces of large ones.
     """
 
     def __init__(
@@ -86,18 +86,19 @@ class ContentHash:
 
     @property
     def runs_beside(self) -> bool:
-        """Whether a thread is hashing what was read; there is time until the hash is known."""
+        """True while a thread hashes what was read: there is time until the hash is known."""
         if self._pieces is not None and self._pieces.runs_beside:
             return True
         return self._thread is not None
 
     def content(self) -> str:
-        """Return the hash, when all parts are in it. Call it once."""
+        """Wait until all parts are hashed, and return the content's hash. Call it once."""
         return content(*self.digests().values())
 
     def digests(self) -> dict[str, str]:
-        """Return the SHA-256 of each file, when all parts are in them; without ``whole`` the one of
-        the weights is of no bytes.
+        """Wait until all parts are hashed, and return the SHA-256 of each file.
+
+        Without ``whole`` that of the weights is the hash of no bytes.
         """
         self._end()
         return {name: hashing.hexdigest() for name, hashing in self._hashes.items()}
@@ -109,14 +110,14 @@ class ContentHash:
         return by_pieces(self.digests(), self._pieces)
 
     def close(self) -> None:
-        """Leave out the parts that are not hashed yet; a no-op after the hash is known."""
+        """Drop the parts that are not hashed yet; a no-op after the hash is known."""
         self._closed = True
         if self._pieces is not None:
             self._pieces.close()
         self._end()
 
     def _end(self) -> None:
-        """Wait for the thread, and raise what it met."""
+        """Wait for the thread, and raise its error."""
         if self._thread is None:
             return
         self._parts.put(None)
@@ -154,7 +155,7 @@ def by_pieces(digests: Mapping[str, str], weights: PieceHash) -> str | None:
 
     Args:
         digests: the SHA-256 of each of its files.
-        weights: the hash of its weights, all of them; of nothing if they are no PEFT weights.
+        weights: the hash of all its PEFT weights; for another format, of no bytes.
     """
     if weights.nbytes < LARGE:
         return None
@@ -173,7 +174,7 @@ def weights_digest(path: str | Path) -> tuple[str, PieceHash]:
 
 
 def _joined(parts: Sequence[tuple[str, memoryview]]) -> Iterator[tuple[str, memoryview]]:
-    """Yield the parts; those that lie one behind the other in memory, in this order, as one."""
+    """Yield the parts; parts of a file that are contiguous in memory come as one."""
     run: list[memoryview] = []  # of the file `of`, from `start` to `end`
     of, start, end = "", 0, 0
     for name, data in parts:
@@ -193,12 +194,12 @@ def _joined(parts: Sequence[tuple[str, memoryview]]) -> Iterator[tuple[str, memo
 
 
 def _address(data: memoryview) -> int | None:
-    """Return where a part begins, if it is one that the reader of weights made."""
+    """Return the address of a part; None if the reader of weights did not make it."""
     return ctypes.addressof(data.obj) if isinstance(data.obj, ctypes.Array) else None
 
 
 def _one(start: int, end: int, parts: Sequence[memoryview]) -> memoryview:
-    """Return the memory from ``start`` to ``end``, which keeps its parts alive."""
+    """Return the memory from ``start`` to ``end`` as one view, which keeps its parts alive."""
     whole: Any = (ctypes.c_char * (end - start)).from_address(start)
     whole.parts = parts
     return memoryview(whole)

@@ -1,15 +1,15 @@
-"""The history: what nodes of a tree were before, as one log; a value, and its bytes.
+"""The history: the earlier versions of a tree's nodes in one log; a value, and its bytes.
 
     .versions/tree.json        node → its earlier versions, the oldest first
                                (other.json: other.yaml's)
     .versions/<content>/       the files of a content that no node has any more; see `archive`
 
-A version is what tree.lock said of a node, with the node's weight, when a save changed one of the
-two. So a plain move makes no version: the history of a node follows it to its new path.
+A version is a node's entry in tree.lock, with the node's weight, as it was before a save changed
+its content or its weight. So a plain move makes no version: the history of a node follows it to its
+new path.
 
-Law: a (content, weight) stands in a node's history once, where it was last, and never beside the
-present one of the same. So a user who goes back and forth between two versions does not push a
-third one out.
+Law: a node's history has each (content, weight) once, at its latest place, and has no entry for the
+present one. So a user who goes back and forth between two versions does not push a third one out.
 """
 
 from __future__ import annotations
@@ -68,12 +68,12 @@ class Version:
 
     Args:
         content: the hash of its two files.
-        weight: of the node.
-        nbytes: of the two files.
-        on: what it was trained on, and how it was made, as far as a lock said so.
-        until: when a save replaced it; None if it is the present one.
+        weight: the node's.
+        nbytes: the size of the two files.
+        on: what it was trained on and its origin, as far as a lock said so.
+        until: the time at which a save replaced it; None if it is the present one.
         ended_by: the command that replaced it.
-        elsewhere: the folder that its user named, as seen from the tree's; such files stay there.
+        elsewhere: the folder that its user named, relative to the tree's; such files stay there.
         hub: how tree.yaml named it, if it is on the model hub, and the commit of its files.
     """
 
@@ -88,11 +88,11 @@ class Version:
 
     @property
     def key(self) -> tuple[str, Weight]:
-        """The content and the weight, which make it another version."""
+        """The content and the weight; versions that differ in one of them are different."""
         return self.content, self.weight
 
     def as_dict(self) -> dict[str, object]:
-        """The content, and how it came and went, as plain data for JSON."""
+        """Return the content, its origin and its end as plain data for JSON."""
         return {
             "content": self.content,
             "weight": plain_weight(self.weight),
@@ -106,12 +106,12 @@ class Version:
 
     @property
     def is_present(self) -> bool:
-        """The node has it now."""
+        """True if the node has it now."""
         return self.until is None
 
     @property
     def when(self) -> str | None:
-        """When a save made it the present one, UTC; None if no save noted that."""
+        """The time at which a save made it the present one, UTC; None if no save noted it."""
         return self.on.made.when if self.on is not None and self.on.made is not None else None
 
     @property
@@ -137,7 +137,7 @@ class History:
     nodes: Mapping[str, tuple[Version, ...]] = field(default_factory=dict)
 
     def contents(self) -> dict[str, int]:
-        """Return content → bytes, of all contents that are the history's own to keep."""
+        """Return content → bytes, for all contents that the history itself has to keep."""
         found = {}
         for versions in self.nodes.values():
             for version in versions:
@@ -146,7 +146,7 @@ class History:
         return found
 
     def moved(self, moves: Mapping[str, str]) -> History:
-        """Return the history with nodes under their new paths; behind what the path had before."""
+        """Return the history with moved nodes at their new paths, after the versions there."""
         nodes: dict[str, tuple[Version, ...]] = {}
         # A node that was at the new path before, and was removed, keeps its versions there.
         for path in sorted(self.nodes, key=lambda path: path in moves):
@@ -155,10 +155,10 @@ class History:
         return History(nodes)
 
     def bounded(self, most: int, present: Mapping[str, str]) -> History:
-        """Return the history with at most so many contents of each node beside the present one.
+        """Return the history with at most ``most`` contents of each node beside the present one.
 
         Args:
-            most: contents.
+            most: the bound.
             present: node → its content now.
         """
         nodes = {}
@@ -171,7 +171,7 @@ class History:
 
         Args:
             budget_bytes: for all contents, each counted once.
-            live: contents that nodes have; they take no room of the history's.
+            live: contents that nodes have; they do not count against the budget.
         """
         sizes = self.contents()
         for content in live:
@@ -210,7 +210,7 @@ def ended(
     """Return a node's earlier versions with one more.
 
     Args:
-        versions: until now.
+        versions: the earlier ones so far.
         old: the node's version until now.
         now: content and weight that it has from now on; None if it was removed.
         most: different contents that are kept beside the present one.
@@ -225,7 +225,7 @@ def beside(versions: Sequence[Version], now: tuple[str, Weight]) -> tuple[Versio
 
 
 def _bounded(versions: Sequence[Version], present: str | None, most: int) -> tuple[Version, ...]:
-    """Return the versions of the last ``most`` contents; of each at most so many weights."""
+    """Return the versions of the last ``most`` contents, with at most ``most`` weights each."""
     times: dict[str, int] = {}
     kept: list[Version] = []
     for version in reversed(versions):
@@ -241,7 +241,7 @@ def _bounded(versions: Sequence[Version], present: str | None, most: int) -> tup
 
 # ---------------------------------------------------------------------- its file
 class VersionLock(StrictModel):
-    """A version as the log has it; lineages and trainings stand beside, each once."""
+    """A version as the log has it; the log lists lineages and trainings apart, each once."""
 
     content: Digest
     weight: WeightLine
@@ -272,7 +272,7 @@ def history_place(lock: str) -> str:
 
 
 def parse_history(raw: bytes, file: str) -> History:
-    """Return the meaning of a log.
+    """Parse a log.
 
     Raises:
         NewerFormat: a newer version of this library wrote it.

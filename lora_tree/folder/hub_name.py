@@ -6,8 +6,8 @@
     hub:org/name/style.safetensors      one file
     hub:org/name@refs%2Fpr%2F1          a slash in a revision is written %2F, as in its URLs
 
-The files come through huggingface_hub's cache. Which commit they are of stands in tree.lock: it is
-the one that is used from then on, whatever the branch does, until `lora-tree lock` looks again.
+The files come through huggingface_hub's cache. tree.lock records their commit, and that commit is
+used from then on, whatever happens to the branch, until `lora-tree lock` looks again.
 
 Nothing in `folder/` knows the hub. The code that fetches puts itself into a slot, as files do for
 the values (`lora_tree.storage`), and is imported when the first such name is met.
@@ -58,7 +58,7 @@ class HubName:
 
     @property
     def is_pinned(self) -> bool:
-        """The revision is a commit, which never moves."""
+        """True if the revision is a commit, which never moves."""
         return self.revision is not None and _COMMIT.fullmatch(self.revision) is not None
 
     def __str__(self) -> str:
@@ -73,10 +73,10 @@ def is_on_hub(text: str) -> bool:
 
 
 def parse_hub_name(text: str) -> HubName | None:
-    """Return the name that a text is; None if it does not begin with ``hub:``.
+    """Parse a name; return None if it does not begin with ``hub:``.
 
     Raises:
-        SpecError: it does, and is no such name.
+        SpecError: it begins so, but is no such name.
 
     >>> parse_hub_name("hub:org/name@refs%2Fpr%2F1/legal")
     HubName(repository='org/name', revision='refs/pr/1', path='legal')
@@ -101,7 +101,7 @@ class Fetched:
 
     Args:
         place: its folder, or the one file.
-        commit: that it is of.
+        commit: the commit that it comes from.
     """
 
     place: str
@@ -109,7 +109,7 @@ class Fetched:
 
 
 class Hub(Protocol):
-    """The services of a hub to a tree."""
+    """The functions that a hub offers to a tree."""
 
     def fetch(self, name: HubName, commit: str | None) -> Fetched: ...
 
@@ -120,27 +120,27 @@ _slot: list[Hub] = []
 
 
 def install_hub(hub: Hub) -> None:
-    """Put in place what fetches; the last one wins."""
+    """Install the code that fetches; a later one replaces it."""
     _slot[:] = [hub]
 
 
 def fetched(name: HubName, commit: str | None = None) -> Fetched:
-    """Bring an adapter into the cache, unless it is there.
+    """Bring an adapter into the cache, unless it is there already.
 
     Args:
-        name: of the adapter.
-        commit: to take, whatever the revision means today; None: its present meaning.
+        name: the adapter's.
+        commit: the commit to take, wherever the revision points now; None: where it points now.
 
     Raises:
-        HubError: the repository, the revision or the adapter is not there, or the hub can't be
-            asked and the cache has not all of it.
+        HubError: the repository, the revision or the adapter does not exist, or the hub can't be
+            asked and the cache lacks a part of it.
         MissingExtra: huggingface_hub is not installed.
     """
     return _hub().fetch(name, commit)
 
 
 def moved_to(name: HubName, commit: str) -> str | None:
-    """Return the commit that a name means now, if it is another; None too if the hub is silent."""
+    """Return the commit that a name means now if it is another; None if the hub does not answer."""
     if name.is_pinned:
         return None
     head = _hub().head(name)

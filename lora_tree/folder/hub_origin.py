@@ -61,7 +61,7 @@ def read_origin(folder: Path) -> HubOrigin | None:
 
 
 def write_origin(folder: Path, origin: HubOrigin) -> None:
-    """Note in a folder where its tree is on the hub.
+    """Record in a folder where its tree is on the hub.
 
     Raises:
         FolderError: the folder can't be written.

@@ -32,7 +32,7 @@ __all__ = ["Arrival", "arrive", "planned"]
 
 @dataclass(frozen=True)
 class Arrival:
-    """How a folder changes: places that get new files, other files, or none any more."""
+    """The changes to a folder: the places whose files are new, replaced, deleted or the same."""
 
     new: tuple[str, ...] = ()
     replaced: tuple[str, ...] = ()
@@ -49,12 +49,12 @@ def planned(
     places: Mapping[str, Callable[[Path], bool]],
     returnable: Callable[[str, Path], bool],
 ) -> Arrival:
-    """Return how a tree's files would change a folder.
+    """Return the changes that a tree's files would make to a folder.
 
     Args:
-        folder: it need not be there.
-        places: place → whether its file needs no change.
-        returnable: whether the origin can give back the file that is at a place now.
+        folder: it need not exist.
+        places: place → a function that tells whether the file there needs no change.
+        returnable: tells whether the origin can give back the file that is at a place now.
 
     Raises:
         FolderError: a file that can't be brought back is in the way; names all of them.
@@ -98,15 +98,15 @@ def arrive(
     times: Mapping[str, int],
     origin: HubOrigin,
 ) -> Arrival:
-    """Put a tree's files into a folder as one change, and return how it changed.
+    """Put a tree's files into a folder as one change, and return the changes.
 
     Args:
-        folder: it is made if it is not there.
+        folder: made if it does not exist.
         files: place → the file to copy.
-        plan: calls `planned`; under the writer's lock where the folder has files.
-        times: place → the time that the file gets, in nanoseconds. With those that the tree's
-            lock tells, the folder opens without hashing its files.
-        origin: is noted in the folder.
+        plan: calls `planned`; itself called under the writer's lock if the folder has files.
+        times: place → the time that the file gets, in nanoseconds. With the times in the tree's
+            lock, the folder opens without hashing its files.
+        origin: the commit on the hub, to be noted in the folder.
 
     Raises:
         FolderError: as `planned`, or the folder can't be written. Nothing in it has changed then.

@@ -45,7 +45,7 @@ def utc_now() -> str:
 
 
 def read_history(opened: Opened) -> History:
-    """Return the history of a tree, through a save that is not wholly carried out.
+    """Return the history of a tree, as a pending save leaves it.
 
     Raises:
         SpecError: the log is broken.
@@ -63,14 +63,14 @@ def present_version(opened: Opened, path: str, content: str) -> Version:
 
     Args:
         opened: the folder.
-        path: of a node with an adapter in files.
+        path: a node with an adapter in files.
         content: the hash of these files.
     """
     entry, lock, on = opened.entries[path], opened.lock, None
     files = entry.files
     assert files is not None, "a node with a content has files"
     known = lock.nodes.get(path) if lock is not None else None
-    # A lock that speaks of other files says nothing of how these came to be.
+    # If the lock's entry is about other files, it says nothing about the origin of these.
     if lock is not None and known is not None and known.content == content:
         on = trained(known, lock)
     nbytes = sum(stamp.size for stamp in files.stamps.values())
@@ -86,7 +86,7 @@ class Keeping:
         tree: the tree that is saved.
         opened: the folder as it is now.
         kept: node → its adapter as the folder will hold it.
-        note: what the save says of itself.
+        note: the save's note about itself.
         when: the time of the save.
     """
 
@@ -155,10 +155,10 @@ class Keeping:
         was, now, own = self.before.get(origin), self._now(path), self.kept[path]
         known = None if own.trained is None else own.trained.made
         if was is not None and was.key == now:
-            # An adapter that was given to the node once more has no lock of its own to tell it.
+            # An adapter that was given to the node again brings no lock entry: the old one counts.
             before = None if was.on is None else was.on.made
             return known or before
-        # Files that lie in their place already, with no lock that tells how they came there.
+        # Files that lie in their place already, and no lock tells their origin.
         if was is None and own.stamps is not None and not own.named and own.trained is None:
             return None
         losses, training = self.note.losses.get(path), self.note.training.get(path)

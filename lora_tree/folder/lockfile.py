@@ -83,7 +83,7 @@ def weight_line(weight: Weight) -> float | str:
 
 
 def weight_of(line: float | str) -> Weight:
-    """Return the weight that a lock tells."""
+    """Return the weight in a lock's line."""
     return parse_weight(line) if isinstance(line, str) else line
 
 
@@ -116,9 +116,9 @@ class BaseLock(StrictModel):
 
 
 class MadeLock(StrictModel):
-    """When and by what a node became what it is; see `lora_tree.provenance.Made`.
+    """The time and the command that gave a node its content; see `lora_tree.provenance.Made`.
 
-    ``training`` is the hash under which the lock's ``trainings`` say what it was trained with.
+    ``training`` is a key of the lock's ``trainings``, which list what nodes were trained with.
     """
 
     when: Annotated[str, StringConstraints(max_length=40)]
@@ -140,14 +140,14 @@ class NodeLock(StrictModel):
 
     Args:
         content: the hash of its files.
-        pieces: the same by pieces of the weights; None of small ones, and where it is not known.
+        pieces: the hash by pieces of the weights; None if they are small, or it is not known.
         config, weights: their sizes and times.
         file: the same of an adapter that is one file, in another program's format.
         trained_on: the hash of the lineage.
         base: the base that it was trained on; None if that is the lock's own.
         written: a save of this library wrote the files.
         untrained: its increments are zero, so it fits any lineage above it.
-        made: when and by what it became what it is; None if no save wrote it.
+        made: the time and the command that gave it its content; None if no save wrote it.
         hub: where it is on the model hub; None if its files are on this machine.
     """
 
@@ -195,12 +195,12 @@ class LineageLock(StrictModel):
 
 
 class NodesRecord(StrictModel):
-    """A JSON file of ours that has an entry for each node.
+    """A JSON file of this library that has an entry for each node.
 
     Args:
         nodes: path → its entry.
         lineages: every lineage that an entry's ``trained_on`` leads to: hash → its last step.
-        trainings: what nodes were trained with: hash → it, once for all nodes of a run.
+        trainings: hash → what nodes were trained with, once for all nodes of a run.
     """
 
     version: FormatVersion = 1
@@ -226,7 +226,7 @@ Record = TypeVar("Record", bound=NodesRecord)
 
 
 def parse_lock(raw: bytes, file: str) -> TreeLock:
-    """Return the meaning of a tree.lock.
+    """Parse a tree.lock.
 
     Args:
         raw: its bytes.
@@ -240,7 +240,7 @@ def parse_lock(raw: bytes, file: str) -> TreeLock:
 
 
 def parse_record(raw: bytes, file: str, kind: type[Record], repair: str) -> Record:
-    """Return the meaning of a JSON file of ours that has an entry for each node.
+    """Parse a JSON file of this library that has an entry for each node.
 
     Args:
         raw: its bytes.
@@ -280,7 +280,7 @@ def render_lock(lock: TreeLock) -> bytes:
 def content(*files: str) -> str:
     """Return the hash of a node's content, given the SHA-256 of its config and its weights.
 
-    Of an adapter that is one file, given that file's.
+    For an adapter in one file, give that file's alone.
     """
     return hashlib.sha256(" ".join(files).encode()).hexdigest()
 

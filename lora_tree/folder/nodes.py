@@ -11,7 +11,7 @@ __all__ = ["made_of_node", "node_of"]
 
 
 def made_of_node(node: Node) -> Made | None:
-    """Return how a node came to be what its files hold, if its folder's lock says so."""
+    """Return the origin of a node's content, if its folder's lock has it."""
     source = node.source
     if not isinstance(source, FolderSource) or source.trained is None:
         return None
@@ -23,7 +23,7 @@ def node_of(opened: Opened, path: str) -> Node:
 
     Args:
         opened: the folder.
-        path: of the node.
+        path: the node.
     """
     entry, lock = opened.entries[path], opened.lock
     if entry.files is None:
@@ -31,7 +31,7 @@ def node_of(opened: Opened, path: str) -> Node:
     folder = entry.files.folder
     known = lock.nodes.get(path) if lock is not None else None
     content = opened.contents.get(path)
-    # No content where the files are not those of the lock: then no read could be compared with it.
+    # None if the files are not those of the lock: then reads are not compared with it.
     source = FolderSource(
         folder,
         # A save of the tree may have decided on files of its own folders, never on those elsewhere.

@@ -1,4 +1,4 @@
-"""Saving one adapter in another program's format; its file, or its two files, appear whole."""
+"""Save one adapter in another program's format; its file, or its two files, appear whole."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def save_mlx(adapter: Adapter, folder: Path, *, layers: int | None = None) -> No
     Args:
         adapter: the adapter.
         folder: a new one, an empty one, or one that holds these two files alone.
-        layers: how many layers the base has; see `render_mlx`.
+        layers: the number of the base's layers; see `render_mlx`.
 
     Raises:
         FormatError: a module has no key in this format.
@@ -63,8 +63,8 @@ def save_mlx(adapter: Adapter, folder: Path, *, layers: int | None = None) -> No
     """
     files = render_mlx(adapter, layers=layers)
     place = Path(os.path.abspath(folder))
-    # The folder is replaced as a whole, so nothing of its owner's may lie in it; a PEFT adapter
-    # there, whose config has the same name, would be lost as well.
+    # The folder is replaced as a whole, so no other file may lie in it. A PEFT adapter there, whose
+    # config has the same name, would be lost as well.
     others = sorted(set(os.listdir(place)) - set(files)) if is_folder(place) else []
     if others:
         raise FolderError(

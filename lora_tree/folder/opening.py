@@ -1,4 +1,4 @@
-"""Opening a tree's folder: tree.yaml, tree.lock, the folders and an undecided save, put together.
+"""Open a tree's folder: tree.yaml, tree.lock, the folders and a pending save, put together.
 
 No weights are read. Files are compared with the lock by size and time, and hashed only if the size
 is right and the time is not. If a save comes in between, the folder is looked at again. So the
@@ -40,13 +40,13 @@ class Opened:
     Args:
         outside: adapters outside of the folder may be named.
         spec, yaml_bytes: the meaning and the bytes of tree.yaml; None if there is none.
-        lock, lock_bytes: of tree.lock.
+        lock, lock_bytes: the same of tree.lock.
         decided: a save that is not wholly carried out.
         scan: the adapters below the folder, whether they are nodes or not.
         entries: the nodes, depth-first.
         passed: the paths of adapters that are steps of a node's own training run, and no nodes.
         agreed: the base that the adapters name, if there is no tree.yaml and they agree.
-        contents: node → hash of its files, as far as the lock gives it and they agree.
+        contents: node → the hash of its files, if they are those of the lock.
         base: the base as it is known now; looked at only if there is a lock.
         stale: node → why.
         problems: everything that is wrong.
@@ -88,16 +88,15 @@ class Opened:
     def base_name(self) -> str | None:
         """The base as the tree names it: a local folder as an absolute path."""
         spelled, folder = self.base_spelled, self.place.folder
-        # Without a tree.yaml only a name like ../base is one that a tree.yaml had, and that the
-        # lock still has. Any other name is as the adapters have it, and says nothing about this
-        # folder.
+        # Without a tree.yaml, only a name like ../base can be relative to this folder: an earlier
+        # tree.yaml had it, and the lock still does. Any other name is the adapters' own.
         if self.spec is None and not (spelled or "").startswith("."):
             return spelled
         return local_base(spelled, folder) or spelled
 
     @property
     def is_empty(self) -> bool:
-        """There is no tree: no tree.yaml, no lock, no adapter."""
+        """True if there is no tree: no tree.yaml, no lock, no adapter."""
         return self.spec is None and self.lock is None and not self.entries
 
 
@@ -108,7 +107,7 @@ def inspect(place: TreePlace, *, outside: bool = True, repin: bool = False) -> O
         place: the folder.
         outside: tree.yaml may name adapters outside of the folder. If not, a base outside is not
             looked at either.
-        repin: take what the names of adapters on the hub mean now, and not what the lock tells.
+        repin: look up again what names of adapters on the hub mean, instead of asking the lock.
 
     Raises:
         FolderError: the folder keeps changing while it is read.
@@ -155,7 +154,7 @@ def _inspect(place: TreePlace, *, outside: bool, repin: bool) -> Opened:
 
 # ---------------------------------------------------------------------- the tree's own files
 def _read_files(opened: Opened) -> tuple[Pending, Located | None]:
-    """Read an undecided save's record, tree.yaml and tree.lock; mistakes become problems."""
+    """Read a pending save's record, tree.yaml and tree.lock; mistakes become problems."""
     place, decided, located = opened.place, Pending(), None
     wrong: list[tuple[Kind, LoraTreeError]] = []
     try:
@@ -189,14 +188,14 @@ def _problems(wrong: list[tuple[Kind, LoraTreeError]]) -> list[Problem]:
             return [Problem("", "newer", str(error))]
     found = []
     for kind, error in wrong:
-        # A file that can't be read is a matter of the folder, not of what should stand in it.
+        # A file that can't be read is a problem of the folder, not of the file's content.
         kind = "folder" if isinstance(error, FolderError) else kind
         found.append(Problem("", kind, str(error)))
     return found
 
 
 def _bytes(place: TreePlace, name: str, decided: Pending, most: int) -> bytes | None:
-    """Read one of the tree's own files, through an undecided save; None if there is none."""
+    """Read one of the tree's own files, as a pending save leaves it; None if there is none."""
     file = decided.resolve(place.folder, name)
     if file is None or not os.path.lexists(file):
         return None
@@ -209,7 +208,7 @@ def _bytes(place: TreePlace, name: str, decided: Pending, most: int) -> bytes | 
 
 
 def _refuse_other_ending(place: TreePlace) -> None:
-    """Refuse to overlook a tree.yml."""
+    """Refuse a tree.yml, which would be overlooked."""
     if place.yaml == YAML and os.path.exists(os.path.join(place.folder, "tree.yml")):
         raise SpecError(
             f"{place.folder}/tree.yml: only tree.yaml is looked for",
@@ -237,7 +236,7 @@ def _compare_files(opened: Opened, lock: TreeLock) -> None:
     for path in lock.nodes:
         now = opened.entries.get(path, FolderNode())
         if path in told:
-            continue  # why it has no adapter is told already, and "gone" may be wrong
+            continue  # its problem is listed already, and "gone" may be wrong
         if now.files is None and not now.null and now.hub is None:
             text = f"{path}: in the lock, but its adapter is gone"
             opened.problems.append(Problem(path, "unlocked", text))
@@ -253,7 +252,8 @@ def _changed(entry: FolderNode, files: Files, known: NodeLock) -> str | None:
         # the files would read every byte of them.
         if stamp.size != locked[name].size:
             return f"{name} has {stamp.size} bytes, the lock says {locked[name].size}"
-    # A commit never changes, and each machine's cache has times of its own. The first read hashes.
+    # The files of a commit never change, but their times differ between machines. The first read
+    # hashes them.
     if entry.hub is not None and entry.hub == known.hub:
         return None
     if all(stamp.mtime_ns == locked[name].mtime_ns for name, stamp in files.stamps.items()):

@@ -1,12 +1,11 @@
-"""Outgoing: a tree's files as others get them, with its base under a name that means something
-there.
+"""Outgoing: a tree's files as others get them, with a name of the base that is valid everywhere.
 
     /models/llama-8b, ../base      a folder of this machine: replaced, or refused
     org/llama-8b                   a hub id: stays
 
-The name of a base stands in tree.yaml, in tree.lock, and in every adapter's config. Where a config
-changes, its node's content does, and with it every lineage below. So the lock is written anew, and
-says of each node what it said before: trained on the lineage of today, or stale.
+The name of a base stands in tree.yaml, in tree.lock, and in every adapter's config. If a config
+changes, so does its node's content, and with it every lineage below. So a new lock is made, which
+says the same of each node as before: trained on its present lineage, or stale.
 
 Law: nothing in the tree's own folder changes.
 """
@@ -50,7 +49,7 @@ class Outgoing:
     Args:
         files: place → the bytes, or the file that holds them.
         base: the portable name of the base; None if the tree names none.
-        renamed: the places in which another name of the base stood.
+        renamed: the places of the files that had another name of the base.
     """
 
     files: Mapping[str, Outbound]
@@ -63,7 +62,7 @@ def outgoing(opened: Opened, *, base_name: str | None = None) -> Outgoing:
 
     Args:
         opened: the folder, without problems.
-        base_name: the portable name of the base, where the tree names a folder.
+        base_name: the portable name of the base, if the tree names a folder.
 
     Raises:
         FolderError: an adapter lies outside of the folder.
@@ -119,11 +118,11 @@ def outgoing(opened: Opened, *, base_name: str | None = None) -> Outgoing:
 
 
 def portable_base(name: str | None, folder: str) -> str | None:
-    """Return a base's name as it means the same everywhere; None if it means a folder here.
+    """Return the portable name of a base; None if its name means a folder of this machine.
 
     Args:
         name: as a tree or an adapter has it.
-        folder: the tree's, which a relative name is seen from.
+        folder: the tree's, from which a relative name starts.
 
     >>> portable_base("org/model", "/zoo"), portable_base("../models/base", "/zoo")
     ('org/model', None)
@@ -138,7 +137,7 @@ def portable_base(name: str | None, folder: str) -> str | None:
 
 @dataclass(frozen=True)
 class _BaseNames:
-    """The portable name of a base, and the names that give way to it."""
+    """The portable name of a base, and the names that it replaces."""
 
     base: str | None
     replaced: frozenset[str] = frozenset()
@@ -198,13 +197,13 @@ def _moved(
     pieces: Mapping[str, str | None],
     names: _BaseNames,
 ) -> TreeLock:
-    """Return a lock that says the same of nodes whose contents, or bases, have other names now.
+    """Return a lock that says the same of nodes with their new contents and base names.
 
     Args:
         lock: as the folder has it.
         contents: the content of a node → its new one.
         pieces: the content of a node → its new hash by pieces.
-        names: of the base.
+        names: those of the base.
     """
     known: dict[str, str] = {}
     lineages = {}

@@ -1,11 +1,11 @@
 """Ownership: which files in a folder a save may replace or delete, and the refusals for the rest.
 
     a save wrote them, and they are still what it wrote      the library's own: may go
-    the node was opened from these very files                the node's own: it may replace them
+    the node was opened from these files                     the node's own: it may replace them
     anything else                                            they stay, or the save is refused
 
-And of all these only what the tree has seen: files that another process wrote since the tree was
-opened or saved here are not to be undone (`Seen`).
+In each case the tree must have seen the files: a save must not undo what another process wrote
+since the tree was opened or saved here (`Seen`).
 """
 
 from __future__ import annotations
@@ -53,10 +53,11 @@ class Ownership:
         return unchanged or hashed(files) == known.content
 
     def check_present(self, node: Node) -> None:
-        """Refuse to bring back a node that another save took out.
+        """Refuse to save a node that another process removed: the save would undo that.
 
         Raises:
-            FolderError: it was there when the tree was opened, and no file nor lock has it now.
+            FolderError: it was there when the tree was opened, and now neither files nor lock have
+                it.
         """
         path, lock = node.path, self.opened.lock
         here = path in self.opened.scan.found or lock is None or path in lock.nodes
@@ -68,7 +69,7 @@ class Ownership:
 
         Args:
             node: the node whose files are to be written.
-            content: the hash of the new content. Files that hold just that may be anybody's.
+            content: the hash of the new content. Files that hold it already may be anybody's.
 
         Raises:
             FolderError: no save wrote what lies there, or this tree has not seen it.
@@ -110,7 +111,7 @@ class Ownership:
         raise self.undoing([place.yaml_file], "written")
 
     def leaving(self, tree: AdapterTree, kept: Mapping[str, KeptAdapter]) -> list[str]:
-        """Return the paths of adapters that are no node's any more, and whose files have to go.
+        """Return the paths of adapters that no node has any more, whose files have to be deleted.
 
         Args:
             tree: the tree that is saved.
@@ -123,7 +124,7 @@ class Ownership:
         going, unseen, back = [], [], []
         folder = self.opened.place.folder
         # A tree.yaml may name a folder inside of the tree's own. The adapter there belongs to the
-        # node that names it, so it is not one that no node has any more.
+        # node that names it, so it stays.
         named = {os.path.relpath(own.folder, folder) for own in kept.values() if own.named}
         for path, files in self.opened.scan.found.items():
             if self._stays(path, kept, named):
@@ -159,7 +160,7 @@ class Ownership:
         return run is not None and (run in named or run in kept)
 
     def undoing(self, what: list[str], how: str) -> FolderError:
-        """Return the refusal to save over what this tree has not seen."""
+        """Return the error for a save over files that this tree has not seen."""
         if self.seen:
             return FolderError(
                 f"{listing(what)}: {how} by somebody else since this tree was opened or saved, "
@@ -175,5 +176,5 @@ class Ownership:
 
 
 def _is_home(node: Node, folder: str) -> bool:
-    """Tell whether a node was opened from this very folder."""
+    """Tell whether a node was opened from this folder."""
     return node.home is not None and os.path.realpath(node.home) == os.path.realpath(folder)

@@ -28,7 +28,7 @@ class Pending:
 
     Args:
         staged: place → the staged file that waits for it; places are relative.
-        deleted: the places whose files go away.
+        deleted: the places whose files are deleted.
     """
 
     staged: dict[str, str] = field(default_factory=dict)
@@ -38,7 +38,7 @@ class Pending:
         return bool(self.staged or self.deleted)
 
     def resolve(self, folder: str, place: str) -> str | None:
-        """Return where the file of a place is now; None if the place is to be empty."""
+        """Return where the file of a place is now; None if the decision deletes it."""
         waiting = self.staged.get(place)
         if waiting is not None and disk.exists(waiting):
             return waiting
@@ -47,24 +47,24 @@ class Pending:
 
 
 def pending(folder: str | Path) -> Pending:
-    """Return what a reader of ``folder`` has to look through; empty if no decision is open.
+    """Return the decision that a reader of ``folder`` has to see as done; empty if none is open.
 
     Raises:
-        SpecError: the record is broken, or names what no save writes.
+        SpecError: the record is broken, or names a file that no save writes.
     """
     record = read_record(folder)
     if record is None:
         return Pending()
     stage = os.path.join(folder, HIDDEN, record.stage)
     staged: dict[str, str] = {}
-    if is_folder(stage, follow=False):  # a link would lead the reader to somebody else's files
+    if is_folder(stage, follow=False):  # a link would lead the reader to other files
         for i, move in enumerate(record.moves):
             staged[move.to] = os.path.join(stage, str(i))
     return Pending(staged, frozenset(gone.at for gone in record.deletes))
 
 
 def progress(folder: str) -> tuple[Glimpse | None, ...]:
-    """Glimpse at the record and the stages.
+    """Return glimpses of the record and the stages; empty if there is no record.
 
     A save changes these when it decides, when it moves a file, and when it ends.
     """
@@ -83,7 +83,7 @@ def progress(folder: str) -> tuple[Glimpse | None, ...]:
 
 
 def leftovers(folder: Path) -> list[str]:
-    """List what killed writers left; the next writer clears it away.
+    """List the record and the stages that killed writers left, and the next writer removes.
 
     Raises:
         FolderError: the hidden folder can't be read.

@@ -1,13 +1,13 @@
-"""PieceHash: a hash of a large file that several processors find together.
+"""PieceHash: a hash of a large file that several processors compute together.
 
     file     │ 2 MiB │ 2 MiB │ … │ the rest │      at any size, in this order
     threads      0       1     …       2          SHA-256 of each piece, in hex
     hash     SHA-256 of the lines "<hex>\\n"
 
-A shell finds it by ``split -b 2097152 --filter=sha256sum FILE | cut -c -64 | sha256sum``.
+A shell computes it by ``split -b 2097152 --filter=sha256sum FILE | cut -c -64 | sha256sum``.
 
-Two files with one hash would need two pieces, or two lists of lines, with one SHA-256. No piece's
-hash is ever taken for a file's, since a file of one piece has its line hashed as well.
+Two files with the same hash would need two pieces, or two lists of lines, with the same SHA-256. No
+piece's hash is ever taken for a file's, since a file of one piece has its line hashed as well.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LARGE = 4 << 20
 have no hash of their pieces, so a lock of many small adapters is no larger."""
 
 LARGE_FOR_FEW = 16 << 20
-"""Bytes of weights that are worth threads where processors are few."""
+"""Bytes of weights that are worth threads if there are few processors."""
 
 
 def threads_for(nbytes: int) -> int:
@@ -45,8 +45,9 @@ class PieceHash:
     """The hash of a file's pieces, from bytes that are handed in one part after the other.
 
     Args:
-        threads: how many hash at once. With one the caller's own thread hashes each part when it is
-            handed in. With more, a part's bytes must stay as they are until `hexdigest` or `close`.
+        threads: the number that hash at once. With one, the caller's own thread hashes each part
+            when it is handed in. With more, a part's bytes must stay unchanged until `hexdigest` or
+            `close`.
     """
 
     def __init__(self, threads: int = 1) -> None:
@@ -75,11 +76,11 @@ class PieceHash:
 
     @property
     def runs_beside(self) -> bool:
-        """Whether threads are hashing; there is time until `hexdigest` returns."""
+        """True while threads are hashing: there is time until `hexdigest` returns."""
         return self._pool is not None
 
     def hexdigest(self) -> str:
-        """Return the hash, when all pieces are in it. Call it once."""
+        """Wait until all pieces are hashed, and return the hash. Call it once."""
         if self._nbytes:
             self._end_piece()
         lines = []
@@ -90,7 +91,7 @@ class PieceHash:
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def close(self) -> None:
-        """Leave out the pieces that are not hashed yet; a no-op after `hexdigest`."""
+        """Drop the pieces that are not hashed yet; a no-op after `hexdigest`."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
             self._pool = None
@@ -103,7 +104,7 @@ class PieceHash:
         self._parts, self._hash, self._nbytes = [], hashlib.sha256(), 0
 
     def _started(self, parts: list[memoryview]) -> Future[str] | str:
-        """Have a thread hash a piece."""
+        """Start to hash a piece in a thread; hash it here if no thread can be started."""
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self._threads, "lora_tree hash")
         try:

@@ -52,15 +52,15 @@ class Problem:
     """One mistake.
 
     Args:
-        node: the path it concerns; ``""`` where it is no single node.
+        node: the path it concerns; ``""`` if it concerns no single node.
         kind: ``newer``: a file that a later version of this library wrote; ``yaml``, ``lock`` or
-            ``record``: a file that makes no sense; ``folder``: what lies where it can't;
+            ``record``: a file that makes no sense; ``folder``: something lies where it can't;
             ``adapter``: files that are incomplete, broken or of a kind that does not add up;
             ``unlocked``, ``stale``; ``leftover``: remains of a save that was cut off, harmless;
             ``hub``: an adapter on the model hub that may not be fetched; ``numbers``: factors, or
             their products, that are not finite.
         text: where, what was found, and what to do.
-        broken: of ``unlocked``: the files can't be used either, so to accept them would be no help.
+        broken: if ``unlocked``: the files can't be used either, so to accept them would not help.
     """
 
     node: str
@@ -82,7 +82,7 @@ def raise_any(
     but: Iterable[Kind] = ("stale", "leftover"),
     after: Iterable[str] = (),
 ) -> None:
-    """Raise the first kind of problem there is, with all of that kind.
+    """Raise all problems of one kind as one error: the first kind in the order of `_RAISED`.
 
     Args:
         problems: in any order.
@@ -94,7 +94,7 @@ def raise_any(
     for kind, error in _RAISED.items():
         texts = [problem.text for problem in problems if problem.kind == kind]
         if texts and kind not in set(but):
-            # A text is an error's own: its advice stands on lines of its own.
+            # A problem's text is that of an error: its advice stands on further lines.
             lines: list[str] = []
             for text in texts:
                 lines += text.split("\n  ")

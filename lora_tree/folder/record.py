@@ -1,12 +1,12 @@
 """The commit record: the decision of one save, as data that anybody may have written.
 
-    .lora_tree/commit.json       which staged file goes to which place, and which files go away
+    .lora_tree/commit.json       which staged file goes to which place, and which are deleted
 
 Law: a record can name only the files that one save writes (adapters in nodes' folders, one YAML
 file, its lock, the log of the history), at places in the folder itself, never through a link. It
-also tells what lay at each place when it was decided. A process that carries it out compares that
-first. So a record that came with a download, or with a folder that was changed since, replaces and
-deletes nothing else.
+also records the file that lay at each place when it was made, and a process that carries it out
+compares that first. So a record that came with a download, or with a folder that was changed since,
+replaces and deletes nothing else.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class RecordedMove(StrictModel):
 
 
 class RecordedDelete(StrictModel):
-    """A place whose file goes away, and the file that lay there when the record was made."""
+    """A place whose file is deleted, and the file that lay there when the record was made."""
 
     at: str
     was: FileLock | None
@@ -89,7 +89,7 @@ def read_record(folder: str | Path) -> Record | None:
 
     Raises:
         NewerFormat: a newer version of this library wrote it.
-        SpecError: the record is broken, or names what no save writes.
+        SpecError: the record is broken, or names a file that no save writes.
         FolderError: it can't be read.
     """
     hidden = os.path.join(folder, HIDDEN)  # no Path: every load of an adapter comes by here
@@ -176,7 +176,7 @@ def _refuse_two_trees(file: Path, places: Iterable[str]) -> None:
     top = sorted(place for place in places if _TOP.match(place))
     yamls = [name for name in top if not name.endswith(".lock")]
     locks = set(top) - set(yamls)
-    # other.lock belongs to other.yaml, other.yml.lock to other.yml (see `Place`).
+    # other.lock belongs to other.yaml, other.yml.lock to other.yml (see `TreePlace`).
     # Without a YAML file any one lock will do.
     fitting = {f"{name.removesuffix('.yaml')}.lock" for name in yamls} or locks
     if len(yamls) > 1 or len(locks) > 1 or not locks <= fitting:
@@ -204,7 +204,7 @@ def _refuse_links(folder: Path, above: str) -> None:
 
 
 def there_now(place: Path) -> FileLock | None:
-    """Return what lies at a place as a record tells it; for a link that is the link itself.
+    """Return size and time of the file at a place, for a record; a link is not followed.
 
     Raises:
         FolderError: the system does not tell.

@@ -1,4 +1,4 @@
-"""Relock: the lock for a folder's present files, and the files that only it accepts.
+"""Relock: the lock for a folder's present files, and the files that only the new lock accepts.
 
 Law: a lock vouches only for files that were read whole. And what a node was trained on goes with
 its content, not with its place: files that were moved on the disk stay as stale, or as fresh, as
@@ -34,7 +34,7 @@ class Relocked:
     Args:
         lock: the new one.
         accepted: the nodes whose files differ from the old lock, or are not in it.
-        moved: of those, node → the node that had the same content in the old lock.
+        moved: node → the node that had the same content in the old lock, if it was another one.
         gone: the nodes of the old lock that have no adapter any more.
         stale: node → why it is stale under the new lock.
     """
@@ -131,7 +131,7 @@ def _examined(opened: Opened) -> dict[str, Examined]:
         try:
             found[path] = examine(entry.files)
         except (BudgetError, FormatError) as error:
-            broken.append(error.within(path))  # all of them are told at once
+            broken.append(error.within(path))  # all of them are reported at once
     if not broken:
         return found
     lines: list[str] = []

@@ -42,8 +42,8 @@ class FolderNode:
         named: tree.yaml names the folder of the adapter.
         fresh: how its adapter is to be made.
         null: tree.yaml says that it has no adapter.
-        hub: its adapter is on the model hub: how it is named, and the commit of its files. Without
-            files it may not be fetched.
+        hub: if its adapter is on the model hub, its name there and the commit of its files. If
+            ``files`` is None, it may not be fetched.
     """
 
     weight: Weight = 1.0
@@ -82,11 +82,11 @@ def resolve(
     """Find every node, and the folders that can't be one.
 
     Args:
-        spec, located: what tree.yaml says, and where it says it; None if there is none.
+        spec, located: the content of tree.yaml, and its positions; None if there is none.
         scan: the adapters below ``folder``.
         folder: the tree's.
         outside: whether tree.yaml may name adapters that lie outside of ``folder``.
-        pins: node → the adapter on the hub, and its commit, that a lock tells.
+        pins: node → the adapter on the hub and its commit, as the lock records them.
     """
     found = _Resolving(scan, folder, outside, pins or {})
     found.problems += [Problem(path, "folder", text) for path, text in scan.wrong]
@@ -110,7 +110,7 @@ def resolve(
 
 
 def _by_level(path: str) -> list[str]:
-    """A key that sorts paths depth-first: ``a/b`` before ``a-b``."""
+    """Return the key that sorts paths depth-first: ``a/b`` before ``a-b``."""
     return path.split("/")
 
 
@@ -119,8 +119,8 @@ class _Resolving:
     """The findings so far.
 
     Args:
-        claimed: the folders, relative to the tree's, that tree.yaml names; an adapter there is no
-            node by its place.
+        claimed: the folders, relative to the tree's, that tree.yaml names; such a folder does not
+            make a node at its own path.
     """
 
     scan: Scan
@@ -134,7 +134,7 @@ class _Resolving:
 
     # ------------------------------------------------------------------ a node that tree.yaml lists
     def add_listed(self, path: str, node: NodeSpec, defaults: LoraSpec, at: str) -> None:
-        """Add a node of tree.yaml, or the problem that it is; ``at`` says where it stands."""
+        """Add a node of tree.yaml, or a problem in its place; ``at`` is its line, for messages."""
         if node.adapter is not None and is_on_hub(node.adapter):
             self._add_from_hub(path, node.adapter, as_weight(node.weight), at)
             return
@@ -179,7 +179,7 @@ class _Resolving:
     def _listed(self, path: str, node: NodeSpec, defaults: LoraSpec) -> FolderNode:
         if node.adapter is not None:
             return FolderNode(as_weight(node.weight), self._named_files(node.adapter), named=True)
-        if "adapter" in node.model_fields_set:  # it says null, which is not the same as nothing
+        if "adapter" in node.model_fields_set:  # it says null, which a missing key does not
             return FolderNode(as_weight(node.weight), null=True)
         if path in self.scan.found:
             return FolderNode(as_weight(node.weight), self.scan.found[path])
@@ -188,12 +188,12 @@ class _Resolving:
         return FolderNode(as_weight(node.weight), fresh=recipe if is_fresh else None)
 
     def _named_files(self, named: str) -> Files:
-        """Find the adapter's files in a folder that tree.yaml names, or the one file that it is."""
+        """Find the files of an adapter of which tree.yaml names the folder, or the one file."""
         home = self._home(named)
         check_named(home, named, self.folder)
         below = os.path.relpath(home, self.folder)
-        # If it lies in the tree's own folder the scan has looked already, through an undecided
-        # save. But the scan takes every adapter_config.json for PEFT's.
+        # If it lies in the tree's own folder, the scan has found it already, and with it the files
+        # of a pending save. But the scan takes every adapter_config.json for PEFT's.
         scanned = self.scan.found.get("" if below == "." else below)
         if scanned is None or self._is_mlx(below, scanned):
             return find_files(home)
@@ -353,7 +353,7 @@ def _advice_at_top(scan: Scan, folder: str) -> list[str]:
 
 
 def _twins(entries: Iterable[str], folder: str) -> Iterator[Problem]:
-    """Find paths that are one on a disk that does not tell case apart."""
+    """Find paths that are the same on a disk that ignores case."""
     folded: dict[str, str] = {}
     for path in entries:
         twin = folded.setdefault(path.casefold(), path)

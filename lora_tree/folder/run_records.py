@@ -1,4 +1,4 @@
-"""The runs of a tree, kept after they ended: how each was set, its losses step by step, its end.
+"""Records of a tree's training runs: the settings, the losses step by step, and the end of each.
 
     zoo/.runs/3/run.json         command, times, nodes, settings, data; how it ended, node by node
                 metrics.jsonl    a line for each step and node, and for each evaluation and path
@@ -6,7 +6,7 @@
     zoo/.runs-other.yaml/…       the runs of other.yaml's tree
 
 Law: apart from the times, a run that was cut off and resumed has the lines of one that was not. So
-steps are neither missing nor told twice.
+no step is missing, and none is recorded twice.
 
 Opening the tree passes over the folder, as over every name that begins with a dot. `run_store.py`
 writes here.
@@ -57,15 +57,15 @@ RunState: TypeAlias = Literal["running", "stopped", "cut off", "trained", "finis
 
 @dataclass(frozen=True)
 class NodeMetric:
-    """A node in one step.
+    """The metrics of a node in one step.
 
     Args:
         step: its number, from 1.
         node: the path of a node that trained.
         loss: the mean over the tokens of the step's rows through the node, in nats; of preferences
             the mean over them.
-        tokens: learnt in these rows.
-        grad_norm: of the node's gradients, before they were clipped; NaN if it was not finite.
+        tokens: the tokens learnt in these rows.
+        grad_norm: the norm of the node's gradients before clipping; NaN if it was not finite.
         lr: the node's learning rate in this step.
         time_s: seconds that the whole step took.
     """
@@ -84,10 +84,10 @@ class PathMetric:
     """A path's loss on held-out rows.
 
     Args:
-        step: after which it was measured; 0: before the first.
-        path: of the rows.
+        step: the step after which it was measured; 0: before the first.
+        path: the path of the rows.
         loss: the mean over their tokens, in nats; of preferences the mean over them.
-        tokens: learnt in them.
+        tokens: the tokens learnt in them.
     """
 
     step: int
@@ -98,7 +98,7 @@ class PathMetric:
 
 @dataclass(frozen=True)
 class NodeOutcome:
-    """What a run made of a node.
+    """The outcome of a run for one node.
 
     Args:
         first, last: its loss in training, in its first and its last step; None if it had no row.
@@ -122,16 +122,16 @@ class RunRecord:
 
     Args:
         number: counted from 1 and never given twice; names it on the command line.
-        folder: of the record.
+        folder: the folder of the record.
         state: see `RunState`.
         by: the command, or the program's own name.
         began, ended: UTC, like ``2026-11-26T19:17:26Z``; ended is None while no end was noted.
-        done: steps that it took.
-        steps: that it was to take.
-        nodes: what trained, in the order of the tree.
+        done: the steps that it took.
+        steps: the steps that it was to take.
+        nodes: the nodes that trained, in the order of the tree.
         settings: as JSON has them; see `lora_tree.runs.Settings.plain`.
         about: all of run.json: ``data``, ``max_length``, ``checkpoints``, ``unit`` and more.
-        outcomes: node → what became of it; empty before the run was trained.
+        outcomes: node → its outcome; empty before the run was trained.
         stale: the nodes that it made stale.
     """
 
@@ -155,9 +155,9 @@ class RunRecord:
         return str(self.about.get("unit", "nats per token"))
 
     def metrics(self) -> list[NodeMetric]:
-        """Return the run's notes of every step and node, in order.
+        """Return the metrics of every step and node, in order.
 
-        A last line that a kill cut short is passed over.
+        A last line that a kill cut short is skipped.
 
         Raises:
             FolderError, FormatError: the file can't be read.
@@ -250,7 +250,8 @@ def read_run(number: int, folder: Path) -> RunRecord:
         raise FormatError(f"{file}: not the record of a run: {error!r}") from error
     if record.state != "running":
         return record
-    # The process writes its end into run.json. One that was killed has not, and holds no lock.
+    # A process writes the end of its run into run.json. If it was killed it did not, and it holds
+    # no lock any more.
     state: RunState = "running" if is_held(folder / RUN_LOCK) else "cut off"
     changed = {"state": state, "done": _last_step(folder / METRICS)}
     return RunRecord(**{**vars(record), **changed})
@@ -338,5 +339,5 @@ def _path_metric(line: Mapping[str, Any], where: str) -> PathMetric:
 
 
 def _number(value: Any) -> float:
-    """JSON has no NaN and no infinity: null stands for both."""
+    """Return a number from JSON, which has no NaN and no infinity: null stands for both."""
     return math.nan if value is None else float(value)

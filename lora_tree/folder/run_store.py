@@ -1,10 +1,10 @@
-"""Keeping runs in a tree's folder: a new one gets the next number, the oldest ones make room.
+"""Store runs in a tree's folder: a new run gets the next number, and the oldest are removed.
 
-    .runs/lock           held while a run gets its number, or old ones go
-    .runs/.gone-<id>/    a run on its way out, which has lost its number already
+    .runs/lock           held while a run gets its number, or old ones are removed
+    .runs/.gone-<id>/    a run that is being removed, and has lost its number already
 
 A run's lines are appended as it goes, so a kill may cut the last one short and leave steps that no
-checkpoint has. The run that goes on cuts them off, in a new file that takes the place of the old.
+checkpoint has. When the run is resumed it cuts these off, in a new file that replaces the old one.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ __all__ = [
 ]
 
 RUNS_KEPT = 50
-"""Runs of a tree that stay when another begins."""
+"""The most runs of a tree that are kept when another begins."""
 RUNS_BYTES = 256 << 20
 """The bytes that all runs but the last may take together."""
 _GONE = ".gone-"
@@ -64,12 +64,12 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def kept_run(folder: Path, identity: str, about: Mapping[str, Any]) -> Path:
-    """Return the folder of a run: of the one to go on with, or of a new one.
+    """Return the folder of a run: of an unfinished one to resume, or of a new one.
 
     Args:
-        folder: where the runs are kept; made where missing.
-        identity: of the run; an unfinished one with the same is gone on with.
-        about: content of the run.json of a new one.
+        folder: where the runs are kept; made if missing.
+        identity: the identity of the run; an unfinished run with the same one is resumed.
+        about: the content of a new run's run.json.
 
     Raises:
         FolderError: the folder can't be written.
@@ -100,8 +100,8 @@ def append_metrics(
 
     Args:
         own: the run's folder.
-        lines: of one step.
-        last: make sure that all lines so far outlast a power cut.
+        lines: those of one step.
+        last: sync the file, so that all lines so far survive a power cut.
 
     Raises:
         FolderError: they can't be written.
@@ -142,11 +142,11 @@ def cut_after(own: Path, step: int) -> None:
 
 
 def spare_runs(folder: Path, *, most: int = RUNS_KEPT) -> list[Path]:
-    """Return the runs beyond the bound, the oldest first; none that a process is taking steps of.
+    """Return the runs beyond the bound, the oldest first; never one that a process is running.
 
     Args:
         folder: where the runs are kept.
-        most: how many stay; the last one always does, because its number must not come again.
+        most: the number that stay; the last run always does, or its number would be given again.
     """
     spare, nbytes = [], 0
     for count, (_, own) in enumerate(reversed(numbered_runs(folder)), 1):
@@ -158,7 +158,7 @@ def spare_runs(folder: Path, *, most: int = RUNS_KEPT) -> list[Path]:
 
 
 def drop_runs(folder: Path, *, most: int = RUNS_KEPT) -> list[Path]:
-    """Remove the runs beyond the bound, and what a killed clean-up left; return the runs.
+    """Remove the runs beyond the bound, and the remains of a killed clean-up; return the runs.
 
     Raises:
         FolderError: the folder can't be written.
@@ -183,7 +183,7 @@ def bytes_of_run(own: Path) -> int:
 
 # ---------------------------------------------------------------------- private
 def _goes_on(own: Path, identity: str) -> bool:
-    """Tell whether a run is unfinished and the same; one that can't be read is not."""
+    """Tell whether a run is the same, unfinished and free; False if it can't be read."""
     file = own / RUN_ABOUT
     try:
         about = strict_json.loads(disk.read_file(file, follow=False), str(file))

@@ -78,7 +78,7 @@ def _nodes(changes: Changes, written: Mapping[str, Stamp]) -> Iterator[Node]:
 
 
 def _seen(opened: Opened, before: Seen, changes: Changes, written: Mapping[str, Stamp]) -> Seen:
-    """Return the folder as this save leaves it."""
+    """Return the folder, as this save leaves it, in the form of a `Seen`."""
     gone = {place.rpartition("/")[0] for place in changes.deletes}
     files = {}
     for path, was in before.files.items():

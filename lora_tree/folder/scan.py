@@ -1,4 +1,4 @@
-"""Scan: which folders below a tree's folder hold an adapter, and where its files are at the moment.
+"""Scan: the folders below a tree's folder that hold an adapter, and where its files are now.
 
 Only names, sizes and times are read. Links between folders are not followed: a tree's folders are
 its own, and adapters that lie elsewhere are named in tree.yaml.
@@ -29,7 +29,7 @@ __all__ = ["FILES", "Files", "Scan", "find_files", "scan"]
 FILES = (CONFIG, WEIGHTS)
 SINGLE = ".safetensors"
 _NAMES = frozenset((CONFIG, WEIGHTS, PICKLE))
-# Somebody may name a home folder or a whole disk by mistake. The limit ends such a scan with a
+# A user may name a home folder or a whole disk by mistake. The limit ends such a scan with a
 # message instead of letting it run for hours.
 _MOST_FOLDERS = 1_000_000
 
@@ -42,7 +42,7 @@ class Files:
     """The files of one adapter.
 
     Args:
-        folder: where they belong; of a single file that is named by itself, that file.
+        folder: where they belong; for a single file that is named itself, that file.
         now: name → its path at the moment, which may be in the stage of a save, and its stamp.
         single: its factors are one file, in another program's format; mlx-lm writes a config too.
     """
@@ -53,7 +53,7 @@ class Files:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of the files that count."""
+        """The names of the files that make up such an adapter."""
         if not self.single:
             return FILES
         return tuple(self.now)
@@ -66,17 +66,17 @@ class Files:
 
     @cached_property
     def stamps(self) -> dict[str, Stamp]:
-        """Name → size and time of the files that count."""
+        """Name → size and time of these files."""
         return {name: self.now[name][1] for name in self.names if name in self.now}
 
     @property
     def weights_bytes(self) -> int:
-        """The size of PEFT's weights; 0 of an adapter in another format."""
+        """The size of PEFT's weights; 0 for an adapter in another format."""
         return self.stamps[WEIGHTS].size if WEIGHTS in self.stamps else 0
 
     @property
     def flaw(self) -> str | None:
-        """Why this is no whole adapter, and what to do; None if it is one."""
+        """The reason why the adapter is not whole, and what to do; None if it is whole."""
         missing = [name for name in self.names if name not in self.now]
         if self.single and not any(name.endswith(SINGLE) for name in self.now):
             return f"{self.folder}: no such file"
@@ -119,10 +119,10 @@ def find_files(folder: str, root: str | None = None) -> Files:
 
     Args:
         folder: where the files belong; or one file in another program's format.
-        root: the folder of the tree that it is a part of; a save of that tree counts as well.
+        root: the folder of its tree, whose pending save may have decided on these files, too.
 
     Raises:
-        SpecError: a commit record that can't be trusted.
+        SpecError: a commit record can't be trusted.
     """
     if folder.endswith(SINGLE) and not os.path.isdir(folder):
         around, name = os.path.split(folder)
@@ -238,7 +238,7 @@ def _note_limit(result: Scan, root: str, above: str, node: str, limit: str) -> N
 
 
 def _carry_out_in_thought(found: dict[str, Found], decided: Pending) -> None:
-    """Let staged files stand for their places, and take files that are to be deleted away."""
+    """Apply a pending save: staged files take their places, files to be deleted are left out."""
     for place, staged in decided.staged.items():
         above, _, name = place.rpartition("/")
         stamp = disk.stamp(staged) if disk.exists(staged) else None
@@ -300,6 +300,6 @@ def _look_at(entry: os.DirEntry[str], root: str, above: str, here: Found, result
 
 
 def _decided_alone(folder: str) -> Found:
-    """Return the files that a cut-off `Adapter.save` into this very folder has decided on."""
+    """Return the files that a cut-off `Adapter.save` into this folder has decided on."""
     now = find_files(folder).now
     return {name: found for name, found in now.items() if f"/{HIDDEN}/" in found[0]}

@@ -71,7 +71,7 @@ def recall(tree: AdapterTree, place: TreePlace) -> Seen:
 
 
 def remember(tree: AdapterTree, place: TreePlace, seen: Seen) -> None:
-    """Note how ``tree`` has seen the folder just now."""
+    """Record ``seen`` as the folder in the state in which ``tree`` saw it last."""
     _trees.setdefault(tree, {})[os.path.realpath(place.folder)] = seen
 
 

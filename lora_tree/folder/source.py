@@ -1,7 +1,7 @@
 """FolderSource: an adapter in files, with what its folder's lock says about them.
 
-Law: what is used is what was hashed. The very bytes that are read are hashed, and nothing about the
-files may have changed meanwhile. So an adapter is never half of one save and half of another. When
+Law: the bytes that are used are the bytes that were hashed: those that the reader read, of files
+that did not change meanwhile. So an adapter is never half of one save and half of another. When
 it is read again, it is hashed again only if size, times or inode are not those that were hashed.
 """
 
@@ -29,7 +29,7 @@ from .trained import Trained
 __all__ = ["FolderSource"]
 
 _TRIES = 5
-_TICK_NS = 2_000_000_000  # two writes within it may leave one time, on some file systems
+_TICK_NS = 2_000_000_000  # two writes within it may leave the same time, on some file systems
 
 _Identity = tuple[tuple[int, ...], ...]
 
@@ -43,7 +43,7 @@ class FolderSource:
         root: the folder of the tree that it is a part of; None if its user named it.
         stamps: size and time of the files when the tree was opened.
         content: the hash that the lock gives them; None if there is no lock.
-        pieces: the same by pieces of the weights; None if the lock has none.
+        pieces: the hash by pieces of the weights; None if the lock has none.
         trained: the lineage and base that it was trained on, as the lock says.
         within: the folder that its files may not lead out of, at any read; None if they may.
         hub: where it is on the model hub; None if it is not from there.
@@ -77,8 +77,8 @@ class FolderSource:
             FormatError: they are gone, or not whole.
         """
         files = find_files(self.folder, self.root)
-        # A save that removes them may have been seen between two of its steps. Two looks that agree
-        # were not.
+        # This look may have fallen between two steps of a save that removes them. If a second look
+        # agrees with it, it did not.
         while files.flaw is not None:
             again = find_files(self.folder, self.root)
             if again == files:
@@ -89,15 +89,15 @@ class FolderSource:
         return files
 
     def gone(self) -> bool:
-        """Tell whether one of its files, or both, are not there any more."""
+        """Tell whether any of its files is missing now."""
         return find_files(self.folder, self.root).flaw is not None
 
     def load(self, allocate: Allocate | None = None, unhashed: Unhashed | None = None) -> Adapter:
         """Read and check the adapter; a new value at every call.
 
         Args:
-            allocate: makes the one buffer of all its numbers; None: ordinary memory.
-            unhashed: is shown the adapter while a thread still hashes what was read.
+            allocate: called once for the buffer of all its numbers; None: ordinary memory.
+            unhashed: called with the adapter while a thread still hashes what was read.
 
         Raises:
             FormatError: the files are gone, broken or incomplete.
@@ -148,14 +148,14 @@ class FolderSource:
         raise self._restless()
 
     def _note_hashed(self, found: str | None, files: _Identity) -> None:
-        """Remember that these very files have the right hash; the next read need not hash them."""
+        """Remember that these files have the right hash; the next read need not hash them."""
         # A file that is as young as a tick of the clock could be written again within that tick.
         is_settled = all(time.time_ns() - ctime_ns > _TICK_NS for *_, ctime_ns in files)
         if found is not None and is_settled:
             object.__setattr__(self, "_hashed", hash(files))
 
     def _is_other_content(self, files: Files) -> bool:
-        """Tell whether the files can be read and are not those that the lock speaks of."""
+        """Tell whether the files can be read and are not those of the lock."""
         try:
             return hashed(files) != self.content
         except LoraTreeError:
@@ -166,7 +166,7 @@ class FolderSource:
         return UnlockedError(text, "wait for the writer")
 
     def _check_content(self, found: str | None) -> None:
-        """Refuse another content than the lock speaks of."""
+        """Refuse files whose content is not the lock's."""
         if self.content is not None and found != self.content:
             raise UnlockedError(
                 f"{self.folder}: not the files that tree.lock speaks of: expected content "
@@ -176,7 +176,7 @@ class FolderSource:
             )
 
     def outline(self) -> Adapter:
-        """Return the adapter without its numbers, from the headers; the lock is not asked.
+        """Return the adapter without its numbers, from the headers; not compared with the lock.
 
         Raises:
             FormatError: the files are gone, broken or incomplete.
@@ -191,10 +191,10 @@ class FolderSource:
         raise self._restless()
 
     def unchanged(self, files: Files) -> str:
-        """Return the hash of the files, which have not changed since the tree was opened.
+        """Return the hash of the files, and refuse files that changed since the tree was opened.
 
         Raises:
-            UnlockedError: they are not.
+            UnlockedError: they have changed.
         """
         if self.content is None:
             return hashed(files)
@@ -225,8 +225,8 @@ class FolderSource:
 
 def _belongs(root: str, real: str) -> bool:
     """Tell whether a real path lies in the tree's folder."""
-    # The answer of before saves resolving every link for each file that is read. If it is no, the
-    # folder may be a link that leads elsewhere by now.
+    # The cached answer saves resolving the folder's links for each file that is read. If it is no,
+    # the folder may be a link that leads elsewhere by now, so it is resolved again.
     return lies_in(real, _homes(root)) or lies_in(real, homes(root))
 
 
@@ -235,7 +235,7 @@ _homes = lru_cache(maxsize=64)(homes)
 
 def _not_even_whole(folder: str, error: LoraTreeError | OSError) -> UnlockedError:
     """Return the error for files that differ from the lock and are broken as well."""
-    # No word of accepting them with `lock`: it would refuse them too.
+    # The advice to accept them with `lock` is left out: it would refuse them too.
     what = str(error)
     todo: tuple[str, ...] = ()
     if isinstance(error, LoraTreeError):

@@ -82,7 +82,7 @@ class Trained:
         on: the lineage of its parent at the time.
         base: the base at the time.
         untrained: its increments are zero, so they fit any lineage and any base.
-        made: when and by what it became what it is, if a save noted that.
+        made: the time and the command that gave the node its content, if a save noted them.
     """
 
     on: Lineage
@@ -106,10 +106,10 @@ def trained(node: NodeLock, lock: TreeLock, lineages: Lineages | None = None) ->
 
 
 class Lineages:
-    """The lineages that a table tells, each checked once; siblings share theirs.
+    """The lineages in a lock's table, each checked once; siblings share theirs.
 
     Args:
-        told: the table: hash → the last step.
+        told: the table: hash → the last step of that lineage.
     """
 
     def __init__(self, told: Mapping[str, LineageLock]) -> None:
@@ -118,7 +118,7 @@ class Lineages:
         self._steps: dict[str, LineageStep] = {}
 
     def of(self, digest: str) -> Lineage:
-        """Return a lineage. It has no steps if the table lacks one of them, or tells another."""
+        """Return a lineage; without steps if the table lacks one of them, or has a wrong one."""
         known = self._known.get(digest)
         if known is None:
             known = self._known[digest] = Lineage(digest, self._steps_of(digest))
@@ -132,7 +132,8 @@ class Lineages:
                 return None
             step = self._steps.get(digest)
             if step is None:
-                # The table is only for messages, and anybody may have written it. The hash decides.
+                # The table is only for messages, and anybody may have written it. A step counts if
+                # its hash is right.
                 if lineage(told.above, told.content, told.own_weight) != digest:
                     return None
                 step = LineageStep(told.content, told.own_weight, told.node)
@@ -256,7 +257,7 @@ def stale_text(path: str, was: Trained, above: Lineage, base: BaseLock) -> str |
 
 
 def _changes(was: tuple[LineageStep, ...], now: tuple[LineageStep, ...]) -> list[str]:
-    """Say what differs on the way down: contents, weights, and which ancestors there are."""
+    """Say what differs on the way down: contents, weights, and ancestors that came or went."""
     old = list(was)
     texts: list[str] = []
     new: list[LineageStep] = []

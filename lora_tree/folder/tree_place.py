@@ -56,7 +56,7 @@ def place_of(path: str | os.PathLike[str], *, make: bool = False) -> TreePlace:
 
     Args:
         path: the user's spelling.
-        make: it may be a place that is yet to be made.
+        make: accept a place that does not exist yet.
 
     Raises:
         FolderError: nothing lies there, or something else.
@@ -78,11 +78,11 @@ def place_of(path: str | os.PathLike[str], *, make: bool = False) -> TreePlace:
 
 
 def _is_there(folder: str, name: str) -> bool:
-    """Tell whether a file is there, or will be once an undecided save is carried out."""
+    """Tell whether a file is there, or will be once a pending save is carried out."""
     try:
         decided = pending(folder)
     except LoraTreeError:
-        decided = Pending()  # a broken record is told when the folder is opened
+        decided = Pending()  # a broken record is reported when the folder is opened
     file = decided.resolve(folder, name)
     return file is not None and os.path.lexists(file)
 

@@ -1,4 +1,4 @@
-"""Which tree.yaml a tree needs: the settings that the folders alone do not tell.
+"""The tree.yaml that a tree needs: the settings that the folders alone do not tell.
 
 A tree.yaml that says the same already stays as it is, comments included. A folder whose adapters
 say everything needs none at all.
@@ -33,7 +33,7 @@ class YamlNeeds:
         tree: the tree that is saved.
         opened: the folder as it is now.
         kept: node → its adapter as the folder will hold it.
-        leaving: the paths of adapters whose files go away.
+        leaving: the paths of adapters whose files are deleted.
     """
 
     tree: AdapterTree
@@ -43,12 +43,12 @@ class YamlNeeds:
 
     @property
     def changes_adapters(self) -> bool:
-        """The save writes or removes an adapter in the folder."""
+        """True if the save writes or removes an adapter in the folder."""
         return bool(self.leaving) or any(kept.stamps is None for kept in self.kept.values())
 
     # ------------------------------------------------------------------ is a new one needed?
     def is_said(self) -> bool:
-        """Tell whether the tree.yaml that is there, or none at all, says what this tree is."""
+        """Tell whether the present tree.yaml, or its absence, describes this tree already."""
         spec = self.opened.spec
         if spec is None and all(kept.named for kept in self.kept.values()):
             return False  # without an adapter in it, only a tree.yaml makes a folder a tree
@@ -64,7 +64,7 @@ class YamlNeeds:
         return self._nodes_are_said(spec)
 
     def _nodes_are_said(self, spec: TreeSpec | None) -> bool:
-        """Open the folder in thought, as this save will leave it, and compare the nodes."""
+        """Resolve the folder as this save will leave it, and compare the nodes with the tree's."""
         pins = {path: kept.hub for path, kept in self.kept.items() if kept.hub is not None}
         resolved = resolve(spec, None, self._scan_after(), self.opened.place.folder, pins=pins)
         if resolved.problems or list(resolved.entries) != self.tree.paths():
@@ -112,7 +112,7 @@ class YamlNeeds:
         return data
 
     def spelled_base(self) -> str | None:
-        """Return the base as tree.yaml spells it: a local folder as seen from there."""
+        """Return the base as tree.yaml spells it: a local folder relative to it."""
         if self.opened.spec is None and self.tree.base == self.opened.base_name:
             return self.opened.base_spelled
         local = local_base(self.tree.base, "")
@@ -150,12 +150,12 @@ class YamlNeeds:
             yield from node.fresh.model_dump(exclude_none=True).items()
 
     def _must_be_listed(self, path: str) -> bool:
-        """Tell whether a node has to be named even if there is nothing to say of it."""
+        """Tell whether tree.yaml has to list a node even if there is nothing to say of it."""
         # A folder like checkpoint-500 is passed over unless tree.yaml lists it.
         return is_step(path) or (path not in self.kept and self.tree[path].fresh is not None)
 
     def _is_group_by_itself(self, path: str) -> bool:
-        """Tell whether the folder of this name will hold no adapter, and one further below."""
+        """Tell whether the folders alone make a node a group: no adapter there, but one below."""
         if path in self.opened.scan.found:
             return False
         below = self.tree.paths(path)

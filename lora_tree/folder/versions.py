@@ -48,8 +48,8 @@ _DIGITS = 6
 def history(path: str | os.PathLike[str]) -> dict[str, list[Version]]:
     """Return every node's versions, the oldest first; the last one is the present one.
 
-    Of a node that was removed all are earlier ones. A node that lives in memory alone, or whose
-    files no lock has, has none.
+    For a node that was removed, all versions are earlier ones. A node that is in memory alone, or
+    whose files no lock has, has no present one.
 
     Args:
         path: the folder of a tree, or a YAML file in it.
@@ -102,7 +102,7 @@ def _find(opened: Opened, name: str) -> _Named:
             raise PathError(f"{path} has versions 1 to {len(mine)}, got {wanted}")
         return _Named(path, int(wanted), mine[int(wanted) - 1])
     hits = [n for n, version in enumerate(mine, 1) if version.content.startswith(wanted)]
-    # The last one of several: they are one content with other weights.
+    # Several hits are one content with different weights; the last one is meant.
     if not hits or len(wanted) < _DIGITS:
         raise PathError(
             f"{path} has no version {wanted}",
@@ -119,8 +119,8 @@ def _source(opened: Opened, named: _Named) -> FolderSource:
     """
     root, version = opened.place.folder, named.version
     places: list[str] = []
-    # Where a node has the content, the archive may hold it too many, of a save that was cut off.
-    # The restore's own save clears that away before it copies.
+    # Folders of nodes come first. If a node has the content, a copy in the archive is left over
+    # from a save that was cut off, and the restore's own save removes it before it copies files.
     for path, content in opened.contents.items():
         files = opened.entries[path].files
         if content == version.content and files is not None:
@@ -128,7 +128,7 @@ def _source(opened: Opened, named: _Named) -> FolderSource:
     places.append(place_in_archive(root, version.content))
     inside: str | None = root
     if version.elsewhere is not None:
-        # It was never the tree's to keep: its user named it, and it is named again.
+        # The tree never kept these files: the user named their folder, and it is named again.
         places, inside = [os.path.normpath(os.path.join(root, version.elsewhere))], None
     for place in places:
         files = find_files(place, inside)
@@ -158,7 +158,7 @@ def _put(
     *,
     at: str | None = None,
 ) -> None:
-    """Give a node of a tree its earlier content and weight; bring it back if it is not there.
+    """Give a node of a tree its earlier content and weight; bring it back if it was removed.
 
     Args:
         tree: changed in memory.
@@ -191,7 +191,7 @@ def _put(
 def load_versions(
     path: str | os.PathLike[str], *texts: str, skip_broken: bool = False
 ) -> tuple[AdapterTree, tuple[str, ...]]:
-    """Open a tree as it would be with some versions in place, to read it.
+    """Open a tree with some nodes at earlier versions, for reading only.
 
     Args:
         path: the folder of the tree, or a YAML file in it.
@@ -224,7 +224,7 @@ def load_versions(
 
 
 def _advice_to_read(opened: Opened, named: _Named, removed: list[str]) -> str:
-    """Say how to read a version of which nodes above were removed, too."""
+    """Say how to read a version whose ancestors were removed, too."""
     versions = _all_versions(opened)
     names = [f"{above}@{len(versions[above])}" for above in removed]
     options = " ".join(f"--on {name}" for name in names)
@@ -301,10 +301,10 @@ class Restored:
     """A node that has an earlier version again.
 
     Args:
-        path: of the node.
-        number: that the version had.
-        version: it.
-        stale: why the node, or None if it is not, is stale with it.
+        path: the node.
+        number: the number that the version had.
+        version: the version.
+        stale: why the node is stale with it; None if it is not.
         was_removed: the node had been removed.
     """
 
@@ -318,7 +318,7 @@ class Restored:
 def restore(
     path: str | os.PathLike[str], *names: str, note: SaveNote | str | None = None
 ) -> list[Restored]:
-    """Give nodes an earlier content and weight again, in one save; it can be undone likewise.
+    """Give nodes an earlier content and weight again, in one save; a restore can undo it, too.
 
     The nodes' present contents become earlier versions. A node that was removed comes back with its
     last version, or with the one that is named.
@@ -326,17 +326,18 @@ def restore(
     Args:
         path: the folder of the tree, or a YAML file in it.
         names: versions like ``fr/legal@2``; paths or patterns of nodes that were removed.
-        note: what the save says of itself.
+        note: the save's note about itself.
 
     Raises:
-        PathError: there is no such node or version, or the node above is not there.
+        PathError: there is no such node or version, or the node above is missing.
         FolderError: the files of a version are gone, or the folder can't be written.
         SpecError, UnlockedError: as `load`.
 
     >>> # restore("zoo/", "fr/legal@2")
     """
     with warnings.catch_warnings():
-        # A node may be stale just because of what is to be undone; it is told at the end.
+        # A node may be stale only because of the content that is undone here. `Restored.stale` says
+        # what is stale afterwards.
         warnings.simplefilter("ignore", StaleWarning)
         tree = load(path)
     opened = inspect(place_of(path))

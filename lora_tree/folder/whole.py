@@ -75,7 +75,7 @@ def new_folders(places: Sequence[Path]) -> Iterator[list[Path]]:
 
 
 def publish(new: Path, place: Path, *, aside: Path | None = None) -> None:
-    """Give a filled folder its place, when all in it lasts.
+    """Sync a filled folder, then rename it to its place.
 
     Args:
         new: the folder, on the same file system as ``place``.
@@ -91,8 +91,8 @@ def publish(new: Path, place: Path, *, aside: Path | None = None) -> None:
         disk.rename(place, old)
     disk.rename(new, place)
     if old is not None:
-        # Under the name ``aside`` it would be put back after a kill. That has to end before its
-        # removal begins: from then on it is not whole.
+        # Under the name ``aside`` it would be put back after a kill. So it loses that name before
+        # its removal begins: from then on it is not whole.
         disk.rename(old, new)
     disk.sync(place.parent)
 
@@ -102,7 +102,7 @@ def restore_replaced(stage: Path, parent: Path) -> None:
 
     Args:
         stage: the hidden folder in which they were put aside; need not be there.
-        parent: of their places. A place that is taken again is left alone.
+        parent: the folder of their places. A place that is taken again is left alone.
 
     Raises:
         FolderError: a folder can't be read or renamed.
@@ -133,7 +133,7 @@ def _stage(place: Path) -> Iterator[Path]:
     disk.make(stage)
     try:
         # The lock tells later writers of this place that its writer lives. It is on the folder
-        # itself, so it goes on counting under the folder's new name.
+        # itself, so it still holds under the folder's new name.
         with locks.holding(stage, make=False):
             yield stage
     finally:
@@ -165,13 +165,13 @@ def _clear_abandoned(place: Path) -> None:
 
 
 def _sync_all(folder: Path) -> None:
-    """Make every byte and name below a folder last."""
+    """Make every byte and name below a folder durable."""
     # Files come before the folders that name them: a name must not last longer than its bytes.
     for root, _, files in os.walk(folder, topdown=False, onerror=disk.refuse):
         for file in files:
             path = os.path.join(root, file)
             with disk.named("sync it", path):
-                # Windows syncs only what may be written.
+                # Windows syncs only files that are open for writing.
                 handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
                 try:
                     sync_file(handle)

@@ -25,7 +25,7 @@ WAIT_S = 10.0
 
 @contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
-    """Be the only writer of ``folder`` while the block runs.
+    """Hold the writer's lock on ``folder`` while the block runs.
 
     Raises:
         FolderError: another process kept writing for `WAIT_S` seconds, or the lock can't be made.

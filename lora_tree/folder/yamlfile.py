@@ -30,9 +30,8 @@ from ..spec_errors import Loc, describe_invalid
 __all__ = ["Located", "json_schema", "parse_yaml", "read_spec", "render_yaml"]
 
 _MOST_MISTAKES = 50  # that one error lists
-_MAX_NESTING = (
-    2 * MAX_DEPTH + 4
-)  # a node and its children are two levels; then a pattern or a list inside
+# A node and its children are two levels; then come a pattern and a list inside.
+_MAX_NESTING = 2 * MAX_DEPTH + 4
 
 _NULL = frozenset(("", "~", "null", "Null", "NULL"))
 _BOOL = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
@@ -46,14 +45,13 @@ _SPECIAL = re.compile(r"([-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))\Z")
 _VERSION = re.compile(rb"^version[ \t]*:[ \t]*([0-9]{1,9})[ \t]*(?:#[^\n]*)?\r?$", re.MULTILINE)
 _LONE = re.compile("[\ud800-\udfff]")
 _PLAIN = re.compile(r"[A-Za-z_./][A-Za-z0-9_./-]*\Z")
-_ELSEWHERE = frozenset(
-    ("y", "n", "yes", "no", "on", "off", "true", "false", "null")
-)  # not strings to YAML 1.1
+# These are not strings to YAML 1.1.
+_ELSEWHERE = frozenset(("y", "n", "yes", "no", "on", "off", "true", "false", "null"))
 
 
 @dataclass
 class _Spot:
-    """Where a value stands, and where its parts do."""
+    """The position of a value, and the positions of its parts."""
 
     line: int
     column: int
@@ -69,12 +67,12 @@ class Located:
     root: _Spot
 
     def at(self, loc: Loc) -> str:
-        """``zoo/tree.yaml:7:9``: the place that ``loc`` leads to, or the nearest one around it."""
+        """Return the place that ``loc`` leads to, or the nearest around it: ``tree.yaml:7:9``."""
         line, column = self.position(loc)
         return f"{self.file}:{line}:{column}"
 
     def position(self, loc: Loc) -> tuple[int, int]:
-        """Line and column of that place, from 1."""
+        """Return line and column of that place, from 1."""
         spot = self.root
         for step in loc:
             if step not in spot.parts:
@@ -83,7 +81,7 @@ class Located:
         return spot.line, spot.column
 
     def refuse(self, wrong: Iterable[tuple[Loc, str]]) -> SpecError:
-        """The error that lists all mistakes, in the order of their lines."""
+        """Return the error that lists all mistakes, in the order of their lines."""
         ordered = sorted((self.position(loc), text) for loc, text in wrong)
         shown = ordered[:_MOST_MISTAKES]
         lines = [f"{self.file}:{line}:{column}: {text}" for (line, column), text in shown]
@@ -102,7 +100,7 @@ class _Open:
 
 
 def read_spec(raw: bytes, file: str) -> tuple[TreeSpec, Located]:
-    """The meaning of a tree.yaml.
+    """Parse and check a tree.yaml.
 
     Raises:
         SpecError: not YAML, not plain data, or not what a tree.yaml may say; every mistake with
@@ -133,7 +131,7 @@ def _check_newer(raw: bytes, file: str) -> None:
 
 
 def walk(spec: TreeSpec) -> Iterator[tuple[str, NodeSpec, Loc]]:
-    """Every node that a tree.yaml lists: (path, what it says, the way to it)."""
+    """Yield every node that a tree.yaml lists: (path, its spec, the way to it)."""
     stack: list[tuple[str, NodeSpec, Loc]] = [
         (name, node, ("tree", name)) for name, node in spec.tree.items()
     ]
@@ -151,7 +149,7 @@ def walk(spec: TreeSpec) -> Iterator[tuple[str, NodeSpec, Loc]]:
 
 
 def parse_yaml(raw: bytes, file: str) -> Located:
-    """YAML as dicts, lists, strings, numbers, booleans and None.
+    """Return YAML as dicts, lists, strings, numbers, booleans and None.
 
     Raises:
         SpecError: not YAML 1.2, or more than plain data; with line and column.
@@ -205,9 +203,8 @@ def _events(text: str, file: str) -> Iterator[Any]:
             place = f"{file}:{mark.line + 1}:{mark.column + 1}" if mark else file
             problem = str(error.problem or error.context)
             raise SpecError(f"{place}: not YAML: {problem}", *_advice(problem)) from error
-        except (
-            Exception
-        ) as error:  # of the YAML package: any error of its parser is a mistake in the text
+        # Any other error of the YAML package's parser is a mistake in the text as well.
+        except Exception as error:
             raise SpecError(f"{file}: not YAML: {' '.join(str(error).split())}") from error
         if event is None:
             return
@@ -265,7 +262,7 @@ def _take(event: Any, into: _Open, place: str) -> _Open | None:
 
 
 def _scalar(text: str, place: str) -> Any:
-    """A plain scalar by the core schema of YAML 1.2 (§10.3.2)."""
+    """Return the value of a plain scalar by the core schema of YAML 1.2 (§10.3.2)."""
     if text in _NULL:
         return None
     if text in _BOOL:
@@ -306,7 +303,7 @@ def _contradictions(spec: TreeSpec) -> Iterator[tuple[Loc, str]]:
 
 # ---------------------------------------------------------------------- writing
 def render_yaml(data: Mapping[str, Any]) -> bytes:
-    """Plain data as YAML, in the given order of keys; the same data gives the same bytes.
+    """Return plain data as YAML, in the given order of keys; equal data gives equal bytes.
 
     Raises:
         SpecError: a string that UTF-8 can't hold.
@@ -332,9 +329,8 @@ def render_yaml(data: Mapping[str, Any]) -> bytes:
 def _block(data: Mapping[str, Any], indent: str, lines: list[str]) -> None:
     for key, value in data.items():
         name = _string(key)
-        head = (
-            f"{indent}{name}:" if len(name) < 1000 else f"{indent}? {name}\n{indent}:"
-        )  # YAML's limit for short keys
+        # A longer key than YAML's limit is written with a question mark.
+        head = f"{indent}{name}:" if len(name) < 1000 else f"{indent}? {name}\n{indent}:"
         if isinstance(value, Mapping) and value:
             lines.append(head)
             _block(value, indent + "  ", lines)
@@ -371,7 +367,7 @@ def _escape(character: str) -> str:
 
 
 def json_schema() -> dict[str, Any]:
-    """The JSON schema of tree.yaml, for editors; generated from the models that check it."""
+    """Return the JSON schema of tree.yaml, for editors; made from the models that check it."""
     schema = TreeSpec.model_json_schema()
     schema["title"] = "tree.yaml of lora_tree"
     for model in (schema, *schema["$defs"].values()):

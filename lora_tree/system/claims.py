@@ -1,4 +1,4 @@
-"""Claims: lock files that tell their owner, for file systems without flock.
+"""Claims: lock files that name their owner, for file systems without flock.
 
     lock.alone.<token>      the claim of the one holder
     lock.shared.<token>     the claim of one of several holders
@@ -7,12 +7,12 @@ A claim is a file that its holder made (O_EXCL). A process makes its claim first
 others afterwards. So of two that come at once, at least one sees the other, takes its own claim
 back and tries later.
 
-A claim is left over when its process has ended, where that can be asked: same machine, same start.
-A claim from another machine is left over when its holder has not touched it for `STALE_S`; a holder
-touches its claims all the time.
+A claim is left over when its process has ended. The process is looked up by its id and the time at
+which it began, which works on its own machine only, and not on Windows. Any other claim is left
+over when its holder has not touched it for `STALE_S`; a holder touches its claims every `BEAT_S`.
 
 Law: no claim's name is ever used twice. So a process that removes a claim that was left over can't
-hit a newer one.
+remove a newer one by mistake.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _beating = False
 
 
 def make_claim(path: Path, shared: bool) -> Path | None:
-    """Make a claim on a path and return it; if another stands against it, return None.
+    """Make a claim on a path and return it; if another claim excludes it, return None.
 
     Raises:
         OSError: it can't be made.
@@ -66,8 +66,8 @@ def make_claim(path: Path, shared: bool) -> Path | None:
         _create(claim, token)
         # The clock of the file system, which all its machines share; their own clocks may differ.
         now_s = os.lstat(claim).st_mtime
-        # The look comes after the making. The other way round, two processes could both see no
-        # other claim.
+        # Other claims are looked for after this one was made. The other way round, two processes
+        # could both see none.
         for other in _claims(path):
             is_compatible = shared and ".shared." in other.name
             if other == claim or is_compatible:
@@ -85,7 +85,7 @@ def make_claim(path: Path, shared: bool) -> Path | None:
 
 
 def drop_claim(claim: Path) -> None:
-    """Take a claim of this process back; never raises."""
+    """Remove a claim of this process; never raises."""
     with suppress(OSError):
         os.unlink(claim)
     with _changed:
@@ -104,7 +104,7 @@ def owners(path: Path) -> list[str]:
 
 
 def clear(folder: Path, name: re.Pattern[str]) -> None:
-    """Remove the claims that were left over in ``folder`` of paths that are not there any more.
+    """Remove the claims in ``folder`` that were left over on paths that no longer exist.
 
     Args:
         name: matches the names of those paths.
@@ -121,8 +121,7 @@ def clear(folder: Path, name: re.Pattern[str]) -> None:
                 os.unlink(folder / entry)
 
 
-# ---------------------------------------------------------------------- whose, and whether left
-# over
+# ---------------------------------------------------------------------- owners of claims
 def _create(claim: Path, token: str) -> None:
     owner = {
         "token": token,
@@ -192,12 +191,12 @@ def _lives(pid: int, started: str) -> bool:
 
 @cache
 def _machine() -> str:
-    """Name the set of processes among which a process id means something."""
+    """Name the machine or container in which a process id names one process."""
     parts = [socket.gethostname()]
     with suppress(OSError):
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
     with suppress(OSError):
-        parts.append(os.readlink("/proc/self/ns/pid"))  # containers count their processes anew
+        parts.append(os.readlink("/proc/self/ns/pid"))  # each container has process ids of its own
     return " ".join(parts)
 
 
@@ -246,7 +245,7 @@ def _touch_all() -> None:
 
 
 def _touch(claim: Path) -> None:
-    """Write the first byte of a claim again, which every file system notes; some have no utime."""
+    """Renew a claim's time by writing its first byte again: some file systems have no utime."""
     file = os.open(claim, os.O_RDWR | PLAIN | NO_FOLLOW)
     try:
         first = os.read(file, 1)
@@ -258,7 +257,7 @@ def _touch(claim: Path) -> None:
 
 @atexit.register
 def _drop_all() -> None:
-    """Leave no claims when the process ends, as it leaves no flocks."""
+    """Remove this process's claims when it ends, as the system does with its flocks."""
     for claim in list(_mine.values()):
         with suppress(OSError):
             os.unlink(claim)

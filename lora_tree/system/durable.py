@@ -1,8 +1,8 @@
-"""Make files and names last: fsync, as far as the operating system and the file system have it.
+"""Make files and names durable: fsync, as far as the system and the file system have it.
 
 A file's bytes must be on the disk before the file gets its name, and a folder is synced after names
 in it have changed. Network shares and some FUSE file systems can't sync a folder (EINVAL, ENOTSUP).
-They keep names by themselves or not at all, so git, SQLite and borg pass over these answers, and so
+They keep names by themselves or not at all, so git, SQLite and borg ignore these errors, and so
 does this library. A file that can't be synced is an error.
 """
 
@@ -21,7 +21,7 @@ _NO_FOLDERS = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 def sync_file(file: int) -> None:
-    """Make the bytes of an open file last.
+    """Make the bytes of an open file durable.
 
     Raises:
         OSError: the disk is full or broken; the caller knows the file's name.
@@ -34,12 +34,12 @@ def sync_file(file: int) -> None:
             fcntl.fcntl(file, fcntl.F_FULLFSYNC)
             return
         except OSError:
-            pass  # a network share has fsync alone, which says what is wrong if anything is
+            pass  # a network share has only fsync, which raises if anything is wrong
     os.fsync(file)
 
 
 def sync_folder(folder: str | Path) -> None:
-    """Make the names in a folder last, where its file system can.
+    """Make the names in a folder durable, if its file system can.
 
     Raises:
         FolderError: the folder can't be opened, or its disk is broken.

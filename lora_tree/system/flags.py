@@ -15,7 +15,7 @@ def _flags(*names: str) -> int:
 
 
 PLAIN = _flags("O_CLOEXEC", "O_BINARY")
-"""Bytes as they are, where Windows would change line ends; closed when another program starts."""
+"""Bytes stay unchanged (Windows would change line ends); closed when another program starts."""
 NO_FOLLOW = _flags("O_NOFOLLOW")
 """A link at the end of the path is an error."""
 NO_WAIT = _flags("O_NONBLOCK", "O_NOCTTY")

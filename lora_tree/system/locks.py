@@ -1,7 +1,7 @@
 """Lock a path between processes, on every file system.
 
 flock is used where the file system has it: the lock ends with its process. Where it has not
-(ENOSYS, EOPNOTSUPP, ENOLCK; Windows), each holder makes a file that tells its owner (see `claims`).
+(ENOSYS, EOPNOTSUPP, ENOLCK; Windows), each holder makes a file that names its owner (see `claims`).
 
 A mount with flock and a mount without it do not see each other's locks.
 """
@@ -39,16 +39,16 @@ class Held:
         self._claim = claim
 
     def release(self, *, remove: bool = False) -> None:
-        """Let go; a second call does nothing.
+        """Release the lock; a second call does nothing.
 
         Args:
-            remove: take the lock file away too. Processes that wait for it notice, and make it
+            remove: remove the lock file too. Processes that wait for it notice, and make it
                 again.
         """
         try:
             is_held = self._file is not None or self._claim is not None
             if remove and is_held:
-                # Before the lock is let go of: afterwards the file may be another process's.
+                # Before the lock is released: afterwards the file may be another process's.
                 with suppress(OSError):
                     os.unlink(self.path)
         finally:
@@ -145,9 +145,8 @@ def _by_flock(path: Path, shared: bool, make: bool, wait: bool) -> Held | None:
         _flock(file, shared, wait)
         if _same(file, path):
             return Held(path, file, None)
-    except (
-        BaseException
-    ) as error:  # Ctrl-C too: a lock without an owner would shut this process out
+    except BaseException as error:
+        # After Ctrl-C, too: a lock that stays behind would shut this process out.
         os.close(file)
         code = error.errno if isinstance(error, OSError) else None
         if code in _BUSY:
@@ -155,8 +154,8 @@ def _by_flock(path: Path, shared: bool, make: bool, wait: bool) -> Held | None:
         if code in _NO_FLOCK:
             _warn_once(path, str(error))
             raise _NoFlock from error
-        # A file that this call made is taken away again; but not after Ctrl-C, where the process
-        # that was waited for may hold it.
+        # A file that this call made is removed again. But not after Ctrl-C: the process for which
+        # this one waited may hold it.
         if code is not None and not was_there:
             with suppress(OSError):
                 os.unlink(path)

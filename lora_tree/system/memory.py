@@ -46,8 +46,8 @@ def check_fits(nbytes: int, what: str, *, free: bool = True) -> None:
     Args:
         nbytes: its size.
         what: named first in the error.
-        free: compare with the memory that is free now; else with all there is, for memory that is
-            taken from a pool.
+        free: compare with the memory that is free now; else with the total, for a caller that takes
+            it from a pool of its own.
 
     Raises:
         BudgetError: it is larger than that memory.
@@ -65,7 +65,7 @@ def check_fits(nbytes: int, what: str, *, free: bool = True) -> None:
 
 
 def _meminfo() -> dict[str, int]:
-    """Return the lines of Linux's own account, in bytes."""
+    """Return the values of Linux's /proc/meminfo, in bytes."""
     found: dict[str, int] = {}
     for line in _lines(_MEMINFO):
         name, _, rest = line.partition(":")
@@ -84,7 +84,7 @@ def _pages(name: str) -> list[int]:
 
 @dataclass(frozen=True)
 class _ControlGroup:
-    """The memory of a container: its limit, its usage, and the part of that for pages of files."""
+    """The memory of a container: its limit, its usage, and the page cache's part of the usage."""
 
     limit: int
     used: int

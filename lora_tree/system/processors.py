@@ -1,4 +1,4 @@
-"""How many processors there are for threads that hash or read."""
+"""The number of processors for threads that hash or read."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import os
 __all__ = ["ENOUGH", "processors"]
 
 ENOUGH = 4
-"""Processors of which some are free for threads that read or hash. With fewer, such a thread takes
-the time from its caller, from what computes beside it, or from torch's threads, which spin for a
-while after each product."""
+"""The fewest processors with which threads that read or hash pay off. With fewer, such a thread
+takes the time from its caller, from a computation beside it, or from torch's threads, which spin
+for a while after each product."""
 
 
 def processors() -> int:

@@ -4,8 +4,8 @@ A name can lead to a pipe, which would make its reader wait for ever, to a devic
 to somewhere else; and it can be given to another file between a look at it and the opening. So the
 file is opened first, in a way that waits for nothing, and the open file itself is checked.
 
-A file is missing only where the system says so. Any other answer (no permission, a broken disk) is
-an error: a caller that takes it for "not there" deletes or overwrites the file.
+A file is missing only if the system says so. Any other answer (no permission, a broken disk) is an
+error: a caller that takes it for "missing" would delete or overwrite the file.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .flags import NO_FOLLOW, NO_WAIT, PLAIN
 __all__ = ["Inside", "is_file", "is_folder", "open_plain", "open_stream", "plain_file", "stat_of"]
 
 Inside = Callable[[str], bool]
-"""Whether a real path, all links followed, lies where a file may lie."""
+"""A function: real path, all links followed → whether a file may lie there."""
 
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
@@ -71,8 +71,8 @@ def plain_file(path: str | Path, *, follow: bool = True, inside: Inside | None =
         inside: where the file may lie.
 
     Raises:
-        OSError: it can't be opened, is no plain file, or lies where it may not. The caller puts the
-            name to it.
+        OSError: it can't be opened, is no plain file, or lies where it may not. The caller adds the
+            name.
     """
     try:
         file = os.open(path, os.O_RDONLY | PLAIN | NO_WAIT | (0 if follow else NO_FOLLOW))
@@ -101,7 +101,7 @@ def _check_inside(file: int, path: str | Path, inside: Inside) -> None:
 
 
 def _real_path(file: int, path: str | Path) -> str:
-    """Return where an open file lies; its name may lead elsewhere since it was opened."""
+    """Return the real path of an open file; its name may lead elsewhere by now."""
     with suppress(OSError):
         # Linux: one call, and it tells of the open file itself
         return os.readlink(f"/proc/self/fd/{file}")
