@@ -1,4 +1,4 @@
-"""``lora-tree add``: one more node, or all nodes of another tree."""
+"""``lora-tree add``: add one node, or all nodes of another tree."""
 
 from __future__ import annotations
 

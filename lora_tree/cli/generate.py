@@ -1,4 +1,4 @@
-"""``lora-tree generate``: text from a transformers model at a path."""
+"""``lora-tree generate``: print text that a transformers model writes at a path."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``lora-tree init``: a new tree, or a tree.yaml for a folder of adapters."""
+"""``lora-tree init``: begin a new tree, or write a tree.yaml for a folder of adapters."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ class Bar(Progress):
         super().__init__(*columns, console=console, disable=hidden, transient=True)
 
     def stop(self) -> None:
-        """End the bar. rich before 14 ends one that was never shown with an empty line."""
+        """End the bar, if it was shown: rich before 14 ends a hidden bar with an empty line."""
         if not self.disable:
             super().stop()
 

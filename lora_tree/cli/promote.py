@@ -1,4 +1,4 @@
-"""``lora-tree promote``: a node as it was at a checkpoint becomes a node of the tree."""
+"""``lora-tree promote``: take a node from a run's checkpoint into the tree."""
 
 from __future__ import annotations
 
