@@ -50,8 +50,8 @@ class FlatContent:
 
     Args:
         name: the hash that names it.
-        stale: what the lock says about nodes on its way that no longer fit their lineage.
-        nodes: node on its way → the hash of its files.
+        stale: the lock's texts about nodes of its lineages that are stale.
+        nodes: each node of its lineages with an adapter → the hash of its files.
     """
 
     name: str
@@ -75,8 +75,10 @@ class Contents:
         """Return the content of a path as the tree is now.
 
         Raises:
-            PathError, SpecError: there is no such path, or it says nothing that can be served.
-            FolderError, FormatError: a node on its way is broken, or differs from the lock.
+            PathError: there is no such path.
+            SpecError: the blend makes no sense, or a node of its lineages is in memory alone.
+            FolderError, FormatError: a node of its lineages is broken or differs from the lock, or
+                none of them has an adapter.
         """
         on_the_way = _on_the_way(path)
         mine = [problem for problem in problems if problem.node in on_the_way]

@@ -60,9 +60,9 @@ class Flattened:
         path: as it was asked for.
         content: the name of the folder.
         folder: where the adapter is.
-        stale: what the lock says about nodes that no longer fit their lineage.
+        stale: the lock's texts about nodes of its lineages that are stale.
         error: the relative error that recompression left; None where the folder was there already.
-        nodes: node on its way → the hash of its files.
+        nodes: each node of its lineages with an adapter → the hash of its files.
     """
 
     path: str

@@ -90,7 +90,8 @@ def held_rows(
 
     Raises:
         SpecError: the share is not from 0 to below 1, or it was asked of data without an order.
-        SpecError, PathError: a row says no path, or one that is not there.
+        SpecError: a row has no path.
+        PathError: the tree has no such path.
     """
     asked = share is not None
     share = HELD_BACK if share is None else share

@@ -57,7 +57,8 @@ def whole_groups(
     if groups is None:
         return [{"name": path, "params": model.factors.of(path)} for path in training]
     named = [str(group.get("name")) for group in groups]
-    # A second call of `trainable` makes other factors; the first call's groups hold dead ones.
+    # Groups of an earlier call of `trainable` may be of other nodes. If they are of the same nodes
+    # with other parameters, `TreeModel.follow` refuses them.
     if sorted(named) != sorted(training):
         raise SpecError(
             f"groups are of {listing(named)}, and {listing(training)} train",

@@ -79,8 +79,9 @@ class TreeTrainer(PathEvaluation):
         decay_by_depth: weight decay at depth 0, 1, …, the last one also below, for groups that say
             nothing. None: ``args.weight_decay``; where that is 0, see `lora_tree.weight_decays`.
         hold_back: the share of each path's rows that is not trained on, rounded down. When training
-            has ended, a leaf that does not beat its parent on them gets the weight that does, from
-            0 to 1: see ``verdicts``. None: 0.05 where several levels of the tree train, else 0.
+            has ended, a leaf that does worse on them than its parent keeps only the part of its
+            weight, from 0 to 1, that has the least loss: see ``verdicts``. None: 0.05 where several
+            levels of the tree train, else 0.
         temperature: draw rows path by path with it, as `PathSampler` does; None: as the Trainer
             draws them.
         path_column: the column that holds a row's path, ``""`` for the bare base.

@@ -116,7 +116,7 @@ class _Resolver:
         return seen
 
     def close(self) -> None:
-        """Stop the threads; vLLM never does, its process ends with them."""
+        """Stop the threads. vLLM never calls this: they end with its process."""
         for pool in (self._makers, self._blenders, self._looker):
             pool.shutdown()
         if self._watcher is not None:
