@@ -110,7 +110,7 @@ def what_trains(tree: AdapterTree, nodes: Sequence[str], rows: Sequence[Row]) ->
 
 
 def becoming_stale(tree: AdapterTree, nodes: Iterable[str]) -> list[str]:
-    """Return the nodes that become stale when these train: those below that do not train, too."""
+    """Return the nodes that training these makes stale: nodes below them that do not train."""
     training = set(nodes)
     below: set[str] = set()
     # A node that trains together with its parent does not become stale.

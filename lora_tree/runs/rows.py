@@ -90,8 +90,8 @@ def read_rows(
     Raises:
         FolderError: a file can't be read.
         FormatError: a line is no JSON object; names the file and the line.
-        SpecError: a row says nothing that can be learnt, or too much; or no row has the column
-            ``slice_by``.
+        SpecError: a row has nothing to learn from, or has it in several ways; or no row has the
+            column ``slice_by``.
         PathError: a row's path is not in the tree.
     """
     if max_length < 2:
@@ -241,7 +241,7 @@ def _way(data: Mapping[str, Any]) -> tuple[set[str], set[str]]:
     """Return the columns by which a row says what is learnt, and those that are the user's own.
 
     Raises:
-        SpecError: the row has the columns of no way, of several, or only some of one.
+        SpecError: its columns are not those of exactly one way.
     """
     keys = WORDS & set(data)
     extra = set(data) - WORDS - {"path"}
