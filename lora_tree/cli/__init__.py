@@ -55,7 +55,7 @@ def _run(given: list[str], *, own_process: bool) -> None:
     # typer ends a command by SystemExit, with the command's code. That is no Exception, so it
     # passes.
     except Exception as error:  # the last resort: a user of a shell does not read tracebacks
-        # The error is what became of the signal's exception: the user has ended the command.
+        # A signal's exception came out as this error; see `_signals_clean_up`.
         if codes:
             sys.exit(codes[0])
         print_error(error)
@@ -64,16 +64,16 @@ def _run(given: list[str], *, own_process: bool) -> None:
 
 @contextmanager
 def _signals_clean_up(codes: list[int]) -> Iterator[None]:
-    """Let Ctrl-C and a polite kill end a command by an exception, so that it removes its half-made
-    files.
+    """Turn Ctrl-C and SIGTERM into exceptions while a command runs, so that it removes its
+    half-made files.
 
-    Python would end the process at once on a kill. A command that has something to finish first,
-    such as a training run, installs its own handlers for that time.
+    By default SIGTERM ends the process at once. A command that has something to finish first, such
+    as a training run, installs its own handlers for that time.
 
     Args:
-        codes: gets the exit code of each signal. The exception is raised wherever the main thread
-            is; inside of a package's import it may come out as that package's own error, as
-            transformers' "Could not import module". The caller then knows the cause.
+        codes: receives the exit code of each signal, so that the caller knows the cause. The
+            exception is raised wherever the main thread is; inside a package's import it may come
+            out as that package's own error, such as transformers' "Could not import module".
     """
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may install handlers
@@ -94,7 +94,8 @@ def _signals_clean_up(codes: list[int]) -> Iterator[None]:
         signal.SIGINT: signal.default_int_handler,
         signal.SIGTERM: signal.SIG_DFL,
     }
-    # Another handler than Python's own is the caller's decision, such as nohup's to ignore Ctrl-C.
+    # Any handler but Python's own is the caller's decision: a shell, for example, ignores Ctrl-C
+    # for what it runs in the background.
     ours = [number for number in handlers if signal.getsignal(number) is usual[number]]
     for number in ours:
         signal.signal(number, handlers[number])
@@ -109,15 +110,15 @@ def _signals_clean_up(codes: list[int]) -> Iterator[None]:
 def _interrupts_end_it() -> Iterator[None]:
     """Let Ctrl-C end the process at once while modules are imported.
 
-    Nothing has begun that would have to be put back. An exception would fare worse: it is raised
-    somewhere inside torch or numpy, which may swallow it, or turn it into an error of their own.
+    Nothing has begun that would have to be undone. An exception would be worse: it is raised
+    somewhere inside torch or numpy, which may swallow it or turn it into another error.
     """
     before = signal.getsignal(signal.SIGINT)
     if (
         before is not signal.default_int_handler
         or threading.current_thread() is not threading.main_thread()
     ):
-        yield  # the caller has decided about interrupts, or this thread may not
+        yield  # the caller has its own handler, or this thread may not install one
         return
     signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
     try:

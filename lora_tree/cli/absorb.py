@@ -1,4 +1,4 @@
-"""``lora-tree absorb``: a new flat adapter below the node that leaves least of it."""
+"""``lora-tree absorb``: add a flat adapter below the node that shares most with it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .export import DTYPES, Dtype
 
 __all__ = ["absorb_adapter"]
 
-_TOLD = 3  # of the nodes that were compared
+_TOLD = 3  # of the compared nodes, the nearest first
 
 
 def absorb_adapter(

@@ -1,4 +1,4 @@
-"""``lora-tree add``: one more node, or all nodes of another tree."""
+"""``lora-tree add``: add one node, or all nodes of another tree."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def add_node(
     given = {"r": r, "lora_alpha": lora_alpha, "target_modules": target or None}
     lora = {word: value for word, value in given.items() if value is not None}
     if adapter is None or lora or group:
-        # Options of a fresh node beside an adapter go in as well: the tree refuses the mixture, and
-        # an option that is silently ignored would be worse.
+        # Options of a fresh node are passed on even beside an adapter: the tree refuses that
+        # mixture, while leaving them out here would ignore them silently.
         work.tree.add(path, adapter=adapter, weight=own, group=group, **lora)
         edited = Edited(added=(path,))
     else:
@@ -59,14 +59,14 @@ def add_node(
 
 def _from_files(tree: AdapterTree, path: str, adapter: Path, weight: Weight) -> Edited:
     try:
-        # As an adapter first: a node's folder that has children opens as a tree as well, but as one
-        # of the children alone, and the node itself would be lost.
+        # Try it as an adapter first. A node's folder with children also opens as a tree, but that
+        # tree has only the children, and the node itself would be lost.
         tree.add(path, adapter=adapter, weight=weight)
     except FormatError as no_adapter:
         try:
             other = load(adapter)
         except LoraTreeError:
-            raise no_adapter from None  # its flaws as an adapter say more than those as a tree
+            raise no_adapter from None  # this error says more than the one about a tree
         edited = graft(tree, path, other)
         return replace(edited, notes=(*edited.notes, f"{adapter}: a tree of {len(other)} nodes"))
     if is_on_hub(str(adapter)):

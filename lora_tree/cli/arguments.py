@@ -32,9 +32,9 @@ __all__ = [
 
 
 def _only_json(context: typer.Context, wanted: bool) -> bool:
-    """Keep stdout for the one document, from here until the command is done."""
-    # In the option's callback and not in each command: what is printed before a command's first
-    # line, by an import or a warning, must stay off stdout, too.
+    """Keep stdout for the JSON document alone until the command is done."""
+    # Done in the option's callback, not in each command: an import or a warning may print before a
+    # command's first line, and that must stay off stdout, too.
     if wanted:
         context.with_resource(stdout_is_json())
     return wanted
@@ -44,12 +44,12 @@ def given_weight(texts: Sequence[str] | None, option: str = "--weight") -> Weigh
     """Return the weight that an option says; None if it was not given.
 
     Raises:
-        SpecError: it is none, or was given more than once; names the option.
+        SpecError: the text is no weight, or the option was given twice; the error names the option.
     """
     if not texts:
         return None
     if len(texts) > 1:
-        # The shell's custom is that the last one counts, and the others go without a word.
+        # Command lines usually let the last one count, and ignore the others silently.
         raise SpecError(
             f"{option} was given {len(texts)} times", f"write one: {option} {','.join(texts)!r}"
         )
@@ -58,10 +58,10 @@ def given_weight(texts: Sequence[str] | None, option: str = "--weight") -> Weigh
 
 @contextmanager
 def offered_skip(folder: Path, *, skips: bool) -> Iterator[None]:
-    """Add to the error of a broken adapter that the command can go on without it.
+    """Add to a broken adapter's error the advice that the command can go on without it.
 
-    `load` offers that itself for what it sees. But it opens no file, so a file that is cut short
-    fails only later, and the error then names the first such node alone.
+    `load` gives that advice itself, for the problems that it finds. But it reads no weights, so a
+    truncated file fails only later, with an error that names the first such node alone.
 
     Args:
         folder: of the tree.

@@ -35,7 +35,7 @@ def bisect_steps(
 ) -> None:
     """Measure rows node by node down a lineage, or version by version; say where it got worse."""
     tree = load(folder)
-    # Before a base is opened, which takes minutes: a typo is told at once.
+    # Checked before the base is opened, which takes minutes: a typo is reported at once.
     tree.lineage(path)
     steps = versions_beside(tree, folder, path) if versions else path
     model, rows = open_measured(

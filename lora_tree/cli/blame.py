@@ -52,7 +52,7 @@ def blame_parts(
 ) -> None:
     """Leave out each part of a lineage, and say what that does to the loss and the answers."""
     tree = load(folder)
-    # Before a base is opened, which takes minutes: a typo is told at once.
+    # Checked before the base is opened, which takes minutes: a typo is reported at once.
     tree.lineage(path)
     model, rows = open_measured(
         tree,

@@ -1,9 +1,9 @@
-"""``lora-tree check``: everything that is wrong with a folder, its nodes together, and a base.
+"""``lora-tree check``: all problems of a folder, of its nodes together, and with a base.
 
-With ``--merged`` it is about a merged checkpoint instead (`check_told`).
+With ``--merged`` it checks a merged checkpoint instead (`check_told`).
 
-A base is asked for its modules only. It is made without memory for weights, so a model of any size
-is checked at once.
+Only the base's modules are needed. The base is built without memory for its weights, so a model of
+any size is checked at once.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ def list_problems(
     dtype = torch.float32
     if base is not None:
         skeleton = skeleton_of(base, what="check --base", trust_remote_code=trust_remote_code)
-        # transformers loads a base in this dtype, and a product may overflow in fp16 alone.
+        # The dtype in which transformers loads the base: in fp16 a product may overflow that fits
+        # in fp32.
         # A pipeline is several models, and has no config of its own.
         config = getattr(skeleton, "config", None)
         named = getattr(config, "dtype", None)
@@ -71,15 +72,15 @@ def list_problems(
     problems = [(problem.node, str(problem.kind), problem.text) for problem in found]
     without: list[str] = []
     # The nodes are compared with each other and with the base only if all of them can be opened:
-    # a node that is missing would be told again below each of its children.
+    # a missing node would be reported again for each of its children.
     if all(kind in HARMLESS for _, kind, _ in problems):
         tree = _opened(folder)
         problems += [(path, "shape", text) for path, text in clashes(tree, skeleton)]
         without = dropped(tree)
         if skeleton is not None:
             problems += [(path, "base", text) for path, text in misfits(tree, skeleton)]
-    # Notes are no mistakes: a tree opens in spite of them. So they don't count for the exit code,
-    # or the steps that a training run left in the folder would stop a script.
+    # Notes are not problems: the tree opens in spite of them. So they don't count for the exit
+    # code; otherwise checkpoints that a training run left in the folder would stop a script.
     remarks = [*notes(folder), *moved_branches(folder)]
     if without:
         remarks.append(f"increments under an override do not count: {listing(without)}")

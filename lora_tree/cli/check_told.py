@@ -32,9 +32,9 @@ def tell_comparison(
     """Compare a merged checkpoint with a path, and print what differs; exit with 1 where it does.
 
     Args:
-        folder: of the tree; or the path, where none is given: then the tree is the working
-            directory's.
-        path: the path or blend.
+        folder: of the tree; if ``path`` is None, the path instead, and the tree is that of the
+            working directory.
+        path: the path or blend; None: it was given as the only argument.
         merged, base: as the user gave them.
     """
     tree, path = (_here(folder, merged), str(folder)) if path is None else (load(folder), path)

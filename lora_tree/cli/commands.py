@@ -69,17 +69,17 @@ COMMANDS = {
 
 
 class _CommandGroup(TyperGroup):
-    """The commands; errors of usage are escaped, since they quote the command line.
+    """The commands. Usage errors are escaped, because they quote the command line.
 
-    A command line may hold names out of a glob, and so anything that a file can be called.
+    It may contain names that a glob expanded to, and so any character that a file name can have.
     """
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except Exception as error:
-            # Told by the attribute and not by the class: the typers that are allowed raise errors
-            # of click or of a copy of click inside typer.
+            # Recognised by the attribute, not by the class: some of the allowed versions of typer
+            # raise click's errors, others those of a copy of click inside typer.
             said = getattr(error, "message", None)
             if isinstance(said, str):
                 error.message = printable(said)  # type: ignore[attr-defined]
@@ -87,13 +87,13 @@ class _CommandGroup(TyperGroup):
 
 
 def application(arguments: Sequence[str]) -> typer.Typer:
-    """Return the application: every command in its list, and whole the one that is asked for."""
+    """Return the application: the requested command, and a stand-in for each other one."""
     app = typer.Typer(
         cls=_CommandGroup,
         name="lora-tree",
         help="LoRA adapters as a tree over one base model.",
         no_args_is_help=True,
-        # Names and errors are strangers' words; typer would print locals around them.
+        # typer would print local variables, unescaped, and they hold names from untrusted files.
         pretty_exceptions_enable=False,
     )
     app.callback()(_options)
@@ -109,11 +109,11 @@ def application(arguments: Sequence[str]) -> typer.Typer:
 
 
 def _asked(arguments: Sequence[str]) -> str | None:
-    """Return the command that is named, on the command line or in the one that is completed."""
+    """Return the command's name, from the command line or from the one that a shell completes."""
     words = list(arguments)
     if "_LORA_TREE_COMPLETE" in os.environ:
-        # The shell's words come in the environment: bash's in the one, the other shells' in the
-        # other. Quotes may still be open, so they are split at blanks.
+        # The shell passes its words in the environment: bash in COMP_WORDS, the others in
+        # _TYPER_COMPLETE_ARGS. Quotes may still be open, so the words are split at blanks.
         line = os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS") or ""
         words = line.split()[1:]
     # The options that may stand before a command take no command's name as their value, so the
@@ -127,7 +127,7 @@ def _epilog(name: str) -> str:
 
 
 def _listed(module: str, function: str) -> Callable[[], None]:
-    """Return a stand-in for the list, with the docstring that the source has."""
+    """Return a stand-in for a command in the list of commands, with its docstring."""
     source = Path(__file__).with_name(f"{module}.py").read_text(encoding="utf-8")
     found = (
         n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef) and n.name == function

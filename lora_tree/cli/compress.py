@@ -1,4 +1,4 @@
-"""``lora-tree compress``: all nodes to a rank, an error or a number of bytes."""
+"""``lora-tree compress``: cut all nodes to a rank, an error or a number of bytes."""
 
 from __future__ import annotations
 

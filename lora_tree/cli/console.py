@@ -1,9 +1,10 @@
 """The two consoles: results on stdout, everything else on stderr.
 
 Off a terminal nothing is wrapped or cut, and no line of a table ends in blanks. A character that a
-stream's encoding can't hold is escaped: a command that has done its work must not fail as it says
-so. A character that a terminal would obey is escaped, too. Names of bases, folders, tensors and
-config keys are strangers' words, and all that a command says goes through here.
+stream's encoding can't hold is escaped: a command that has done its work must not fail while it
+reports that. A control character, which a terminal would obey, is escaped, too: names of bases,
+folders, tensors and config keys come from untrusted files. All output of a command goes through
+this module.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ TRACEBACK = "LORA_TREE_TRACEBACK"
 
 
 def any_encoding() -> None:
-    """Escape, from now on, a character that a stream's encoding can't hold."""
+    """Make stdout and stderr escape, from now on, characters that their encoding can't hold."""
     for stream in (sys.stdout, sys.stderr):
         # Where a program or a test has redirected the stream, it may be a StringIO. That one
         # encodes nothing, and has no `reconfigure`.
@@ -70,9 +71,9 @@ class _Console(Console):
         )
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """Print; off a terminal without the blanks that fill up the last column of a table.
+        """Print; off a terminal, strip the blanks that pad the last column of a table.
 
-        They are as many as the longest reason of a broken node has letters, on every line.
+        One long cell, such as the reason of a broken node, pads every line to its own length.
         """
         if self.is_terminal or not any(isinstance(each, Table) for each in objects):
             super().print(*objects, **options)
@@ -87,7 +88,7 @@ class _Console(Console):
         return super().render_str(printable(text, keep=LINES), **options)
 
     def render(self, renderable: Any, options: ConsoleOptions | None = None) -> Iterator[Segment]:
-        """Escape in each piece that is about to be written: tables and bars are pieces, too."""
+        """Escape every segment that is about to be written, those of tables and bars included."""
         for segment in super().render(renderable, options):
             if segment.control or segment.text.isprintable():
                 yield segment
@@ -109,7 +110,7 @@ def err() -> Console:
 
 
 def print_text(text: str) -> None:
-    """Print text that a model wrote: as it is for a program, escaped for a terminal."""
+    """Print text that a model wrote: unchanged for a program, escaped for a terminal."""
     # The text goes past the console, which escapes and wraps for a pipe as well: a program must get
     # the model's own characters, even those that a terminal would obey.
     sys.stdout.write((printable(text, keep=LINES) if sys.stdout.isatty() else text) + "\n")
@@ -143,7 +144,7 @@ def note(text: str) -> None:
 
 
 _document: TextIO | None = None
-"""Where the JSON document goes while other output is kept off stdout."""
+"""The stream for the JSON document while all other output is kept off stdout."""
 
 
 @contextmanager
@@ -184,7 +185,7 @@ def print_json(value: Any) -> None:
 def _escaped(document: str) -> str:
     """Return the same JSON with escapes in place of unprintable characters.
 
-    JSON lets some of it through: DEL, C1 controls, signs that turn the direction of text.
+    JSON allows some of them: DEL, C1 controls, characters that change the direction of text.
     """
     if document.replace("\n", "").isprintable():
         return document
@@ -207,7 +208,7 @@ def print_error(error: Exception) -> None:
     if os.environ.get(TRACEBACK, "0") not in ("", "0"):
         for lines in traceback.format_exception(error):
             sys.stderr.write(printable(lines, keep=LINES))
-    # Any other kind is a fault of ours. Its user can't mend it, but can report it.
+    # Any other exception is a bug in this package, which its user can't mend but can report.
     hint = f"this should not happen; {TRACEBACK}=1 in the environment shows where it did"
     print_problem(
         "error", str(error) if ours else f"{type(error).__name__}: {error}\n  {hint}", "bold red"
@@ -224,7 +225,7 @@ def warnings_in_one_line() -> None:
     told: set[str] = set()
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
-        # A command that opens a tree twice, as it is and as it was, is warned of the same twice.
+        # A command that opens a tree twice gets the same warning twice.
         if str(message) not in told:
             told.add(str(message))
             print_problem("warning", str(message), "bold yellow")

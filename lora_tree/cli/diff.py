@@ -55,10 +55,10 @@ def difference(
 
 
 def _two_paths(folder: Path, a: str, b: str, on: Sequence[str]) -> Diff:
-    """Compare two paths of one tree, of which each may be an earlier version."""
+    """Compare two paths of one tree, each of which may be an earlier version."""
     if "@" not in a + b and not on:
         return diff_paths(load(folder), a, b)
-    # Each in a tree of its own, for both may be versions of one node.
+    # A tree is opened for each, because both may be versions of one node.
     values = []
     for name in (a, b):
         tree, (path, *_) = load_versions(folder, name, *on)
@@ -139,5 +139,5 @@ def _cosine(cosine: float | None) -> str:
 
 
 def _mean(angles: tuple[float, ...]) -> str:
-    """The mean of principal angles, in degrees."""
+    """Return the mean of principal angles, in degrees."""
     return f"{sum(angles) / len(angles):.0f}" if angles else "–"

@@ -31,29 +31,29 @@ ROUNDING = 1e-6
 
 
 class Work:
-    """One command's change of a tree: made in memory, saved as one transaction, and told.
+    """One command's change of a tree: made in memory, saved as one transaction, and reported.
 
     Args:
         tree: as it was opened. The command changes it after this.
-        folder: where it lives.
+        folder: of the tree.
         dry_run: save nothing.
     """
 
     def __init__(self, tree: AdapterTree, folder: Path, *, dry_run: bool) -> None:
         self.tree, self.folder, self.dry_run = tree, folder, dry_run
-        # A copy shares the adapters and costs next to nothing; the verb changes the other one.
+        # The copy shares the adapters and costs next to nothing. The command changes `tree` only.
         self._before = copy.copy(tree)
 
     def done(self, edited: Edited, *, as_json: bool, copy_files: bool = False, **more: Any) -> None:
         """Save the tree, and say what happened to it.
 
         Args:
-            edited: the result of the verb.
-            as_json: for a program.
+            edited: what the command changed.
+            as_json: print one JSON document.
             copy_files: bring adapters that live elsewhere into the folder.
-            more: further figures, for a program alone.
+            more: further figures, for the JSON document alone.
         """
-        # Before the save, which settles the marks by which this is told.
+        # Computed before the save, which updates the marks that `made_stale` reads.
         stale = made_stale(self._before, self.tree, edited.moved)
         gone = [p for p in self._before.paths() if edited.moved.get(p, p) not in self.tree]
         if not self.dry_run:
@@ -111,7 +111,7 @@ def _errors(edited: Edited) -> list[str]:
         worst = max(told.relative, key=lambda name: told.relative[name])
         text = f"error of {path}: {told.relative_error:.2g} of its norm"
         if math.isinf(told.worst):
-            # A part of nothing is no number, however small the change is.
+            # The norm before was 0, so no relative error can be given, however small the change.
             text += f"; {worst} had no increment before, and has one now"
         else:
             text += f", at most {told.worst:.2g} in a module ({worst})"

@@ -68,7 +68,7 @@ def evaluation(
     """Measure the loss of every node, and of the bare base, on the rows of every path."""
     check_picture_place(picture)
     tree, _ = load_versions(folder, *(on or ()), skip_broken=skip_broken)
-    # Before a base is opened, which takes minutes: a typo is told at once.
+    # Checked before the base is opened, which takes minutes: a typo is reported at once.
     chosen, names = _chosen(tree, folder, nodes) if nodes else (None, {})
     model, rows = open_measured(
         tree,
@@ -84,7 +84,7 @@ def evaluation(
     with offered_skip(folder, skips=skip_broken), steps_done("evaluating", count, 0) as bar:
         matrix = evaluate(model, rows, nodes=chosen, batch=batch, beta=beta, tick=lambda: bar(""))
     matrix = replace(matrix, paths=tuple(names.get(path, path) for path in matrix.paths))
-    # Before the table is printed, so that an error stands alone.
+    # Written before the table is printed, so that an error is the only output.
     if picture is not None:
         disk.replace(picture, matrix.picture().encode())
     if as_json:
@@ -96,7 +96,7 @@ def evaluation(
 def _chosen(
     tree: AdapterTree, folder: Path, nodes: Sequence[str]
 ) -> tuple[list[str], dict[str, str]]:
-    """Return the paths to measure, and the name of each that stands for an earlier version.
+    """Return the paths to measure, and for each earlier version the name that the user gave it.
 
     A version is added to the tree beside its node, so that both can be measured.
 
@@ -104,7 +104,7 @@ def _chosen(
         PathError: there is no such node or version.
     """
     patterns = [name for name in nodes if "@" not in name]
-    # Before any version is added, which a pattern would match as well.
+    # Patterns are matched before versions are added, or they would match those as well.
     paths = tree.matching(patterns) if patterns else []
     names = {}
     for name in nodes:

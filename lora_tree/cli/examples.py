@@ -1,6 +1,6 @@
 """Command lines that each command's help shows; the tests run every one of them.
 
-They are about a folder of adapters ``zoo/``, its base in ``models/base`` and rows in JSON lines.
+They use a folder of adapters ``zoo/``, its base in ``models/base`` and rows in JSON lines.
 """
 
 from __future__ import annotations
@@ -80,4 +80,4 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "demo": ("lora-tree demo --quick",),
     "help": ("lora-tree help paths",),
 }
-"""Command → lines of a shell, in an order in which one may follow the other."""
+"""Command → shell lines, in an order in which they can be run one after the other."""

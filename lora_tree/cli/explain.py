@@ -19,7 +19,7 @@ def explain(
     ] = None,
 ) -> None:
     """Explain a topic, like paths or data, or a command; list the topics without one."""
-    from .commands import COMMANDS, application  # they import this module to list it
+    from .commands import COMMANDS, application  # `commands` imports this module in turn
 
     if topic is None:
         for name, (about, _) in TOPICS.items():

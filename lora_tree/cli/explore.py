@@ -1,4 +1,4 @@
-"""``lora-tree explore``: a tree as a page, to look at or to send to somebody."""
+"""``lora-tree explore``: a tree as a page, served to the browser or written as one file."""
 
 from __future__ import annotations
 

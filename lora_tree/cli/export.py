@@ -171,7 +171,7 @@ def export(
     tree, named = load_versions(folder, *texts, skip_broken=skip_broken)
     path = None if path is None else named[0]
     check_place(tree, folder, to)  # before anything is flattened, which may take long
-    # Options of one form alone; a form that can't heed one refuses it.
+    # These options are for portable adapters; every other form refuses them.
     shaped = ceil_rank or complete or bool(shape)
     if kind is As.model:
         if path is None or shaped or (rank, max_error, dtype) != (None, None, None):
@@ -207,8 +207,8 @@ def export(
             flat = export_gguf(tree, path, to, base=base, rank=rank, max_error=max_error)
             tell_flat(path, to, flat, kind, dtype, as_json=as_json)
             return
-        # The base tells the names that its modules have today, and is made without weights for
-        # that. If the user names none, the names stay as the adapters have them.
+        # The base is built without weights, for its modules' present names alone. Without a base
+        # the adapters' own names are kept.
         model = None
         if base is not None:
             model = skeleton_of(
@@ -252,7 +252,7 @@ def _save(flat: Adapter, path: str, to: str, kind: As) -> None:
     """Write a path's flattened adapter.
 
     Raises:
-        FormatError: the format has no way to write it; names the path and the form that has one.
+        FormatError: the format can't express it; the error names the path and a form that can.
     """
     try:
         flat.save(to, form=kind.value)  # type: ignore[arg-type]
@@ -306,12 +306,12 @@ def _shapes(told: Iterable[str]) -> dict[str, tuple[int, int]]:
     """Read ``k_proj=1024x4096`` as k_proj: (1024, 4096).
 
     Raises:
-        SpecError: one is written otherwise.
+        SpecError: a text has another form.
     """
     shapes = {}
     for text in told:
         # Nine digits are more than any module needs. int() refuses text of more than 4300 digits
-        # with a ValueError of its own, which would be told as a fault of this program.
+        # with a ValueError of its own, which would be reported as a bug in this package.
         found = re.fullmatch(r"([^=]+)=([0-9]{1,9})[x×]([0-9]{1,9})", text)
         if found is None:
             raise SpecError(f"--shape {text[:80]!r}: expected NAME=OUTxIN, as in k_proj=1024x4096")

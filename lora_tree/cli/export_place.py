@@ -1,7 +1,7 @@
 """The place that an export may write to: outside the tree's own folder, and not over an adapter.
 
-An export goes past the history of a tree. So an adapter that it writes over, perhaps one that took
-days to train, could not be brought back.
+An export is not recorded in the tree's history. So an adapter that it overwrote, perhaps one that
+took days to train, could not be restored.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def check_place(tree: AdapterTree, folder: Path, to: str) -> None:
         to: the folder to write.
 
     Raises:
-        SpecError: it is empty, in the tree's folder, a node's own, or the base's.
+        SpecError: ``to`` is empty, in the tree's folder, a node's own folder, or the base's.
     """
     if not to.strip():  # Path("") would be the current folder
         raise SpecError(
@@ -103,5 +103,5 @@ def _lies_in(where: Path, folder: Path) -> bool:
 
 
 def _same(one: Path, other: Path) -> bool:
-    """Tell whether two paths are one place; the file system may know one by two spellings."""
+    """Tell whether two paths are the same place; a file system may accept several spellings."""
     return one == other or (one.exists() and other.exists() and one.samefile(other))

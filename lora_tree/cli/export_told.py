@@ -1,4 +1,4 @@
-"""The outcome of an export, for a person in one line and for a program as JSON."""
+"""Print the outcome of an export: one line for a person, JSON for a program."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def _say(line: str) -> None:
 
 
 def _left(one: Portable) -> str:
-    """Return a word about q/k/v and gate/up that only some nodes change."""
+    """Return a note about the members of q/k/v and gate/up that no node changes."""
     if not one.incomplete:
         return ""
     kinds = sorted({name.rpartition(".")[2] for name in one.incomplete})

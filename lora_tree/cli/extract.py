@@ -1,4 +1,4 @@
-"""``lora-tree extract``: a tuned checkpoint minus its base, as an adapter."""
+"""``lora-tree extract``: write a tuned checkpoint minus its base as an adapter."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""``lora-tree gc``: earlier versions and records of runs beyond the bound go, and files that none
-names.
+"""``lora-tree gc``: remove earlier versions and run records beyond the bound, and files that no
+version refers to.
 """
 
 from __future__ import annotations

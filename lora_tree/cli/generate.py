@@ -1,4 +1,4 @@
-"""``lora-tree generate``: text from a transformers model at a path."""
+"""``lora-tree generate``: print text that a transformers model writes at a path."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["generate"]
 
 
 class Mode(StrEnum):
-    """How a path is made the model's behaviour."""
+    """The modes in which a path can be active."""
 
     merged = "merged"
     unmerged = "unmerged"
@@ -55,7 +55,7 @@ def generate(
 ) -> None:
     """Print text that the base writes at a path."""
     tree, (path, *_) = load_versions(folder, path, *(on or ()), skip_broken=skip_broken)
-    # Before a model is loaded, which takes minutes: a typo is told at once.
+    # Checked before a model is loaded, which takes minutes: a typo is reported at once.
     if "+" in path or ":" in path:
         tree.coefficients(path)
     else:

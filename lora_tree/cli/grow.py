@@ -1,4 +1,4 @@
-"""``lora-tree grow``: a tree of flat adapters, with what they share in nodes above them."""
+"""``lora-tree grow``: make a tree of flat adapters, by moving what they share into new parents."""
 
 from __future__ import annotations
 

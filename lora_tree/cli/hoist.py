@@ -1,4 +1,4 @@
-"""``lora-tree hoist``: the part that siblings share, in their parent."""
+"""``lora-tree hoist``: move the part that siblings share into their parent."""
 
 from __future__ import annotations
 

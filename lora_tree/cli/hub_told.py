@@ -1,4 +1,4 @@
-"""The files that a push or a pull changes, a line each."""
+"""Print the files that a push or a pull changes, one a line."""
 
 from __future__ import annotations
 

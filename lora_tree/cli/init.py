@@ -1,4 +1,4 @@
-"""``lora-tree init``: a new tree, or a tree.yaml for a folder of adapters."""
+"""``lora-tree init``: begin a new tree, or write a tree.yaml for a folder of adapters."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def new_tree(
     if words or source is None:
         tree.defaults = AdapterTree(defaults=words).defaults
     if not dry_run:
-        # The new tree gets copies of the source's files, so that it stands by itself. With their
-        # places alone in tree.yaml, a change of the source would change this tree as well.
+        # The new tree gets copies of the source's files. If tree.yaml only pointed to them, a
+        # change of the source would change this tree as well.
         with offered_skip(source or folder, skips=skip_broken or source is None):
             tree.save(folder, copy=source is not None, note=command_note())
     if as_json:

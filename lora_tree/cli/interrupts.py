@@ -12,9 +12,9 @@ __all__ = ["noted_interrupts"]
 
 @contextmanager
 def noted_interrupts() -> Iterator[Callable[[], int]]:
-    """Note Ctrl-C and a polite kill instead of raising them; a second one does what it did before.
+    """Note Ctrl-C and SIGTERM instead of raising them; a second one goes to its earlier handler.
 
-    Yields a function that returns the exit code of the one that was noted; 0 if none was.
+    Yields a function that returns the exit code of the signal that was noted; 0 if none was.
     """
     noted: list[int] = []  # exit codes
 
@@ -31,8 +31,8 @@ def noted_interrupts() -> Iterator[Callable[[], int]]:
 
     before: dict[int, Any] = {}  # signal → its handler, to be put back
     for number in (signal.SIGINT, signal.SIGTERM):
-        # A shell ignores Ctrl-C for what it runs in the background, and so does nohup: it is not
-        # meant for this run. None is a handler that was not set in Python, which can't be put back.
+        # A shell ignores Ctrl-C for what it runs in the background: it is not meant for this run.
+        # None is a handler that was not set in Python, which can't be put back.
         if signal.getsignal(number) not in (signal.SIG_IGN, None):
             before[number] = signal.signal(number, note)
     try:

@@ -1,4 +1,4 @@
-"""``lora-tree llama-args``: how a llama.cpp server and its requests say a tree."""
+"""``lora-tree llama-args``: the flags and the requests with which llama.cpp serves a tree."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def list_versions(folder: Folder, nodes: Nodes = None, as_json: AsJson = False) 
         told = {path: _plain_versions(found[path]) for path in wanted}
         print_json({"folder": str(folder), "nodes": told})
         return
-    # Without names, a node that has always been the same would only fill the screen.
+    # Without names, nodes that have never changed are left out: they would only fill the screen.
     shown = [path for path in wanted if nodes or len(found[path]) > 1 or _is_removed(found[path])]
     for path in shown:
         _tell(path, found[path])
@@ -43,7 +43,7 @@ def _chosen(found: dict[str, list[Version]], patterns: list[str]) -> list[str]:
     """Return the nodes that paths or patterns name.
 
     Raises:
-        PathError: one names none.
+        PathError: a path or pattern matches no node.
     """
     chosen: set[str] = set()
     for pattern in patterns:
@@ -77,9 +77,9 @@ def _tell(path: str, versions: list[Version]) -> None:
 
 
 def _tell_in_lines(versions: list[Version]) -> None:
-    """Print each version in two lines, which a terminal may break.
+    """Print each version in two lines, which a terminal can wrap.
 
-    It would cut a table at its edge, and with it the number that ``restore`` asks for.
+    A table would be cut at the terminal's edge, and with it the number that ``restore`` asks for.
     """
     for number, version in enumerate(versions, 1):
         when, content, weight, loss, size, on, data, by = map(printable, _cells(version))

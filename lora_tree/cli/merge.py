@@ -1,4 +1,4 @@
-"""``lora-tree merge``: one node that merges what several paths add."""
+"""``lora-tree merge``: add one node that merges the increments of several paths."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Method(StrEnum):
 
 
 class Space(StrEnum):
-    """Whose numbers are compared."""
+    """The numbers that a method compares."""
 
     core = "core"
     knots = "knots"

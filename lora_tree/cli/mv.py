@@ -1,4 +1,4 @@
-"""``lora-tree mv``: a node and all below it under another path."""
+"""``lora-tree mv``: move a node, and all nodes below it, to another path."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ __all__ = ["open_model", "open_tokenizer", "skeleton_of"]
 
 
 def skeleton_of(base: str, *, what: str, trust_remote_code: bool = False) -> Any:
-    """Return a base's shapes, without memory: of a model, or of a diffusers pipeline's folder.
+    """Return a base with shapes and no memory: a model, or the pipeline in a diffusers folder.
 
     Raises:
         MissingExtra, SpecError: as `skeleton`.
@@ -50,7 +50,7 @@ def open_tokenizer(
         SpecError: neither the user nor the tree names a base, or it can't be opened.
     """
     transformers = need("transformers", extra="transformers", what=what)
-    # Its bars would stand between our lines, also where stderr is a file.
+    # Its progress bars would appear between our lines, even where stderr is a file.
     transformers.utils.logging.disable_progress_bar()
     name = base or tree.base
     if name is None:

@@ -1,4 +1,4 @@
-"""The playground of a command: a base, opened with its tree, that can be asked."""
+"""Open the playground of a command: a base with its tree attached, which answers prompts."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ __all__ = ["open_playground"]
 def open_playground(
     tree: AdapterTree, folder: Path, base: str, *, trust_remote_code: bool = False
 ) -> Playground:
-    """Open a base and return the playground that asks it.
+    """Open a base and return a playground over it.
 
     Args:
-        tree: whose paths answer.
+        tree: its paths answer.
         folder: of the tree, for messages.
         base: a folder or hub id of a language model, or the folder of a diffusers pipeline.
         trust_remote_code: run the base's own code, where it brings some.
@@ -36,7 +36,7 @@ def open_playground(
         SpecError: the base can't be opened, or writes no text.
         BaseMismatch: the tree does not fit it.
     """
-    # First: a base takes minutes, and an extra that is missing is told at once.
+    # Checked first: a base takes minutes to open, and a missing extra is reported at once.
     need("gradio", extra="explore", what="the playground")
     answering: Answering
     if pipelines.is_pipeline(base):
@@ -69,7 +69,7 @@ def _pipeline(tree: AdapterTree, base: str, *, trust_remote_code: bool) -> Answe
         failed="diffusers can't open the pipeline",
         trust_remote_code=trust_remote_code,
     )
-    # Its bars would stand between our lines; the page counts the steps.
+    # Its progress bars would appear between our lines; the page counts the steps.
     pipe.set_progress_bar_config(disable=True)
     if torch.cuda.is_available():
         pipe.to("cuda")

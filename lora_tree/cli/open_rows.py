@@ -31,8 +31,8 @@ def open_rows(
     cut = sum(row.cut for row in rows)
     if cut:
         note(f"{cut} of {len(rows)} rows were longer than --max-length, and cut")
-    # Rows may have columns of the user's own, so these are no error. They are told, since one may
-    # have been meant to be learnt.
+    # Rows may have columns of the user's own, so these are no error. They are reported, because
+    # the user may have meant one of them to be learnt.
     extra: set[str] = set()
     for row in rows:
         extra.update(row.extra)

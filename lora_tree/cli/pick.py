@@ -1,4 +1,4 @@
-"""``lora-tree pick``: a node's increments onto another parent."""
+"""``lora-tree pick``: copy a node's increments below another parent."""
 
 from __future__ import annotations
 

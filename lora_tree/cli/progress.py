@@ -21,7 +21,7 @@ __all__ = ["Bar", "bars_are_wanted", "steps_done"]
 
 
 LINES = 20
-"""How many lines a whole run writes where there is no terminal."""
+"""Lines, approximately, that a whole run prints where stderr is no terminal."""
 
 
 class Bar(Progress):
@@ -30,12 +30,12 @@ class Bar(Progress):
     def __init__(self, *columns: ProgressColumn) -> None:
         console = err()
         hidden = is_quiet() or not console.is_terminal
-        # A disabled bar takes every update and shows nothing, so callers need no second way. A bar
-        # that is done is erased (transient), because only the result is worth a line that stays.
+        # A disabled bar accepts every update and shows nothing, so callers need not ask. A bar that
+        # is done is erased (transient), because only the result is worth a line that stays.
         super().__init__(*columns, console=console, disable=hidden, transient=True)
 
     def stop(self) -> None:
-        """End the bar. rich before 14 ends one that was never shown with an empty line."""
+        """End the bar, if it was shown: rich before 14 ends a hidden bar with an empty line."""
         if not self.disable:
             super().stop()
 
@@ -47,10 +47,10 @@ def bars_are_wanted() -> bool:
 
 @contextmanager
 def steps_done(what: str, total: int, done: int) -> Iterator[Callable[[str], None]]:
-    """Yield a function to call after every step, with the words beside the bar.
+    """Yield a function to call after every step, with the text to show beside the bar.
 
-    Where stderr is no terminal, the first step, the last one and some between are a line each, if
-    they have words.
+    Where stderr is no terminal, the first step, the last one and some in between print a line
+    each, if they have text.
     """
     if is_quiet():
         yield lambda text: None
@@ -59,7 +59,7 @@ def steps_done(what: str, total: int, done: int) -> Iterator[Callable[[str], Non
     if not sys.stderr.isatty():
         yield _in_lines(what, total, done)
         return
-    # A TextColumn reads markup even on a console that reads none, unless it is told so itself. The
+    # A TextColumn parses markup even on a console that does not, unless markup=False. The
     # description holds numbers and paths, which must not turn into styles.
     said = TextColumn("{task.description}", markup=False)
     columns = (
@@ -75,7 +75,7 @@ def steps_done(what: str, total: int, done: int) -> Iterator[Callable[[str], Non
 
 
 def _in_lines(what: str, total: int, done: int) -> Callable[[str], None]:
-    # A log of a job wants few lines, and the first one soon: it shows that it runs.
+    # A job's log should have few lines, and the first one soon, which shows that the job runs.
     began, every = done, max(total // LINES, 1)
 
     def tell(text: str) -> None:

@@ -1,4 +1,4 @@
-"""``lora-tree promote``: a node as it was at a checkpoint becomes a node of the tree."""
+"""``lora-tree promote``: take a node from a run's checkpoint into the tree."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def promotion(
         name, tokenizer = open_tokenizer(
             tree, folder, base, what="promote", trust_remote_code=trust_remote_code
         )
-        # The rows are read with the node in the tree: they may be for one that is yet to come.
+        # Rows are read when the tree has the promoted node, since they may be for a new node.
         rows = open_rows(data, tree, tokenizer, max_length=max_length, slice_by=slice_by)
         model = open_model(name, trust_remote_code=trust_remote_code)
         found = compare_trees(_as_it_is(folder), tree, path, model, rows, batch=batch, beta=beta)
@@ -105,7 +105,7 @@ def promotion(
 
 
 def _as_it_is(folder: Path) -> AdapterTree:
-    # A tree of its own: the other one has the promoted node already.
+    # A second tree is opened: the first one has the promoted node already.
     return load(folder)
 
 

@@ -1,4 +1,4 @@
-"""``lora-tree pull``: a tree from the model hub, into a folder."""
+"""``lora-tree pull``: bring a tree from the model hub into a folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``lora-tree push``: a tree to the model hub, as one commit with a model card."""
+"""``lora-tree push``: push a tree to the model hub, as one commit with a model card."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""``lora-tree rebase``: children as they were, over a parent that has changed.
+"""``lora-tree rebase``: give children their earlier effective weights, below a changed parent.
 
-``mv --keep-effective`` moves one node so; ``set --keep-effective`` changes a parent and keeps its
-children in one step.
+``mv --keep-effective`` moves one node in this way; ``set --keep-effective`` changes a parent and
+keeps its children's effective weights in one step.
 """
 
 from __future__ import annotations
@@ -36,8 +36,7 @@ def rebase_children(
 ) -> None:
     """Give all children of a changed node the effective weights that they had before."""
     work = Work(load(folder), folder, dry_run=dry_run)
-    # The former adapter belongs to no node any more, so it is read by itself and not through the
-    # tree.
+    # No node has the former adapter any more, so it is read from its folder, not from the tree.
     old = None if was is None else Adapter.load(was)
     own = given_weight(None if was_weight is None else [was_weight], "--was-weight")
     edited = rebase_all(work.tree, path, was=old, was_weight=own, rank=rank, max_error=max_error)

@@ -1,4 +1,4 @@
-"""``lora-tree restore``: an earlier version of a node, or a removed node, is brought back."""
+"""``lora-tree restore``: bring back an earlier version of a node, or a removed node."""
 
 from __future__ import annotations
 

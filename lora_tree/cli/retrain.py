@@ -1,4 +1,4 @@
-"""``lora-tree retrain``: what is stale, trained again with what it was trained with."""
+"""``lora-tree retrain``: train stale nodes again, with the data and settings of their last run."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ def train_again(
         name, tokenizer = open_tokenizer(
             tree, folder, base, what="retrain", trust_remote_code=trust_remote_code
         )
-        # The rows of all runs before the first one trains: a mistake in the last file is told now,
-        # not after hours.
+        # The rows of all runs are read before the first run trains: a mistake in the last file is
+        # reported now, not after hours.
         rows = [_rows(job, job.data, tree, tokenizer) for job in plan.jobs]
         held_out = [_held_out(job, tree, tokenizer) for job in plan.jobs]
         model = open_model(name, trust_remote_code=trust_remote_code)
@@ -92,7 +92,7 @@ def train_again(
 
 def _opened(folder: Path) -> AdapterTree:
     with warnings.catch_warnings():
-        # What is stale is what this command is about, and it tells it itself.
+        # This command reports stale nodes itself, so the warning would only repeat that.
         warnings.simplefilter("ignore", StaleWarning)
         return load(folder)
 
@@ -117,7 +117,7 @@ def _ask(*, yes: bool, as_json: bool) -> None:
     """Ask whether to go on.
 
     Raises:
-        SpecError: nobody can be asked.
+        SpecError: stdin is no terminal, or stdout is kept for JSON, so nobody can answer.
         typer.Abort: the answer is no.
     """
     if yes:
@@ -138,7 +138,7 @@ def _rows(job: RetrainJob, files: Sequence[Path], tree: AdapterTree, tokenizer: 
 
 
 def _held_out(job: RetrainJob, tree: AdapterTree, tokenizer: Any) -> HeldOut | None:
-    """Return how the job is watched, as it was; None if it was not, or not for these nodes."""
+    """Return the job's held-out settings of the last time; None if it had none for these nodes."""
     was = job.training.held_out
     if was is None:
         return None
@@ -162,7 +162,7 @@ def _train(
     fresh: bool,
 ) -> dict[str, NodeOutcome]:
     """Run one job, save the tree, and return what became of its nodes."""
-    # Opened again for each run: it stands on what the run before has saved.
+    # Opened again for each run, which builds on what the run before has saved.
     tree = _opened(folder)
     torch.manual_seed(job.settings.seed)
     model = attach(tree, base)

@@ -1,4 +1,4 @@
-"""``lora-tree rm``: nodes out of the tree, and their files with them."""
+"""``lora-tree rm``: remove nodes from the tree, and the files that a save wrote for them."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ def remove_nodes(
 ) -> None:
     """Remove nodes. Files that a save wrote go with them; files that live elsewhere stay."""
     work = Work(load(folder), folder, dry_run=dry_run)
-    # Children stand after their parents in the tree's order, so they are taken out first.
+    # Reversed, because parents come before their children in the tree's order, and children have
+    # to be removed first.
     for path in reversed(work.tree.matching(nodes)):
         work.tree.remove(path, recursive=recursive)
-    # Nothing is told here: `done` compares the tree with the one before, and finds the nodes that
-    # are gone by itself.
+    # The removed nodes need not be listed here: `done` finds them by comparing the tree with its
+    # earlier state.
     work.done(Edited(), as_json=as_json)

@@ -31,7 +31,7 @@ def run_to_the_end(
         running: before its first step.
         folder: of the tree.
         save_every: steps between checkpoints; 0: only the last one.
-        trackers: that are told after every step; they were checked.
+        trackers: names of the trackers that get every step; the caller has checked them.
 
     Returns:
         the last checkpoint, and the verdicts on leaves.
@@ -42,7 +42,8 @@ def run_to_the_end(
         LoraTreeError: as `Run.steps`, `Run.save` and `AdapterTree.save`.
     """
     if not running.was_over:
-        # Before the first step. At the first checkpoint, or at the save, hours may be lost.
+        # Checked before the first step: an error at the first checkpoint, or at the save, would
+        # lose hours of training.
         _check_writable(running.folder, "--run names another place for the checkpoints")
         home = folder if folder.is_dir() else folder.parent
         _check_writable(home, "copy the tree to a place that can be written")
@@ -59,28 +60,27 @@ def run_to_the_end(
             # without Ctrl-C.
             if interrupted() and step.number < steps:
                 kept = running.save()
-                # Told with --quiet, too: the tree is not saved.
+                # Printed with --quiet, too, because the tree is not saved.
                 err().print(
                     f"stopped after {step.number} of {steps} steps; "
                     f"the same command goes on from {kept}"
                 )
                 raise typer.Exit(interrupted())
     if running.was_over:
-        # A run that was over has written nothing now, and its last checkpoint is the one from
-        # before.
+        # A run that was over trains nothing and writes nothing; its last checkpoint is still there.
         return running.folder / f"checkpoint-{running.done}", ()
     kept = running.save()
     # After the checkpoint: this ends the training of all nodes, and a checkpoint is made of the
     # factors that train. Before the tree is saved, because it changes weights in the tree.
     verdicts = running.keep_what_helps()
     running.model.tree.save(folder, note=running.note(command_note().by))
-    # Last: only a tree that is on the disk makes the run a finished one.
+    # Last: a run counts as finished only once its tree is on the disk.
     running.finish()
     return kept, verdicts
 
 
 def _check_writable(place: Path, todo: str) -> None:
-    """Refuse a place that this process may not write; nothing is made to try it out."""
+    """Refuse a place that this process may not write, judged by permissions alone."""
     nearest = place.absolute()
     while not nearest.exists():
         nearest = nearest.parent
@@ -90,7 +90,7 @@ def _check_writable(place: Path, todo: str) -> None:
 
 @contextmanager
 def _told(running: Run, trackers: Sequence[str]) -> Iterator[Callable[[StepLosses], None]]:
-    """Yield a function that tells trackers of a step."""
+    """Yield a function that reports a step to the trackers."""
     if not trackers:
         yield lambda step: None
         return

@@ -38,7 +38,7 @@ def list_runs(
     found = run_records(folder)
     chosen = _chosen(found, numbers or [])
     drawn = chosen if numbers else found[-1:]
-    # Before anything is printed, so that an error stands alone.
+    # Written before anything is printed, so that an error is the only output.
     if picture is not None:
         disk.replace(picture, curves_picture(drawn).encode())
     if as_json:
@@ -60,7 +60,7 @@ def list_runs(
 
 
 def _chosen(found: Sequence[RunRecord], numbers: Sequence[int]) -> list[RunRecord]:
-    """Return the runs of some numbers in their order; all without a number.
+    """Return the runs with these numbers, in the order given; all runs if there is no number.
 
     Raises:
         PathError: there is no such run.

@@ -1,4 +1,4 @@
-"""``lora-tree set``: another weight or another adapter for a node."""
+"""``lora-tree set``: give a node another weight or another adapter."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def set_node(
     own = given_weight(weight)
     work = Work(load(folder), folder, dry_run=dry_run)
     if blocks is not None:
-        # The names of an adapter that comes in with this command, or those of the node's own.
+        # Weights by block need module names: those of the new adapter, or of the node's own.
         named = work.tree.outline(path) if adapter is None else Adapter.load(adapter)
         own = as_weight(block_weights(_numbers(blocks), named or Adapter({})))
     if keep_effective:
@@ -67,7 +67,7 @@ def _numbers(text: str) -> list[float]:
     """Read ``1,0,0.5``.
 
     Raises:
-        SpecError: it is written otherwise.
+        SpecError: the text has another form.
     """
     try:
         return [float(number) for number in text.split(",")]

@@ -1,7 +1,7 @@
-"""``lora-tree show``: the tree, with what each node is, holds and weighs, and what can't be used.
+"""``lora-tree show``: the tree, with each node's ranks, size and weight, and what can't be used.
 
-The whole tree is told to programs (``--json``) and to pipes. A terminal shows as many levels as fit
-into `MOST_LINES`, and says how many nodes are hidden.
+Programs (``--json``) and pipes get the whole tree. On a terminal, as many levels are shown as fit
+into `MOST_LINES`, and a line says how many nodes are hidden.
 """
 
 from __future__ import annotations
@@ -110,8 +110,8 @@ def show(
 
     total = _total(tree, matched, whole, broken)
     if svg is not None:
-        # Before the table is printed, so that an error stands alone.
-        # A picture has no edge of a terminal, so it is drawn before a terminal's limit is set.
+        # Written before the table is printed, so that an error is the only output, and before the
+        # terminal's limit is set, which does not apply to a picture.
         picture = tree_picture(str(folder), drawing(limit), known, broken, total)
         disk.replace(svg, picture.encode())
     if as_json:

@@ -53,7 +53,7 @@ def alike(
         found = similar(tree, nodes or None, of=of.value, exact=exact)
     clusters = found.groups(cosine)
     if picture is not None:
-        # Before anything is printed, so that an error stands alone.
+        # Written before anything is printed, so that an error is the only output.
         disk.replace(picture, found.picture().encode())
     if as_json:
         print_json({"of": of, "clusters": clusters, **found.as_dict()})

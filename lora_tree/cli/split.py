@@ -1,4 +1,4 @@
-"""``lora-tree split``: a part of a node as its child."""
+"""``lora-tree split``: move a part of a node into a new child."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``lora-tree squash``: a whole lineage, or a blend, as one node."""
+"""``lora-tree squash``: add one node that equals a whole lineage, or a blend."""
 
 from __future__ import annotations
 

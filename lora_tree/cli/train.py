@@ -1,4 +1,4 @@
-"""``lora-tree train``: many nodes at once, from JSON lines into the folder."""
+"""``lora-tree train``: train many nodes at once on JSON lines, and save them in the folder."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = ["train"]
 
 
 class Schedule(StrEnum):
-    """How the learning rate goes on after its warm-up."""
+    """The courses that the learning rate can take after its warm-up."""
 
     cosine = "cosine"
     linear = "linear"
@@ -34,14 +34,14 @@ class Schedule(StrEnum):
 
 
 class Tracker(StrEnum):
-    """The programs that can be told of every step."""
+    """The trackers that can log every step."""
 
     tensorboard = "tensorboard"
     wandb = "wandb"
 
 
 class Over(StrEnum):
-    """The things over which the loss is a mean."""
+    """The choices of ``--loss``: the mean over all rows, or over each path's own."""
 
     auto = "auto"
     rows = "rows"
@@ -175,7 +175,7 @@ def train(
 ) -> None:
     """Train many nodes at once and save the tree; run it again to go on where it was stopped."""
     check_picture_place(picture)
-    # The settings check themselves, so a wrong number is told before the tree and the base are
+    # `Settings` checks its values, so a wrong number is reported before the tree and the base are
     # opened.
     settings = Settings(
         steps=steps,
@@ -206,7 +206,8 @@ def train(
     name, tokenizer = open_tokenizer(
         tree, folder, base, what="train", trust_remote_code=trust_remote_code
     )
-    # Rows before the base: a mistake in the data is told in seconds, the base may take minutes.
+    # Rows are read before the base is opened: a mistake in the data is reported in seconds, while
+    # the base may take minutes.
     rows = open_rows(data, tree, tokenizer, max_length=max_length)
     held_out = given_held_out(
         eval_data,
@@ -216,7 +217,7 @@ def train(
         read=lambda files: open_rows(files, tree, tokenizer, max_length=max_length),
         home=folder if folder.is_dir() else folder.parent,
     )
-    # Fresh nodes are made when the tree meets its base, from torch's own generator.
+    # `attach` makes the adapters of fresh nodes, and draws them from torch's global generator.
     torch.manual_seed(seed)
     model = attach(tree, open_model(name, trust_remote_code=trust_remote_code))
     where = run_folder(folder, run)

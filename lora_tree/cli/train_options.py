@@ -13,7 +13,7 @@ from ..runs import HeldOut, Row
 __all__ = ["given_held_out", "numbers", "numbers_by_depth", "run_folder"]
 
 EVALUATIONS = 10
-"""How often a run is measured if its user does not say."""
+"""Measurements in a run, if the user does not say how often."""
 
 
 def given_held_out(
@@ -25,7 +25,7 @@ def given_held_out(
     read: Callable[[Sequence[Path]], list[Row]],
     home: Path,
 ) -> HeldOut | None:
-    """Return how a run is watched; None if no option asks for it.
+    """Return the held-out settings of a run; None if no option asks for any.
 
     Args:
         files: of --eval-data.
@@ -53,15 +53,15 @@ def run_folder(folder: Path, run: Path | None) -> Path:
     """
     zoo = folder if folder.is_dir() else folder.parent
     if run is None:
-        # Each YAML of a folder is a tree of its own, and has runs of its own.
+        # Each YAML file of a folder is a separate tree, with separate runs.
         is_main = folder in (zoo, zoo / YAML)
         return zoo / (".training" if is_main else f".training-{folder.name}")
     # Both are resolved first: a link, or a "..", may lead into the tree from a path that looks as
     # if it lay outside.
     if run.resolve().is_relative_to(zoo.resolve()):
         inside = run.resolve().relative_to(zoo.resolve()).parts
-        # Opening a folder passes over every name that begins with a dot, and all below it. So one
-        # such part keeps the checkpoints out of the tree, wherever on the way it stands.
+        # Opening a folder skips every name that begins with a dot, and all below it. So one such
+        # name anywhere in the path keeps the checkpoints out of the tree.
         if not any(part.startswith(".") for part in inside):
             raise SpecError(
                 f"--run {run} lies in {zoo}, where folders of adapters are nodes of the tree",
@@ -74,7 +74,7 @@ def numbers(pairs: list[str] | None, option: str) -> dict[str, float]:
     """Read ``fr=1e-5`` as fr: 1e-5.
 
     Raises:
-        SpecError: one is written otherwise; names the option.
+        SpecError: a text has another form; the error names the option.
     """
     found = {}
     for pair in pairs or ():
@@ -92,7 +92,7 @@ def numbers_by_depth(text: str | None) -> tuple[float, ...] | None:
     """Read ``0,1,3`` as a number for each depth.
 
     Raises:
-        SpecError: it is written otherwise.
+        SpecError: the text has another form.
     """
     if text is None:
         return None

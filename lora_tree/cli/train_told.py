@@ -1,4 +1,4 @@
-"""The words of ``lora-tree train``: what is about to happen, and how it ended."""
+"""The messages of ``lora-tree train``: what the run is about to do, and how it ended."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ __all__ = ["draw_run", "foretell", "tell_outcome"]
 
 
 def foretell(running: Run, rows: int) -> None:
-    """Say what is about to happen, before anything does.
+    """Say what a run is about to do.
 
     Args:
         running: before its first step.
-        rows: how many were read.
+        rows: the number of rows that were read.
     """
     if running.aside is not None:
         tree = running.model.tree
@@ -115,7 +115,7 @@ def tell_outcome(
 
 
 def draw_run(running: Run, file: Path) -> None:
-    """Write the curves of a run that has ended; say so where it took no step.
+    """Write the curves of a run that has ended; only say so if it took no step.
 
     Raises:
         FolderError: the file can't be written.

@@ -7,7 +7,7 @@
     3 nodes over org/model: …
 
 A line of the table is never wrapped: on a narrow terminal it has fewer columns, and a reason is cut
-at the edge. The caller tells the reasons of broken nodes below it in full.
+at the edge. The caller prints the reasons of broken nodes in full below it.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ def print_table(
 
     Args:
         console: its width decides how many columns there are.
-        title: stands over the names.
+        title: the heading of the names.
         drawn: the lines of the drawing, in order.
-        lines: path → what is told of it.
+        lines: path → the facts about it.
         broken: path → why it can't be used.
         dimmed: paths that are drawn only because others lie below them.
     """
@@ -72,7 +72,7 @@ def print_table(
         if name_width + sum(widths.values()) + longest_remark <= console.width:
             break
         del widths[heading], columns[heading]
-    # Given no bound, rich would take room from every column alike, from the names first.
+    # Without a bound, rich would shrink all columns, the names first.
     left = console.width - name_width - sum(widths.values())
     table = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0), header_style="dim")
     table.add_column(head, no_wrap=True)

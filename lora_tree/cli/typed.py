@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 __all__ = ["command_note", "noted_command"]
 
-_MOST = 1000  # characters; a shell may have put thousands of names in the place of a pattern
+_MOST = 1000  # characters; a shell may have expanded a pattern to thousands of names
 _running: list[str] = []
 
 
@@ -33,7 +33,7 @@ def command_note(**more: Mapping[str, Any]) -> SaveNote:
     Args:
         more: further fields of `SaveNote`.
     """
-    # At the first save and not above: the list of commands must not wait for pydantic.
+    # Imported at the first save, not at the top: the list of commands must not wait for pydantic.
     from ..provenance import SaveNote
 
     text = _running[-1] if _running else "lora-tree"

@@ -1,4 +1,4 @@
-"""The main job on real input: a tree is trained, reopened, switched, measured and exported.
+"""The package's main job on real input: train, reopen, switch, measure and export a tree.
 
     stdlib → base       net → net/email, net/asyncio       gui → gui/tkinter, …     all at once
 
@@ -37,7 +37,7 @@ __all__ = ["FULL", "QUICK", "Report", "Size", "run"]
 
 @dataclass(frozen=True)
 class Size:
-    """How much is trained and measured."""
+    """The amount of training and of measuring."""
 
     hidden: int
     layers: int
@@ -64,8 +64,8 @@ def run(out: Path, *, size: Size = FULL, console: Console | None = None, seed: i
             has no sources.
     """
     console = console or Console()
-    # PEFT is used only at the end. It is asked for first, so that a missing package is told before
-    # minutes of training.
+    # PEFT is used only at the end. It is imported first, so that a missing package is reported
+    # before minutes of training.
     need("peft", extra="peft", what="the demo")
     need("transformers", extra="transformers", what="the demo").utils.logging.disable_progress_bar()
     targets = [out, out.with_name(f"{out.name}-base"), out.with_name(f"{out.name}-export")]
@@ -186,7 +186,7 @@ def _bits(
 def _switch_ms(attached: TreeModel, leaves: Sequence[str], mode: Any, rounds: int = 5) -> float:
     """Return the median milliseconds of one switch from leaf to leaf."""
     times = []
-    # The first round reads the adapters and makes what is kept for a path; it is not counted.
+    # The first round reads the adapters and lays out the paths; it is not counted.
     for count in range(rounds + 1):
         for path in leaves:
             start = time.perf_counter()
@@ -212,8 +212,8 @@ def _compare(
     with warnings.catch_warnings():
         # PEFT 0.20 reads an attribute that transformers 5 has renamed.
         warnings.simplefilter("ignore", FutureWarning)
-        # PEFT replaces modules inside the model that it is given, so it gets a base of its own. The
-        # tree is still attached to ours.
+        # PEFT replaces modules inside the model that it is given, so it gets a second base. The
+        # tree is still attached to the first one.
         wrapped = peft.PeftModel.from_pretrained(open_base(base), export).eval()
     theirs = wrapped(input_ids=windows).logits
     return float((ours - theirs).abs().max()), float(theirs.abs().max())

@@ -21,8 +21,8 @@ __all__ = ["Domain", "find_corpus"]
 BASE_DOMAIN = "stdlib"
 LEAST_BYTES = 60_000  # a smaller domain is too small to train on and to hold some back
 
-# Group → its packages, the likelier ones first. Distributions leave some of them out (Debian has no
-# tkinter, containers no idlelib), so each group has spares.
+# Group → its packages, those most often installed first. Distributions leave some of them out
+# (Debian has no tkinter, containers no idlelib), so each group has spares.
 CANDIDATES: dict[str, dict[str, str]] = {
     "docs": {"pydoc": "pydoc_data/*.py"},
     "gui": {"tkinter": "tkinter/*.py", "idlelib": "idlelib/*.py", "turtledemo": "turtledemo/*.py"},
@@ -59,7 +59,7 @@ def find_corpus(stdlib: Path | None = None, *, children: int = 2) -> tuple[Domai
 
     Args:
         stdlib: the folder of the standard library; None: of this Python.
-        children: the most of each group.
+        children: the largest number of leaves in a group.
 
     Raises:
         FolderError: the library has too few sources to make a tree of.
@@ -78,7 +78,7 @@ def find_corpus(stdlib: Path | None = None, *, children: int = 2) -> tuple[Domai
         leaves += found[:children]
     leaves.sort(key=lambda domain: domain.path)
     groups = {leaf.path.split("/")[0] for leaf in leaves}
-    # With one group there would be no path to switch to that shares nothing.
+    # With one group, every switch would be between paths that share an ancestor.
     if base.train_bytes < 10 * LEAST_BYTES or len(groups) < 2:
         raise FolderError(
             f"{stdlib}: too few sources of the standard library to train on",
@@ -94,7 +94,7 @@ def _domain(path: str, files: Sequence[Path], every: int = 5) -> Domain:
     texts = [text for text in texts if len(text) > 200]  # an empty __init__.py says nothing
     for i, text in enumerate(texts):
         if len(texts) < every:
-            # Too few files to hold one back: the end of each is.
+            # With too few files to hold one back, the end of each file is held back.
             cut = len(text) * (every - 1) // every
             train.append(text[:cut])
             held_out.append(text[cut:])

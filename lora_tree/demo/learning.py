@@ -92,10 +92,10 @@ def train_tree(
     Args:
         model: of the tree.
         nodes: the ones that train.
-        streams: domain → the path that its rows go by, and its tokens. Every row draws its domain,
-            each with the same chance.
+        streams: domain → (the path of its rows, its tokens). Every row draws its domain, each with
+            the same probability.
         steps, batch, length: of the optimiser, rows in each, bytes in a row.
-        over: what the loss is a mean over, as in `lora_tree.runs.Settings`.
+        over: "rows", "paths" or "auto": the mean that the loss is, see `lora_tree.runs.Settings`.
         decay_by_depth: weight decay at depth 0, 1, …; None: see `lora_tree.weight_decays`.
         decay_of: node → its own weight decay, which comes first.
         tick: called after every step.
@@ -106,9 +106,9 @@ def train_tree(
     for group in model.trainable(*nodes):
         groups.append({**group, "clip_norm": 1.0, "weight_decay": decays[group["name"]]})
     mean = over_of(over, nodes)
-    # Each group has a decay of its own, which goes before this one.
+    # Each group has its own decay, which overrides this one.
     optimiser, schedule = _optimiser(groups, steps, lr, weight_decay=0.0)
-    # `follow` moves no node without rows in a step, and clips each by itself.
+    # After `follow`, a step moves no node without rows, and clips each node separately.
     model.follow(optimiser)
     model.train()
     path_of, tokens = zip(*streams.values(), strict=True)
@@ -130,8 +130,8 @@ def _windows(
     streams: Sequence[Tensor], *, batch: int, length: int, seed: int
 ) -> Iterator[tuple[Tensor, list[int]]]:
     """Yield rows (batch, length + 1), and the stream from which each was drawn, without end."""
-    # With a generator of its own the windows depend on the seed alone, and not on how many numbers
-    # torch has drawn before, for new factors for one.
+    # With a separate generator the windows depend on the seed alone, not on how many numbers torch
+    # has drawn before, such as those of new factors.
     draw = torch.Generator().manual_seed(seed)
     while True:
         which = torch.randint(len(streams), (batch,), generator=draw).tolist()

@@ -73,7 +73,7 @@ class Report:
             name = path if path == BASE_ROW else "  " * path.count("/") + path
             cells = []
             for bits, low in zip(row, best, strict=True):
-                # min() returned one of these very numbers, so floats may be compared for equality;
+                # min() returned one of these numbers, so comparing floats for equality is safe;
                 # ties are all bold.
                 cells.append(Text(f"{bits:.2f}", "bold" if bits == low else ""))
             table.add_row(name, *cells, end_section=path == BASE_ROW)

@@ -19,7 +19,7 @@ MARK = ".lora-tree-demo"
 
 @contextmanager
 def demo_folders(targets: Sequence[Path]) -> Iterator[list[Path]]:
-    """Yield an empty folder for each target, under its name; each gets its place on success.
+    """Yield an empty folder for each target, under its name; on success each moves to its place.
 
     Args:
         targets: siblings.
@@ -35,6 +35,6 @@ def demo_folders(targets: Sequence[Path]) -> Iterator[list[Path]]:
             )
     with new_folders([target.absolute() for target in targets]) as folders:
         yield folders
-        # Last: a folder that was not filled must not pass for one that the demo made.
+        # Marked last: a folder that was not filled must not pass for one that the demo made.
         for folder in folders:
             (folder / MARK).write_text("Made by `lora-tree demo`, which may replace this folder.\n")

@@ -1,7 +1,7 @@
 """The losses of runs as curves: in training on the left, on held-out rows on the right.
 
 Each node has one colour on both sides. A box marks the step after which its held-out loss was
-lowest. A long run is drawn by the means of its steps, some hundred of each line.
+lowest. A long run is drawn by means over its steps, at most `MOST_POINTS` for each line.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def curves_picture(records: Sequence[RunRecord]) -> str:
     picture = Picture(font_size=12)
     width = LEFT + (WIDTH + GAP if is_watched else 0) + WIDTH + LEFT / 2
     height = TOP + HEIGHT + 40 + LINE_HEIGHT * len(curves) + 8
-    picture.box(0, 0, width, height, fill=PAPER)  # a dark page would swallow the ink
+    picture.box(0, 0, width, height, fill=PAPER)  # on a dark page the ink would be invisible
     unit = records[0].unit if records else ""
     _panel(picture, LEFT, f"loss in training, {unit}", [c.trained for c in curves], curves, steps)
     if is_watched:
@@ -122,7 +122,7 @@ def _y(loss: float, low: float, high: float) -> float:
 
 
 def _range(lines: Iterable[Points]) -> tuple[float, float]:
-    """Return the lowest and the highest loss, with a little air; they are never equal."""
+    """Return the lowest and the highest loss, with a margin; they are never equal."""
     losses = [loss for points in lines for _, loss in points]
     low, high = min(losses, default=0.0), max(losses, default=1.0)
     air = 0.05 * (high - low) or max(abs(high), 1.0) * 0.05
@@ -130,7 +130,7 @@ def _range(lines: Iterable[Points]) -> tuple[float, float]:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Return some four round numbers between two.
+    """Return about four round numbers between two.
 
     >>> _ticks(0, 200), _ticks(2.31, 3.02)
     ([0.0, 50.0, 100.0, 150.0, 200.0], [2.4, 2.6, 2.8, 3.0])
@@ -146,7 +146,7 @@ def _ticks(low: float, high: float) -> list[float]:
 
 
 def _thinned(points: Points) -> Points:
-    """Return the means of groups of points in succession, so that there are not too many."""
+    """Return the means of groups of successive points, at most `MOST_POINTS`."""
     points = _finite(points)
     size = math.ceil(len(points) / MOST_POINTS) or 1
     thinned = []

@@ -1,13 +1,13 @@
-"""A tree of paths as lines: in which order, how deep, and behind which guides.
+"""A tree of paths as lines: their order, their depth, and the guides in front of them.
 
     ├── fr                 a guide leads to each name
     │   ├── legal (+12)    12 nodes below it are hidden
     │   └── medical
     └── de
 
-A tree of ten thousand nodes is read from the top. So where there are more nodes than lines, whole
-levels are hidden, the deepest first. Nodes that must be seen, the broken ones, are shown all the
-same, with the nodes above them.
+A tree of ten thousand nodes is read from the top. So if there are more nodes than lines, whole
+levels are hidden, the deepest first. Nodes that must be seen, such as broken ones, are shown all
+the same, with the nodes above them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class DrawnNode:
 
     Args:
         path: the node.
-        name: the part of the path that is not in the line above it in the tree.
+        name: the path without that of its parent in the drawing.
         is_last: for each level down to this one, whether no sibling follows.
         hidden: how many nodes below it are not drawn.
     """
@@ -118,7 +118,7 @@ def _levels(parents: Mapping[str, str]) -> dict[str, int]:
 
 
 def _depth_within(levels: Iterable[int], limit: int | None) -> int:
-    """Return how many levels fit into so many lines, at least one."""
+    """Return how many levels fit into ``limit`` lines, at least one."""
     levels = list(levels)
     depth = max(levels, default=1)
     # One level is left even if it has more nodes than lines: an empty drawing says nothing, and

@@ -38,7 +38,7 @@ class NodeLine:
 
     @property
     def weight_words(self) -> str:
-        """The weight as a cell of a table has room for it."""
+        """The weight, short enough for a cell of a table."""
         return f"{self.weight:g}" if isinstance(self.weight, float) else "by module"
 
     def as_dict(self) -> dict[str, object]:
@@ -49,13 +49,13 @@ class NodeLine:
 def lines_of(
     tree: AdapterTree, problems: list[Problem]
 ) -> tuple[list[NodeLine], dict[str, Problem]]:
-    """Return a line for each node and each place that can't be one, and the problem of the latter.
+    """Return a line for each node, broken ones included, and the problem of each broken one.
 
     Only headers are read.
 
     Args:
         tree: the nodes that could be opened.
-        problems: the others', as `lora_tree.folder.survey` found them.
+        problems: of the other places, as `lora_tree.folder.survey` found them.
     """
     broken: dict[str, Problem] = {}
     for problem in problems:
@@ -68,7 +68,7 @@ def lines_of(
         try:
             lines.append(_line(tree, path))
         except LoraTreeError as error:
-            # Its files were whole when the folder was opened, and are not now.
+            # Its files were damaged after the folder was opened.
             broken[path] = Problem(path, "adapter", str(error))
     for path in broken:
         weight: Weight = tree[path].weight if path in tree else 1.0
@@ -134,7 +134,7 @@ def matching_lines(lines: Iterable[NodeLine], pattern: str) -> list[NodeLine]:
 
 
 def remark_words(line: NodeLine, problem: Problem | None) -> str:
-    """Return what is told beside a node's numbers: why it is broken or stale, or what it is."""
+    """Return the remark beside a node's numbers: why it is broken or stale, or its kind."""
     if problem is not None:
         # On one line, so that grep finds the node and its reason together.
         reason = _without_place(problem).replace("\n", " ")

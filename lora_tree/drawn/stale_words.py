@@ -1,7 +1,7 @@
-"""Why a node is stale, short enough for one cell of a table.
+"""Shorten the reason why a node is stale, for one cell of a table.
 
-The full reason names hashes and stands in a warning; a table says which ancestor changed, and in
-what: ``parent fr changed (weights)``.
+The full reason has hashes and appears in a warning; a table says which ancestor changed, and how:
+``parent fr changed (weights)``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _REMOVED = re.compile(r"(\S+) is no longer above it\Z")
 
 
 def stale_words(path: str, reason: str) -> str:
-    """Return a node's reason in a few words; the whole of it where it has none of the known forms.
+    """Return a node's reason in a few words; the whole reason if it has none of the known forms.
 
     Args:
         path: the node.
@@ -42,7 +42,7 @@ def stale_words(path: str, reason: str) -> str:
         known = re.match(r"(the lineage of \S+ has changed|it was moved to the top)", said)
         return known[0] if known else said
     parent = path.rpartition("/")[0]
-    # Names of nodes hold no semicolon, so it parts one change from the next.
+    # Names of nodes contain no semicolon, so it separates one change from the next.
     words = [_change(text, parent) for text in tail.split("; ")]
     if head == "it was moved to the top":
         words.insert(0, "moved to the top")

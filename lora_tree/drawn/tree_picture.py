@@ -20,7 +20,7 @@ GAP = 14
 INK, QUIET, STALE, BROKEN, GUIDE = "#1f2328", "#6a737d", "#9a6700", "#cf222e", "#b8c0c8"
 PAPER = "#fff"
 MOST_CHARACTERS = 100
-"""Characters of a remark; the whole of it is under the pointer."""
+"""Characters of a remark; a tooltip shows the whole of it."""
 
 
 def tree_picture(
@@ -35,27 +35,27 @@ def tree_picture(
     Args:
         title: its first line.
         drawn: the lines of the drawing, in order.
-        lines: path → what is told of it.
+        lines: path → the facts about it.
         broken: path → why it can't be used.
         total: its last line.
     """
     names = [node.name + (f" (+{node.hidden:,})" if node.hidden else "") for node in drawn]
     notes = [_note(lines[node.path], broken.get(node.path)) for node in drawn]
     ends = [_x(node) + CHARACTER_WIDTH * len(name) for node, name in zip(drawn, names, strict=True)]
-    # Notes stand in one column, behind the longest name, so that they can be read down.
+    # Notes are in one column, behind the longest name, so that they are easy to scan.
     column = max(ends, default=0) + GAP
     longest = max((len(note) for note, _, _ in notes), default=0)
     texts = max(len(title), len(total)) * CHARACTER_WIDTH
     width = max(column + CHARACTER_WIDTH * longest, MARGIN + texts) + MARGIN
     height = LINE_HEIGHT * (len(drawn) + 2) + 2 * MARGIN
     picture = Picture(font_size=12)
-    picture.box(0, 0, width, height, fill=PAPER)  # a dark page would swallow the ink
+    picture.box(0, 0, width, height, fill=PAPER)  # on a dark page the ink would be invisible
     picture.text(MARGIN, _y(0), title, bold=True, fill=INK)
     for i, node in enumerate(drawn, 1):
         _guides(picture, node, i, drawn)
         note, ink, tip = notes[i - 1]
         picture.text(_x(node), _y(i), names[i - 1], fill=BROKEN if ink == BROKEN else INK)
-        # The tip holds the whole reason; the words beside the name are cut.
+        # The tooltip has the whole reason; the words beside the name may be cut.
         picture.text(column, _y(i), note, fill=ink, tip=tip)
     picture.text(MARGIN, _y(len(drawn) + 1), total, fill=QUIET)
     return picture.document(width, height)
@@ -76,7 +76,7 @@ def _guides(picture: Picture, node: DrawnNode, row: int, drawn: Sequence[DrawnNo
     x = _x(node) - INDENT + 6
     level = len(node.is_last)
     above = row - 1
-    # The rows between are this node's elder siblings' children, which lie deeper.
+    # The rows in between are descendants of earlier siblings, which lie deeper.
     while above > 0 and len(drawn[above - 1].is_last) > level:
         above -= 1
     top = _y(above) - 4 if above and len(drawn[above - 1].is_last) == level else _y(above) + 4
@@ -84,7 +84,7 @@ def _guides(picture: Picture, node: DrawnNode, row: int, drawn: Sequence[DrawnNo
 
 
 def _note(line: NodeLine, problem: Problem | None) -> tuple[str, str, str]:
-    """Return the words beside a name, their colour, and the text for a pointer over them."""
+    """Return the words beside a name, their colour, and their tooltip."""
     said = printable(remark_words(line, problem))
     ink = QUIET
     if problem is not None:

@@ -1,1 +1,1 @@
-"""Explorer: a tree looked at and asked, in a browser on this machine."""
+"""Explorer: show a tree in a browser on this machine, and ask its paths."""

@@ -20,7 +20,7 @@ BARE = "(bare base)"
 """The root's name among the choices; no path can be called so."""
 
 KEPT = "\n\t\xa0\u200c\u200d"
-"""Characters without a shape of their own that writing needs: Persian, Hindi, joined emoji."""
+"""Invisible characters that text needs: in Persian, in Hindi, in joined emoji."""
 
 STYLE = """
 .lt-header { display: flex; align-items: baseline; gap: 1.5rem; }
@@ -59,7 +59,7 @@ STYLE = """
 
 
 def answers_html(answers: Answers) -> str:
-    """Return a table of answers: one row each, the tokens that its parent's lacks marked."""
+    """Return a table of answers, one row each; tokens that the parent's answer lacks are marked."""
     rows = "".join(_row(answer) for answer in answers.rows)
     count = sum(len(answer.tokens) for answer in answers.rows)
     rate = f"{answers.tokens_per_second:.1f} tokens per second"
@@ -76,7 +76,7 @@ def answers_html(answers: Answers) -> str:
 
 
 def pictures_html(pictures: Pictures) -> str:
-    """Return the images side by side, each with its path below; the steps while they are made."""
+    """Return the images side by side, each with its path below; before that, the steps done."""
     took = f"{pictures.step} of {pictures.steps} steps in {pictures.seconds:.1f} s"
     figures = []
     for row in pictures.rows:
@@ -118,5 +118,5 @@ def _run(run: TextRun) -> str:
 
 
 def _text(text: str) -> str:
-    """Return a string as text of a page; what would hide or turn text around is spelled out."""
+    """Return a string as text of a page; characters that hide or reverse text are escaped."""
     return html.escape(printable(text, keep=KEPT), quote=True)

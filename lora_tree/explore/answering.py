@@ -1,4 +1,4 @@
-"""What the playground asks: a language model or a pipeline, behind one small interface."""
+"""The models that the playground asks: a language model or a pipeline, behind one interface."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Answering(Protocol):
         """Begin to answer, and return the run; a loop over it gives the results."""
 
     def html(self, result: Any) -> str:
-        """Return one of its results as HTML."""
+        """Return a result of the run as HTML."""
 
 
 class AnsweringModel:
@@ -67,7 +67,7 @@ class AnsweringModel:
         ]
 
     def begin(self, prompt: str, blends: tuple[str, ...], *numbers: float) -> AnswerRun:
-        """Begin to answer with so many tokens, at a temperature, from a seed."""
+        """Begin to answer. ``numbers``: the number of tokens, the temperature and the seed."""
         tokens, temperature, seed = numbers
         return self._answerer.ask(
             Question(prompt, blends, int(tokens), float(temperature), int(seed or 0))
@@ -104,7 +104,7 @@ class AnsweringPipeline:
         ]
 
     def begin(self, prompt: str, blends: tuple[str, ...], *numbers: float) -> PicturesRun:
-        """Begin to make images in so many steps, with guidance, from a seed."""
+        """Begin to make images. ``numbers``: the number of steps, the guidance and the seed."""
         steps, guidance, seed = numbers
         question = Question(prompt, blends, seed=int(seed or 0))
         return self._painter.paint(question, steps=int(steps), guidance=float(guidance))

@@ -1,9 +1,9 @@
-"""Answers of several paths to one prompt, side by side, out of one routed batch.
+"""Answers of several paths to one prompt, side by side, from one routed batch.
 
     Question ─rows_of─▶ rows ─model.route + generate─▶ steps: a token a row ─▶ Answers, growing
 
-All rows have the same prompt, so nothing is padded in front. A row that has come to its end is
-padded behind, and that is cut off again.
+All rows have the same prompt, so nothing is padded in front. A row that has ended is padded, and
+its padding is cut off again.
 
 Law: a row's answer does not depend on the rows beside it, drawn answers included. Drawing takes the
 token with the largest  score / temperature + g,  where g is -log of an exponential variate: that is
@@ -31,7 +31,7 @@ from .tokens import TextRun, differing_tokens, text_runs
 __all__ = ["AnswerRun", "Answerer", "Answers", "RowAnswer", "TokenStep"]
 
 SHOWN_EVERY_S = 0.2
-"""How often answers that still grow are given out: their text is decoded anew each time."""
+"""Seconds between two updates of growing answers: each update decodes the whole text again."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class RowAnswer:
     """The answer of one path or blend.
 
     Args:
-        row: who answers.
+        row: the path or blend that answers.
         tokens: of the answer, without the end of the text.
         runs: its text, cut where it begins or ceases to differ from the parent's answer. While
             answers grow nothing is compared yet.
@@ -60,7 +60,7 @@ class RowAnswer:
 
     @property
     def tokens_per_second(self) -> float:
-        """Its own tokens, in the time until the last of them."""
+        """The answer's tokens, over the time until the last of them."""
         return len(self.tokens) / self.seconds if self.seconds else 0.0
 
 
@@ -80,7 +80,7 @@ class Answers:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of all rows together."""
+        """The tokens of all rows, over the time until the last of them."""
         tokens = sum(len(answer.tokens) for answer in self.rows)
         return tokens / self.seconds if self.seconds else 0.0
 
@@ -90,8 +90,8 @@ class TokenStep:
     """A step of ``generate``.
 
     Args:
-        at_s: when its tokens were there, in seconds since generation began. The clock is read by
-            the thread that generates, so that a slow reader makes no row slower.
+        at_s: when its tokens were ready, in seconds since generation began. The thread that
+            generates reads the clock, so that a slow reader makes no row look slower.
         tokens: one for each row.
     """
 
@@ -100,7 +100,7 @@ class TokenStep:
 
 
 class Answerer:
-    """What answers questions: a tree that is attached to a language model, and its tokenizer.
+    """A tree that is attached to a language model, with its tokenizer: it answers questions.
 
     Args:
         model: of `lora_tree.attach`.
@@ -138,7 +138,7 @@ class Answerer:
         return AnswerRun(self, question, rows, prompt)
 
     def answer(self, question: Question) -> Answers:
-        """Answer, and return when all is said.
+        """Answer a question, and return the complete answers.
 
         Raises:
             LoraTreeError: as `ask`, and as `TreeModel.route` and the base's forward raise.
@@ -163,7 +163,7 @@ class AnswerRun(SideRun[TokenStep, Answers]):
 
     # ------------------------------------------------------------------ the caller's threads
     def shown(self, items: Iterator[TokenStep]) -> Iterator[Answers]:
-        """Yield the answers as they grow, and at last with what differs in them."""
+        """Yield the answers as they grow, and finally with their differences marked."""
         now_s = shown_s = 0.0
         tokens: list[list[int]] = [[] for _ in self._rows]
         seconds = [0.0 for _ in self._rows]
@@ -172,7 +172,7 @@ class AnswerRun(SideRun[TokenStep, Answers]):
         for step in items:
             now_s = step.at_s
             for at, token in enumerate(step.tokens):
-                # Behind the end of a row there is padding only.
+                # After the end of a row there is only padding.
                 ended[at] = ended[at] or token in ends
                 if not ended[at]:
                     tokens[at].append(token)
@@ -236,14 +236,14 @@ class AnswerRun(SideRun[TokenStep, Answers]):
         )
 
     def _ends(self, tokens: Tensor, scores: Any, **_: Any) -> Tensor:
-        """Say for each row whether it ends, as transformers asks after every token."""
+        """Return for each row whether it ends; transformers calls this after every token."""
         return torch.full((len(tokens),), self.is_stopped, device=tokens.device)
 
 
 class StepsOfRows:
-    """Hand on each step's tokens, as transformers' ``generate`` gives them to a streamer.
+    """A streamer for transformers' ``generate`` that passes on the tokens of all rows at each step.
 
-    Its own streamers take one row.
+    The streamers of transformers take only one row.
     """
 
     def __init__(self, give: Callable[[TokenStep], None]) -> None:
@@ -260,11 +260,11 @@ class StepsOfRows:
         self._give(TokenStep(at_s, tokens.flatten().tolist()))
 
     def end(self) -> None:
-        """Take note of the end, which the thread says itself."""
+        """Do nothing: the thread itself reports the end."""
 
 
 class SharedNoise:
-    """Turn the likeliest token into a draw, with the same noise for each row: see the law above.
+    """A logits processor that makes the likeliest token a draw, by the same noise for each row.
 
     Args:
         temperature: above 0.

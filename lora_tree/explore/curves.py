@@ -60,7 +60,7 @@ def _curves(named: Iterable[tuple[str, _Measured]]) -> dict[str, dict[str, list[
 
 
 def thinned(points: Sequence[tuple[int, float]], most: int) -> list[tuple[int, float]]:
-    """Return at most so many points, each the mean of its neighbours; few points as they are.
+    """Return at most ``most`` points, each a mean of neighbours; fewer points stay unchanged.
 
     >>> thinned([(1, 4.0), (2, 2.0), (3, 1.0), (4, 1.0)], 2)
     [(2, 3.0), (4, 1.0)]

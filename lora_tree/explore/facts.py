@@ -46,10 +46,10 @@ MOST_NORMS = 1_000_000
 """The most norms of single modules that a page holds, some six megabytes."""
 
 RUNS = 30
-"""The last runs of a tree, which a page holds."""
+"""The number of a tree's last runs that a page holds."""
 
 DIGITS = 12
-"""Digits of a content, which name a version."""
+"""Digits of a content that are enough to name a version."""
 
 _EVALUATION_BYTES = 64 << 20
 
@@ -62,7 +62,7 @@ class ExploreFacts:
         folder: as the user named it.
         base: of the tree.
         lines: the nodes, depth first, broken ones too.
-        problems: what `lora_tree.check` found; without norms what `survey` found.
+        problems: as `lora_tree.check` found them; without norms, as `survey` did.
         modules: the names of all modules that any node adapts, sorted.
         norms: node → ‖weight · ΔW‖ by module, in the order of ``modules``; NaN: not adapted.
         likeness: cosines of some nodes; None if there are fewer than two, or too many.
@@ -150,7 +150,7 @@ def explore_facts(
             them where None, if they are no more than `MOST_ALIKE`.
         norms: read every adapter and measure its modules; without it only headers are read.
         evaluation: losses, as `read_evaluation` returns them.
-        progress: called with (nodes read, nodes there are).
+        progress: called with (nodes read, nodes in all).
 
     Raises:
         FolderError, SpecError: there is no such folder, or it is no tree.
@@ -175,7 +175,7 @@ def explore_facts(
         modules = ["all modules"]
         table = {path: [math.hypot(*row.values())] for path, row in measured.items()}
     likeness = _likeness(tree, lines, alike, notes) if norms else None
-    # `check` reads every adapter, too. Without norms the headers and the lock have to tell enough.
+    # `check` reads every adapter, too. Without norms only the headers and the lock are looked at.
     problems = check(folder) if norms else survey_problems
     found = history(folder)
     versions = {path: own for path, own in found.items() if len(own) > 1}
@@ -204,7 +204,7 @@ def read_evaluation(file: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
         FolderError: it can't be read.
-        FormatError: it is something else.
+        FormatError: it holds something else.
     """
     found = strict_json.loads(
         disk.read_file(Path(file), most=_EVALUATION_BYTES, follow=True), str(file)
@@ -225,7 +225,7 @@ def _measured(
     notes: list[str],
     progress: Callable[[int, int], object],
 ) -> dict[str, dict[str, float]]:
-    """Return node → module → ‖weight · ΔW‖; a node that can't be read is told in the notes."""
+    """Return node → module → ‖weight · ΔW‖; add a note for each node that can't be read."""
     readable = [line.path for line in lines if line.kind == "adapter"]
     measured = {}
     for done, path in enumerate(readable):
@@ -281,5 +281,5 @@ def _plain_likeness(likeness: Likeness) -> dict[str, Any]:
 
 
 def _short(number: float) -> float | None:
-    """Round to four digits, which a page can show: they take a third of the bytes."""
+    """Round to the four digits that a page shows, which take a third of the bytes."""
     return float(f"{number:.4g}") if math.isfinite(number) else None

@@ -6,8 +6,8 @@
     plotly.js          of the package   │
     facts              as JSON          ┘
 
-Law: a name from a file never becomes markup. It is JSON in which no ``<`` stands, and the script
-puts it into the page as text.
+Law: a name from a file never becomes markup. The page holds it in JSON that has no ``<``, and the
+script puts it into the page as text.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def explore_page(facts: Mapping[str, Any], *, playground: str | None = None) -> 
 
     Args:
         facts: as `ExploreFacts.as_dict` returns them.
-        playground: where the page links for prompts; None: nowhere.
+        playground: the address of the playground, to which the page links; None: no link.
 
     Raises:
         MissingExtra: plotly is not installed.

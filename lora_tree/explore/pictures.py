@@ -1,4 +1,4 @@
-"""Images of several paths for one prompt, side by side, out of one routed batch of a pipeline.
+"""Images of several paths for one prompt, side by side, from one routed batch of a pipeline.
 
     Question ─▶ blends ─model.route + pipe([prompt] * n), in a thread─▶ steps … images ─▶ Pictures
 
@@ -57,12 +57,12 @@ class Pictures:
 
     @property
     def done(self) -> bool:
-        """Whether the images are there."""
+        """True if the images are there."""
         return bool(self.rows)
 
 
 class Painter:
-    """What makes images: a tree that is attached to a diffusion pipeline.
+    """A tree that is attached to a diffusion pipeline: it makes images.
 
     Args:
         model: of `lora_tree.integrations.diffusers.attach_pipeline`.
@@ -89,7 +89,7 @@ class Painter:
         rows = rows_of(question, self.model.tree)
         if steps < 1:
             raise SpecError(f"steps must be at least 1, got {steps}")
-        # A row is dear here, so a parent's image is made only if it is asked.
+        # A row is expensive here, so a parent's image is made only if it was asked for.
         blends = tuple(row.blend for row in rows if row.asked)
         options: dict[str, Any] = {"num_inference_steps": steps}
         if guidance is not None:
@@ -130,7 +130,7 @@ class PicturesRun(SideRun[int | list[bytes], Pictures]):
         """Call the pipeline once, for all rows."""
         pipe, question = self._painter.pipe, self._question
         options = dict(self._options)
-        # Pipelines of the first generations have no such argument; those can't be stopped.
+        # The oldest pipelines have no such argument; those can't be stopped.
         if "callback_on_step_end" in inspect.signature(pipe.__call__).parameters:
             options["callback_on_step_end"] = self._after_step
         count = len(self._blends)
@@ -144,10 +144,10 @@ class PicturesRun(SideRun[int | list[bytes], Pictures]):
             self.give([_png(image) for image in made.images])
 
     def _after_step(self, pipe: Any, step: int, _: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        """Note a step, as diffusers calls it after each."""
+        """Report a step; diffusers calls this after each."""
         self.give(step + 1)
         if self.is_stopped:
-            # Diffusers' own way to end early: it passes over the steps that are left.
+            # With this mark, diffusers skips the remaining steps.
             pipe._interrupt = True
         return tensors
 

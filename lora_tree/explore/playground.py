@@ -1,9 +1,9 @@
-"""The playground: a page that asks several paths and blends one thing, by gradio.
+"""The playground: a gradio page that asks several paths and blends at once.
 
     prompt, paths, blends, numbers ─▶ Answering.begin ─▶ a run ─▶ Answering.html ─▶ the page
 
 Laws: gradio sends no reports, shares no link, keeps no history and writes no file: pictures and
-answers are parts of the page. One question at a time is on the model; others wait in its queue.
+answers are parts of the page. The model answers one question at a time; others wait in a queue.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ ABOVE_TABLE = "Answers stand here, side by side."
 
 
 class Playground:
-    """What can be asked in the browser, and how its page looks.
+    """The playground's page, and the actions behind its buttons.
 
     Args:
-        answering: what answers: `AnsweringModel` or `AnsweringPipeline`.
+        answering: an `AnsweringModel` or `AnsweringPipeline`.
 
     Raises:
         MissingExtra: gradio is not installed.
@@ -120,7 +120,7 @@ class Playground:
                         apply_default_css=False,
                         js_on_load=None,
                     )
-            # One at a time on the model, whatever the number of windows.
+            # The model answers one question at a time, however many windows are open.
             gr.on(
                 [ask.click, prompt.submit],
                 self._answer,
@@ -129,7 +129,7 @@ class Playground:
                 concurrency_limit=1,
                 show_progress="hidden",
             )
-            # A queue of its own: it must not wait for the answers that it stops.
+            # Not in that queue: it must not wait for the answers that it stops.
             stop.click(self.stop, concurrency_limit=None, show_progress="hidden")
         return blocks
 
@@ -168,7 +168,7 @@ class Playground:
 
 
 def _first(tree: AdapterTree) -> list[str]:
-    """What is chosen when the page opens: the bare base and the first path."""
+    """Return the choice when the page opens: the bare base and the first path."""
     return [BARE, *tree.paths()[:1]]
 
 
@@ -199,7 +199,7 @@ def mount(app: Any, playground: Playground) -> None:
 def _theme(gr: Any) -> Any:
     """Return gradio's plain theme with the system's fonts, and with notes dark enough to read.
 
-    Fonts of gradio's themes may be Google's, which the browser would load from there.
+    Gradio's themes may use Google's fonts, which the browser would load from Google.
     """
     theme = gr.themes.Base(
         font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]

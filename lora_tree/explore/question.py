@@ -24,14 +24,14 @@ MOST_ASKED = 16
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked, of whom, and how the answers are drawn.
+    """A prompt, the paths and blends that answer it, and how the answers are drawn.
 
     Args:
-        prompt: text to go on from, or what an image is of.
+        prompt: text to go on from, or the description of an image.
         blends: the paths and blends that answer, each as `lora_tree.parse_blend` reads it.
         max_new_tokens: the most tokens of an answer.
         temperature: 0 takes the likeliest token every time.
-        seed: of what is drawn; every row draws the same numbers.
+        seed: of the draws; every row draws the same numbers.
     """
 
     prompt: str
@@ -46,8 +46,8 @@ class QuestionRow:
     """A row of the batch.
 
     Args:
-        blend: what answers, in its one spelling; ``""`` is the bare base.
-        parent: what its answer is compared with; None for the bare base.
+        blend: the path or blend that answers, in its one spelling; ``""`` is the bare base.
+        parent: the path with whose answer its own is compared; None for the bare base.
         asked: False if it is a row only because others are compared with it.
     """
 

@@ -4,8 +4,8 @@
                             └▶ /playground   gradio, if there is a model to ask
 
 Laws: it listens on 127.0.0.1 alone; it answers only requests that were addressed to it by that
-name, so that a page from another site can't reach it by a name that leads to this machine; and
-every answer forbids the browser to load anything from another place.
+name, so that a page from another site can't reach it by a name that resolves to this machine (DNS
+rebinding); and every answer forbids the browser to load anything from another place.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PLAYGROUND_PATH = "/playground/"
 START_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 10.0
 GRACE_S = 1
-"""How long an open connection may go on when the server stops; gradio's never end by themselves."""
+"""Seconds that an open connection may last when the server stops; gradio's never end themselves."""
 
 POLICY = (
     "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; "
@@ -59,13 +59,13 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 @dataclass(frozen=True)
 class Served:
-    """A server that runs: where it is."""
+    """The address of a running server."""
 
     port: int
 
     @property
     def url(self) -> str:
-        """The page of the tree; the playground is at ``url + "playground/"``."""
+        """The address of the tree's page; the playground is at ``url + "playground/"``."""
         return f"http://{HOST}:{self.port}/"
 
 
@@ -76,7 +76,7 @@ def serving(
     """Serve the explorer on 127.0.0.1 for the length of a ``with``.
 
     Args:
-        page: makes the HTML of the first page, anew at each request.
+        page: returns the HTML of the first page; called at each request.
         playground: the playground at ``/playground/``; None: there is none.
         port: to listen on; None: a free one.
 
@@ -101,7 +101,7 @@ def serving(
         timeout_graceful_shutdown=GRACE_S,
     )
     server = uvicorn.Server(config)
-    # A thread, so that the block's own thread gets Ctrl-C, and leaves the block by it.
+    # Run in a thread, so that the block's own thread gets Ctrl-C, and leaves the block by it.
     thread = threading.Thread(
         target=server.run, args=([listening],), name="lora_tree server", daemon=True
     )
@@ -111,7 +111,7 @@ def serving(
             _wait_until_started(server, thread)
             yield served
         finally:
-            # First, since an answer that is being written would keep its connection.
+            # Stopped first: an answer that is being written would keep its connection open.
             if playground is not None:
                 playground.stop()
             server.should_exit = True
@@ -119,7 +119,7 @@ def serving(
 
 
 def _listen(port: int | None) -> socket.socket:
-    """Return a socket that listens, so that no port is chosen that another process takes first."""
+    """Return a listening socket: another process could take a port that was merely chosen."""
     listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -146,7 +146,7 @@ def _wait_until_started(server: Any, thread: threading.Thread) -> None:
 def _app(page: Callable[[], str], playground: Playground | None) -> Any:
     fastapi = need("fastapi", extra="explore", what="lora-tree explore")
     responses = need("fastapi.responses", extra="explore", what="lora-tree explore")
-    # Without its pages about itself: they load scripts from a content network.
+    # Without FastAPI's documentation pages, which load scripts from a CDN.
     app = fastapi.FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
 
     def first_page() -> Any:
@@ -156,7 +156,7 @@ def _app(page: Callable[[], str], playground: Playground | None) -> Any:
         return fastapi.Response(status_code=204)
 
     app.add_api_route("/", first_page, methods=["GET"])
-    # Browsers ask for it unasked, and would log its absence as an error.
+    # Browsers request an icon by themselves, and would log its absence as an error.
     app.add_api_route("/favicon.ico", no_icon, methods=["GET"])
     if playground is not None:
         mount(app, playground)
@@ -164,11 +164,11 @@ def _app(page: Callable[[], str], playground: Playground | None) -> Any:
 
 
 class LoopbackOnly:
-    """An ASGI application in front of another one: the laws above.
+    """An ASGI application that enforces the laws above in front of another one.
 
     Args:
-        app: that answers the requests that are let through.
-        port: that the server listens on.
+        app: answers the requests that are let through.
+        port: the one that the server listens on.
     """
 
     def __init__(self, app: App, port: int) -> None:
@@ -192,7 +192,7 @@ class LoopbackOnly:
         headers = dict(scope["headers"])
         if headers.get(b"host") not in self._hosts:
             return False
-        # A browser names the page that a request comes from, unless it is its own plain GET.
+        # A browser sends the origin of a request, except for a plain GET from the same origin.
         origin = headers.get(b"origin")
         if origin is not None and origin not in self._origins:
             return False

@@ -1,10 +1,10 @@
-"""SideRun: work on a model in a thread of its own, watched from any other thread.
+"""SideRun: work on a model in a separate thread, watched from any other thread.
 
     caller's threads      iterate ◀──queue── items ◀── work()       one thread of this run
                           stop()  ──event──▶ asked between two steps
 
 A block of ``route`` holds the model's lock for the thread that entered it, and a web server may ask
-for the next result from another thread each time. So the block has a thread of its own.
+for the next result from another thread each time. So the block runs in a thread of this run.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class SideRun(ABC, Generic[Item, Shown]):
 
     def __init__(self) -> None:
         self._stopped = threading.Event()
-        # An item, the error that ended the work, or None where it ended by itself.
+        # Items, then the error that ended the work, or None if it ended without one.
         self._items: queue.SimpleQueue[Item | BaseException | None] = queue.SimpleQueue()
 
     def stop(self) -> None:
@@ -57,7 +57,7 @@ class SideRun(ABC, Generic[Item, Shown]):
     # ------------------------------------------------------------------ for the work
     @property
     def is_stopped(self) -> bool:
-        """Whether the work should end."""
+        """True if the work should end."""
         return self._stopped.is_set()
 
     def give(self, item: Item) -> None:

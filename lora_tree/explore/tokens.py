@@ -2,7 +2,7 @@
 
     parent    The | law |  says |  no
     answer    The | law |  may  |  say |  no
-                          ^^^^^   ^^^^^         the tokens that a longest match leaves over
+                          ^^^^^   ^^^^^         the tokens that the longest match leaves unmatched
 
 A token may be half a character, so text is cut where whole characters end: the tokens of one
 character are shown together, and differ if one of them does.
@@ -61,8 +61,8 @@ def text_runs(
     runs: list[TextRun] = []
     tokens = [*prompt[-CONTEXT_TOKENS:], *answer]
     before = len(tokens) - len(answer)
-    # `start` is where decoding begins anew: one piece back, so that a space in front of the new
-    # piece is kept, and not at the beginning, so that a long answer is decoded once.
+    # Decoding begins at `start`, one piece back, so that a space in front of the new piece is kept.
+    # It does not begin at the first token, so that a long answer is decoded only once.
     start, done = 0, before
     for end in range(before + 1, len(tokens) + 1):
         known = _decoded(tokenizer, tokens[start:done])

@@ -1,3 +1,4 @@
-"""The tree in the tools that people train and serve with: thin, and imported only when asked
-for.
+"""Thin layers between a tree and the libraries that people train and serve with.
+
+No module of them is imported before its user asks for it.
 """

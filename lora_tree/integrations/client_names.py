@@ -1,10 +1,9 @@
-"""Decide which names of a client are asked of the tree, and give each the one spelling by which it
-is known.
+"""Decide which names from clients may be looked up in the tree, and give each its one spelling.
 
     "fr/legal"                          a path
     "de:0.50+fr:1."  →  "de:0.5+fr:1.0" a blend: paths in order, weights as Python writes floats
 
-Anybody may send any name, so all of this is done before the tree is looked at.
+A client may send any text, so all of this is done before the tree is looked at.
 
 Law: refusing a name costs no more than reading it. Two names that mean one blend have one spelling.
 """
@@ -25,7 +24,7 @@ __all__ = ["Asked", "NameRules", "shown"]
 MOST_CHARACTERS = 128 * MAX_DEPTH
 """The longest path that a tree can have."""
 MOST_PATHS = 16
-"""How many paths a blend may name."""
+"""The largest number of paths in a blend."""
 SHOWN_CHARACTERS = 120
 
 _PATTERN = re.compile(r"[A-Za-z0-9_.*?-]+(/[A-Za-z0-9_.*?-]+)*\Z")
@@ -33,8 +32,7 @@ _ANY_DEPTH = "**"
 
 
 def shown(text: object, most: int = SHOWN_CHARACTERS) -> str:
-    r"""Return a text as a log may show it: one line, only printable characters, cut where it is
-    long.
+    r"""Return a text in a form that is safe for a log: one line, printable, cut where it is long.
 
     >>> shown("gpt-4\nINFO: forged")
     'gpt-4\\nINFO: forged'
@@ -115,7 +113,7 @@ class NameRules:
         """Return the request of a client, without looking at the tree.
 
         Raises:
-            PathError: it is no path, or one that may not be asked for.
+            PathError: the name is no path, or one that clients may not ask for.
             SpecError: it is a blend, and blends are off; or a weight makes no sense.
         """
         asked = self.read(name)
@@ -139,7 +137,7 @@ class NameRules:
             )
         if not name.isascii():
             raise PathError("a name with other characters than those of paths")
-        # Node names hold neither sign, so one look tells a blend.
+        # Names of nodes contain neither character, so either of them means a blend.
         is_blend = ":" in name or "+" in name
         if is_blend and not self.blends:
             raise SpecError("blends are not served by name", "LORA_TREE_VLLM_BLENDS=1 allows them")
@@ -155,9 +153,9 @@ class NameRules:
         return Asked(one, tuple(parse_blend(one)))
 
     def one_spelling(self, name: str) -> str:
-        """Return the one spelling of a name; the name as it is if it is no admitted blend."""
-        # vLLM asks for any text that a client sends. An error raised here would reach it inside a
-        # look into its own dict, where it expects none.
+        """Return the one spelling of a name; the unchanged name if it is no admitted blend."""
+        # vLLM looks up any text that a client sends. An error raised here would come out of a
+        # lookup in vLLM's own dict, where it expects none.
         if len(name) > MOST_CHARACTERS or not (":" in name or "+" in name):
             return name
         try:
@@ -174,9 +172,9 @@ class NameRules:
 
 
 def _fits(names: list[str], pattern: tuple[str, ...]) -> bool:
-    """Match name by name. The set holds how many parts of the pattern may be used up so far."""
-    # All positions are followed at once instead of one after another. With several ``**`` in a
-    # pattern the attempts one after another could take exponential time.
+    """Tell whether names match a pattern. ``used``: the possible counts of parts matched so far."""
+    # All possible positions are followed at once. Backtracking could take exponential time with
+    # several ``**`` in a pattern.
     used = _passed({0}, pattern)
     for name in names:
         after = set()
@@ -190,7 +188,7 @@ def _fits(names: list[str], pattern: tuple[str, ...]) -> bool:
 
 
 def _passed(used: Iterable[int], pattern: tuple[str, ...]) -> set[int]:
-    """Add what may be passed over: ``**`` may stand for no name at all."""
+    """Add the positions behind each ``**``, which may match no name at all."""
     found = set(used)
     for i in sorted(found):
         while i < len(pattern) and pattern[i] == _ANY_DEPTH:

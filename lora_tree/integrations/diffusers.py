@@ -118,18 +118,19 @@ def attach_pipeline(
 
 
 attach = attach_pipeline
-"""The same, by the name that reads well beside the module's: ``diffusers.attach(tree, pipe)``."""
+"""The same function, by a name that reads well with the module's: ``diffusers.attach(tree, pipe)``.
+"""
 
 
 def pipeline_skeleton(folder: str | os.PathLike[str]) -> Assembly:
-    """A pipeline's adaptable components, with shapes and no memory, from the configs in its folder.
+    """Return a pipeline's adaptable components from its folder's configs, with shapes, no memory.
 
     Args:
         folder: as ``pipe.save_pretrained`` writes it; with a ``model_index.json``.
 
     Raises:
         MissingExtra: diffusers or transformers is not installed.
-        SpecError: it is no such folder, or names what they do not have.
+        SpecError: it is no such folder, or names a class that these libraries do not have.
     """
     diffusers = need("diffusers", extra="diffusers", what="the components of a pipeline")
     transformers = need("transformers", extra="transformers", what="a pipeline's text encoders")
@@ -155,7 +156,7 @@ def pipeline_skeleton(folder: str | os.PathLike[str]) -> Assembly:
 
 
 def is_pipeline(folder: str | os.PathLike[str]) -> bool:
-    """Whether a folder holds a pipeline, as ``pipe.save_pretrained`` writes it."""
+    """Tell whether a folder holds a pipeline, as ``pipe.save_pretrained`` writes it."""
     return is_file(as_path(folder) / MODEL_INDEX)
 
 
@@ -208,16 +209,16 @@ class PipelineModel(TreeModel):
             assert rows is not None
             assert isinstance(rows.axis, PipelineAxis)
             for name, component in self.base.named_children():
-                # The stack undoes its last entry first. So the hooks are gone before the route ends
-                # whose rows they ask for.
+                # The stack unwinds in reverse order, so the hooks are removed before the route
+                # ends whose rows they read.
                 begins = Hook(rows.axis.begins, name)
-                # The hook goes with the block: outside of it the pipeline has none of ours.
+                # The hook is removed with the block: outside of it the pipeline has none of ours.
                 handle = component.register_forward_pre_hook(begins, with_kwargs=True)
                 stack.callback(handle.remove)
             yield model
 
     def detach(self) -> None:
-        """Make the pipeline bare and let go of it; see `TreeModel.detach`."""
+        """Make the pipeline bare and release it; see `TreeModel.detach`."""
         super().detach()
         for component in self.base.children():
             _HELD.pop(component, None)
@@ -259,8 +260,8 @@ def _check_free(components: Mapping[str, nn.Module]) -> None:
                 f"{name}: the pipeline is offloaded: its weights are moved at every call",
                 "pipe.remove_all_hooks(), and pipe.to(device) instead",
             )
-        # The class is told by the name of its module, so that PEFT need not be imported for the
-        # question.
+        # PEFT's classes are recognised by the name of their module, so that PEFT need not be
+        # imported.
         if any(type(module).__module__.startswith("peft.") for module in component.modules()):
             raise StateError(
                 f"{name}: LoRAs are loaded into the pipeline",
@@ -269,7 +270,7 @@ def _check_free(components: Mapping[str, nn.Module]) -> None:
 
 
 def _name_of(pipe: Any) -> str:
-    """The pipeline's own name of its base, where it has one."""
+    """Return the pipeline's name for its base; empty if it has none."""
     config = getattr(pipe, "config", None)
     name = config.get("_name_or_path") if isinstance(config, Mapping) else None
     return name if isinstance(name, str) else ""

@@ -4,8 +4,8 @@
     fr/legal ── hash, coefficient 0.8 ─────────┼─→ 1f0c…  the folder's name
     the form: rank and error bound ────────────┘
 
-Law: two paths of one content are one adapter, bit for bit. A node that is changed, or another
-form, is another content. No weight is read for it where the lock knows the files' hashes.
+Law: two paths with the same content give the same adapter, bit for bit. A changed node, or another
+form, gives another content. No weights are read to compute it if the lock has the files' hashes.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ VERSION = "lora_tree flattened 2"
 
 @dataclass(frozen=True)
 class FlatForm:
-    """How paths are flattened.
+    """The form into which paths are flattened.
 
     Args:
-        max_rank: the engine's; a lineage of more is recompressed to it.
-        max_error: refuse a path that loses more in any module by that.
+        max_rank: the engine's; a lineage of a higher rank is recompressed to it.
+        max_error: refuse a path whose recompression loses more than this in any module.
         base: a folder with the base's weights, to compare with tensors of the base that an adapter
             carries.
     """
@@ -50,8 +50,8 @@ class FlatContent:
 
     Args:
         name: the hash that names it.
-        stale: what the lock says about nodes on its way that no longer fit their lineage.
-        nodes: node on its way → the hash of its files.
+        stale: the lock's texts about nodes of its lineages that are stale.
+        nodes: each node of its lineages with an adapter → the hash of its files.
     """
 
     name: str
@@ -75,8 +75,10 @@ class Contents:
         """Return the content of a path as the tree is now.
 
         Raises:
-            PathError, SpecError: there is no such path, or it says nothing that can be served.
-            FolderError, FormatError: a node on its way is broken, or differs from the lock.
+            PathError: there is no such path.
+            SpecError: the blend makes no sense, or a node of its lineages is in memory alone.
+            FolderError, FormatError: a node of its lineages is broken or differs from the lock, or
+                none of them has an adapter.
         """
         on_the_way = _on_the_way(path)
         mine = [problem for problem in problems if problem.node in on_the_way]
@@ -87,7 +89,7 @@ class Contents:
         for node, coefficient in tree.coefficients(path).items():
             if tree[node].has_adapter:
                 nodes[node] = self._hash(tree, node)
-                # In hexadecimal, where every bit of a float has its place.
+                # The digest writes floats in hexadecimal, which keeps every bit.
                 parts.append((nodes[node], weight_digest(coefficient)))
         if not parts:
             raise FormatError(
@@ -126,9 +128,10 @@ def is_blend(name: str) -> bool:
 
 
 def lineages(tree: AdapterTree, path: Blend) -> AdapterTree:
-    """Return a tree of the nodes on the way alone.
+    """Return a tree of only the nodes on a path's lineages.
 
-    What is read for them is freed with that tree, and no neighbour can fail the request.
+    Adapters that are read for them are freed with that tree, and no other node can fail the
+    request.
     """
     on_the_way = _on_the_way(path)
     nodes = [tree[node] for node in tree.paths() if node in on_the_way]

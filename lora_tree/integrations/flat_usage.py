@@ -1,4 +1,4 @@
-"""The contents that one process uses: served under a path, asked for, or let go of a moment ago.
+"""The contents that one process uses: served under a path, asked for, or released recently.
 
     asked ──▶ served ──▶ released ──▶ free
               (path)      (grace)
@@ -100,7 +100,7 @@ class Usage:
         finally:
             with self._lock:
                 self._asked[content, for_blend] -= 1
-                # A Counter keeps its zeros, and clients make up the names.
+                # A Counter keeps zero entries, and clients make up the names: it would grow.
                 if not self._asked[content, for_blend]:
                     del self._asked[content, for_blend]
 
@@ -137,7 +137,7 @@ class Usage:
             in_grace = not all(self.is_idle(path) for path in paths)
             if content in self._released:
                 in_grace |= time.monotonic() - self._released[content] < self.grace_s
-        # `is_read` asks the engine, which may ask back: not under the lock.
+        # Not under the lock: `is_read` asks the engine, which may call back into this object.
         if asked or in_grace or self._is_read(content):
             return None
         return paths
@@ -154,7 +154,7 @@ class Usage:
             return min((self.idle_s(path) for path in paths), default=None)
 
     def in_use(self) -> dict[str, bool]:
-        """Return the contents in use; each with whether it is used for blends alone."""
+        """Return content → whether only blends use it, for each content in use."""
         now = time.monotonic()
         held = []
         with self._lock:

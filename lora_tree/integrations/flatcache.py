@@ -2,13 +2,13 @@
 
     tree, "fr/legal" ──▶ content 1f0c… ──▶ cache/1f0c…/    made if missing, then served from there
 
-A content names a folder (`flat_content.py`). So another tree is another folder: nothing that was
-given out ever changes, and an engine's own caches never meet a stale one. Two names that mean the
-same share a folder. `flat_usage.py` knows what this process uses, `shared_folder.py` what the
+A content names a folder (`flat_content.py`), so a changed tree gives another folder. A folder that
+was given out never changes, and an engine's own caches never hold a stale one. Two names that mean
+the same share a folder. `flat_usage.py` knows what this process uses, `shared_folder.py` what the
 others do.
 
 Law: the folder never holds more than its budget. An adapter that a request may still read is not
-taken away. A name that is refused leaves nothing behind, neither a file nor an open one.
+evicted. A refused name leaves neither a file nor an open file behind.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ __all__ = ["FlatCache", "FlatForm", "Flattened", "NoRoom", "TooLarge", "name_of"
 V = TypeVar("V")
 
 CONFIG_BYTES = 1 << 20
-"""Room for what lies beside the factors: the config, the header."""
+"""Bytes allowed for the config and the header, beside the factors."""
 MOST_BLENDS = 64
-"""How many blends a process serves at once: clients make up their names."""
+"""The largest number of blends that a process serves at once: clients make up their names."""
 MOST_REMEMBERED = 1024
 ROUNDING = 1e-6
-"""An error below it is that of fp32's rounding, not of a recompression."""
+"""Relative errors below this come from fp32's rounding, not from a recompression."""
 
 
 class NoRoom(FolderError):
@@ -54,15 +54,15 @@ class TooLarge(FolderError):
 
 @dataclass(frozen=True)
 class Flattened:
-    """A path as the cache has it.
+    """A flattened path in the cache.
 
     Args:
         path: as it was asked for.
         content: the name of the folder.
         folder: where the adapter is.
-        stale: what the lock says about nodes that no longer fit their lineage.
+        stale: the lock's texts about nodes of its lineages that are stale.
         error: the relative error that recompression left; None where the folder was there already.
-        nodes: node on its way → the hash of its files.
+        nodes: each node of its lineages with an adapter → the hash of its files.
     """
 
     path: str
@@ -96,8 +96,8 @@ class FlatCache:
         form: how paths are flattened.
         grace_s: how long a folder stays after its last use, for requests that are on their way to
             the engine.
-        let_go: called with a path whose last use is longer ago than that, when there is no room:
-            stop serving it from here, and say True; or say False, because requests are running.
+        let_go: called when there is no room, with a path whose last use is longer ago than that.
+            It stops serving the path and returns True, or returns False if requests are running.
         is_read: tells whether running requests use a content.
         on_evict: called after an adapter was removed to make room.
         on_resize: called with the bytes of the folder after an adapter was added.
@@ -124,7 +124,7 @@ class FlatCache:
         self._contents = Contents(form)
         self._usage = Usage(grace_s=grace_s, is_read=is_read or (lambda _: False))
         self._refused: OrderedDict[str, LoraTreeError] = OrderedDict()  # content → why
-        self._needs: OrderedDict[str, int] = OrderedDict()  # content → bytes, as far as it was made
+        self._needs: OrderedDict[str, int] = OrderedDict()  # content → bytes, if it was made once
         self._disk = SharedFolder(self.folder)
 
     # ------------------------------------------------------------------ what a path is now
@@ -137,7 +137,7 @@ class FlatCache:
         return self._contents.of(tree, problems, path)
 
     def get(self, tree: AdapterTree, problems: list[Problem], path: str) -> Flattened:
-        """Flatten a path of a tree, write it where it is not there yet, and serve it from now on.
+        """Flatten a path of a tree unless the folder has it already, and serve it from now on.
 
         Args:
             tree, problems: the tree as `lora_tree.folder.survey` saw it.
@@ -177,7 +177,7 @@ class FlatCache:
         return self._usage.replacing(path)
 
     def use(self, path: str) -> None:
-        """Note that a request for a path came in; takes no lock and no time."""
+        """Note that a request for a path came in; takes no lock."""
         self._usage.note(path)
 
     def is_idle(self, path: str) -> bool:
@@ -189,15 +189,15 @@ class FlatCache:
         self._usage.forget(path)
 
     def tend(self) -> None:
-        """Tell other processes what this one uses and no longer uses; to be called now and then."""
+        """Tell other processes what this one uses now; to be called regularly."""
         for path, content in self.served.items():
             self._disk.note_use(content, self._usage.idle_s(path))
         if self.in_use != self._disk.told:
             with self._disk.alone():
-                self._disk.tell(self.in_use)  # once more: it may have changed meanwhile
+                self._disk.tell(self.in_use)  # read again: it may have changed meanwhile
 
     def close(self) -> None:
-        """Hold nothing any more; the cache is not to be used afterwards."""
+        """Give up all that this process uses; the cache must not be used afterwards."""
         self._disk.close()
 
     @property
@@ -209,15 +209,19 @@ class FlatCache:
     def _ensure(
         self, tree: AdapterTree, problems: list[Problem], path: str, content: str
     ) -> float | None:
-        """Have a content in the folder, listed as in use; return its error if it was made here."""
+        """Make sure that a content is in the folder and listed as in use.
+
+        Returns:
+            its error if it was made here, else None.
+        """
         if self._is_there(content):
             return None
         with self._disk.making(content):
             if self._is_there(content):  # another thread or process made it meanwhile
                 return None
             if content in self._needs:
-                # There was no room for it a moment ago. Flattening it again would be in vain as
-                # long as there is none.
+                # It was flattened before, and there was no room for it. Room is made first now, so
+                # that it is not flattened in vain again.
                 with self._disk.alone():
                     self._make_room(self._needs[content], for_blend=is_blend(path))
             made = self._flattened(tree, problems, path, content)
@@ -235,14 +239,14 @@ class FlatCache:
         with self._disk.alone():
             if not self._disk.has(content):
                 return False
-            self._disk.tell(self.in_use)  # before another process may take it away
+            self._disk.tell(self.in_use)  # before another process may evict it
             return True
 
     def _flattened(
         self, tree: AdapterTree, problems: list[Problem], path: str, content: str
     ) -> Portable:
-        """Read and flatten. A content that can't be served is remembered: asking again would cost
-        the same.
+        """Read and flatten. A content that can't be served is remembered: another attempt would
+        cost the same and fail the same.
 
         Raises:
             SpecError: it loses more than is allowed, or its numbers are not finite.
@@ -255,10 +259,10 @@ class FlatCache:
             raise  # another time it may succeed
         except LoraTreeError as error:
             if self._contents.is_still(content, tree, problems, path):
-                # Without its traceback, whose frames hold the adapters.
+                # Without its traceback, whose frames would keep the adapters alive.
                 _remember(self._refused, content, _anew(error))
             raise
-        # The numbers must be those that the content names, or a folder would hold another's.
+        # The tree may have changed during the read; the folder would then hold another content.
         if not self._contents.is_still(content, tree, problems, path):
             raise UnlockedError(f"{path}: the tree was changed while it was read", "ask again")
         return made
@@ -268,7 +272,8 @@ class FlatCache:
         made = portable(tree, path, rank=form.max_rank, base=form.base)
         if form.max_error is None or made.worst <= form.max_error + ROUNDING:
             return made
-        # Asked for both, it raises, and says which module loses how much and which rank would do.
+        # Given both bounds, `portable` raises, and says which module loses how much and which rank
+        # would do.
         portable(tree, path, rank=form.max_rank, max_error=form.max_error, base=form.base)
         raise SpecError(
             f"{path}: relative error {made.worst:.3g} at rank {made.rank}, "
@@ -277,7 +282,7 @@ class FlatCache:
 
     # ------------------------------------------------------------------ private: making room
     def _make_room(self, nbytes: int, *, for_blend: bool) -> None:
-        """Take away the contents used longest ago until there is room; the caller holds the budget.
+        """Evict the contents used longest ago until there is room; the caller holds the lock.
 
         Clients make up blends. So a blend never pushes out a path, and blends in use take at most
         half of the budget.
@@ -325,9 +330,9 @@ class FlatCache:
             )
 
     def _give_up(self, content: str) -> bool:
-        """Stop using a content, if no request of this process can need it.
+        """Stop using a content, and return True, unless a request of this process may need it.
 
-        True as well where it was not in use.
+        Also True if the content was not in use.
         """
         paths = self._usage.holders(content)
         if paths is None:
@@ -336,12 +341,12 @@ class FlatCache:
             if not self._let_go(path):
                 return False
             self._usage.forget(path)
-        # `forget` began a grace. It is over: the engine was asked and reads it no longer.
+        # `forget` began a grace, which can end now: the engine has said that it reads it no longer.
         self._usage.free(content)
         return True
 
     def _one_blend_more(self, path: str) -> None:
-        """Keep the number of blends that are served within its bound.
+        """Make room for one more blend among the `MOST_BLENDS` that are served at once.
 
         Raises:
             NoRoom: all are in use.

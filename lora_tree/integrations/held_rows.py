@@ -27,10 +27,10 @@ from .row_paths import paths_of
 __all__ = ["HELD_BACK", "HeldRows", "Losses", "held_rows"]
 
 HELD_BACK = 0.05
-"""The share that is held back where several levels train, and nothing else is said."""
+"""The share that is held back by default where several levels train."""
 
 Losses = Callable[[Any, Mapping[str, Blend]], Mapping[str, float]]
-"""Rows, and where each of their paths is to be served → the loss of each path."""
+"""(rows, path → the blend that serves its rows) → the loss of each path."""
 
 # Below transformers' own logger, whose level and handler the user sets.
 _log = logging.getLogger("transformers.lora_tree")
@@ -41,19 +41,19 @@ class HeldRows:
     """Rows that are not trained on.
 
     Args:
-        data: the data set that they are in.
-        places: theirs in it, path by path.
+        data: the data set that contains them.
+        places: path → the indices of its rows in the data set.
     """
 
     data: Any
     places: Mapping[str, Sequence[int]]
 
     def verdicts(self, tree: AdapterTree, nodes: Sequence[str], losses: Losses) -> list[Verdict]:
-        """Give every leaf that does not beat its parent the weight that does, and say so.
+        """Give every leaf that does not beat its parent the best smaller weight, and log that.
 
         Args:
             tree: its weights are changed.
-            nodes: what trained.
+            nodes: the nodes that trained.
             losses: measures rows; if there are several ranks, each has to call it.
         """
 
@@ -65,10 +65,10 @@ class HeldRows:
         found = judge(tree, nodes, counts, measure)
         for verdict in found:
             if verdict.is_reweighed:
-                # `update` refuses nodes that train, which those of a Trainer go on doing. A new
-                # weight is safe here: no path is active, and the next batch is routed anew.
+                # `update` refuses nodes that train, and a Trainer's nodes still do. A new weight is
+                # safe here: no path is active, and the next batch makes a new route.
                 tree.replace(replace(tree[verdict.node], weight=verdict.weight))
-            # A weight that was changed is told like a warning: nobody asked for it.
+            # A changed weight is logged as a warning, because the user did not ask for it.
             _log.log(logging.INFO if verdict.beats_parent else logging.WARNING, str(verdict))
         return found
 
@@ -80,7 +80,7 @@ def held_rows(
 
     Args:
         data: of the Trainer; a ``datasets.Dataset``, or anything with rows in order.
-        column: where a row says its path.
+        column: the column that holds a row's path.
         tree: of the paths.
         share: of each path's rows, rounded down; None: `HELD_BACK`, where the data have an
             order, else nothing.
@@ -90,7 +90,8 @@ def held_rows(
 
     Raises:
         SpecError: the share is not from 0 to below 1, or it was asked of data without an order.
-        SpecError, PathError: a row says no path, or one that is not there.
+        SpecError: a row has no path.
+        PathError: the tree has no such path.
     """
     asked = share is not None
     share = HELD_BACK if share is None else share
@@ -120,7 +121,7 @@ def held_rows(
 
 
 def _rows(data: Any, places: Sequence[int]) -> Any:
-    """Return some rows of a data set, as a data set of the same kind where it has a way to."""
+    """Return some rows of a data set, of the same kind if it has a ``select``."""
     # A datasets.Dataset: the Trainer knows its columns, and a Subset would hide them.
     if hasattr(data, "select"):
         return data.select(places)

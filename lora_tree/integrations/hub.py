@@ -6,8 +6,8 @@
       README.md, lora_tree.svg      written by push; never pulled
                                     .training, caches, notes, keys: never pushed
 
-Law: neither undoes what somebody else did. Each goes by the commit that the folder was last pulled
-from, or pushed to (`hub_commit.py`).
+Law: neither overwrites a change that somebody else made. Each compares with the commit that the
+folder was last pulled from, or pushed to (`hub_commit.py`).
 """
 
 from __future__ import annotations

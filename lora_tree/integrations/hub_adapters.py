@@ -1,6 +1,6 @@
 """HubAdapters: single adapters of the model hub, as nodes of a tree name them.
 
-What is in the cache at the commit that the lock tells is used without a word to the hub.
+An adapter that the cache has at the locked commit is used without asking the hub.
 """
 
 from __future__ import annotations

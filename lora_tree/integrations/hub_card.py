@@ -6,10 +6,10 @@
     ---
     words of the repository's owner  stay, byte for byte
     <!-- lora_tree: … -->
-    how to open it, the picture, the table of its nodes: written anew by every push
+    how to open it, the picture, the table of its nodes: rewritten by every push
     <!-- lora_tree: end -->
 
-Law: a name of a node is text. It can't end the table, and the card shows no markup of it.
+Law: a node's name is shown as text. It can't end the table, and no markup in it takes effect.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ _MARKUP = "\\`*_[]<>|~#$&"
 
 @dataclass(frozen=True)
 class TreeCard:
-    """All that a card tells of a tree.
+    """The facts about a tree that its card shows.
 
     Args:
-        repository: where it will be.
+        repository: where the tree will be.
         base: the portable name of its base.
         lines: its nodes.
     """
@@ -54,7 +54,7 @@ class TreeCard:
 
     @classmethod
     def of(cls, tree: AdapterTree, repository: str, base: str | None) -> TreeCard:
-        """Look at a tree; only headers are read."""
+        """Return the card of a tree; only headers are read."""
         return cls(repository, base, lines_of(tree, [])[0])
 
     # ------------------------------------------------------------------ the two files
@@ -68,12 +68,12 @@ class TreeCard:
         """Return README.md.
 
         Args:
-            before: the one that the repository has.
-            license: for the metadata; None: its own text stays.
-            tags: further ones.
+            before: the README.md that the repository has; None: it has none.
+            license: for the metadata; None: the present entry stays.
+            tags: further tags.
 
         Raises:
-            SpecError: the metadata of the one before makes no sense.
+            SpecError: the metadata of ``before`` makes no sense.
         """
         card_of: Any = need("huggingface_hub", extra="hub", what="a model card").ModelCard
         # Without a block of metadata huggingface_hub would warn.
@@ -166,6 +166,6 @@ def _plain(text: str) -> str:
     >>> _plain("fr|</td>"), _plain("a_b")
     ('fr&#124;&#60;/td&#62;', 'a&#95;b')
     """
-    # As HTML's own escapes, which every reader of Markdown shows alike. A backslash is shown by
-    # some of them, and does not keep a bar inside of its cell in all.
+    # HTML's escapes, which all Markdown renderers show alike. Some renderers show a backslash, and
+    # in some it does not keep a bar inside its cell.
     return "".join(f"&#{ord(sign)};" if sign in _MARKUP else sign for sign in printable(text))

@@ -40,7 +40,7 @@ class HubFile:
     sha256: str | None = None
 
     def holds(self, file: str | Path) -> bool:
-        """Tell whether a file on this machine has these very bytes."""
+        """Tell whether a file on this machine has the same bytes."""
         if os.stat(file).st_size != self.size:
             return False
         if self.sha256 is not None:
@@ -77,14 +77,14 @@ class HubClient:
 
     Raises:
         MissingExtra: huggingface_hub is not installed.
-        SpecError: the id is none.
+        SpecError: ``repository`` is not a valid id.
     """
 
     def __init__(self, repository: str, *, what: str, progress: bool = True) -> None:
         self.repository = repository
         self._hub: Any = need("huggingface_hub", extra="hub", what=what)
-        # Each by its own name: the package imports its parts only when they are asked for, and does
-        # not offer them as attributes before that.
+        # Each submodule is imported by its name: huggingface_hub imports them lazily, and they are
+        # not attributes of the package before that.
         self._errors: Any = need("huggingface_hub.errors", extra="hub", what=what)
         self._constants: Any = need("huggingface_hub.constants", extra="hub", what=what)
         self._utils: Any = need("huggingface_hub.utils", extra="hub", what=what)
@@ -105,8 +105,8 @@ class HubClient:
 
     @cached_property
     def is_online(self) -> bool:
-        """The hub answers."""
-        # Asked once: the client by itself tries for half a minute before it looks into its cache.
+        """True if the hub answers."""
+        # Asked once: huggingface_hub itself would try for half a minute before it uses its cache.
         return hub_answers()
 
     # ------------------------------------------------------------------ reading
@@ -165,7 +165,9 @@ class HubClient:
         return found
 
     def fetch(self, revision: str | None, names: Sequence[str]) -> Snapshot:
-        """Bring files of a revision into the cache, unless they are there; names it lacks pass.
+        """Bring files of a revision into the cache, unless they are there.
+
+        Names that the revision lacks are skipped.
 
         Args:
             revision: a branch, tag or hash; None: the default branch.
@@ -173,10 +175,10 @@ class HubClient:
 
         Raises:
             HubError: the repository or the revision is not there, or the hub can't be asked and the
-                cache has not all of it.
+                cache lacks a part of it.
         """
         with self._told(revision or MAIN), self._bars():
-            # No name at all would mean every file.
+            # An empty list of patterns would fetch every file.
             folder = self._hub.snapshot_download(
                 self.repository,
                 revision=revision,
@@ -213,9 +215,9 @@ class HubClient:
 
         Args:
             files: path in the repository → the bytes, or the file that holds them.
-            deletes: paths of files that go.
-            branch: it becomes the head of this branch.
-            parent: the head at which all was decided.
+            deletes: paths of files to delete.
+            branch: the commit becomes the head of this branch.
+            parent: the head that the change was compared with.
             message: of the commit.
 
         Raises:
@@ -224,7 +226,7 @@ class HubClient:
         add, delete = self._hub.CommitOperationAdd, self._hub.CommitOperationDelete
         operations: list[Any] = []
         for path, origin in files.items():
-            # A path as text: given a Path the client of 1.x would refuse it.
+            # As a str: huggingface_hub 1.x refuses a Path.
             operations.append(add(path, origin if isinstance(origin, bytes) else str(origin)))
         operations += [delete(path) for path in deletes]
         with self._told(branch), self._bars():
@@ -248,7 +250,7 @@ class HubClient:
 
     @contextmanager
     def _bars(self) -> Iterator[None]:
-        """Keep huggingface_hub's bars away where the caller wants none."""
+        """Disable huggingface_hub's progress bars if the caller wants none."""
         utils = self._utils
         if self._progress or utils.are_progress_bars_disabled():
             yield
@@ -282,7 +284,8 @@ class HubClient:
         except known.OfflineModeIsEnabled as error:
             raise HubError(f"{name}: HF_HUB_OFFLINE is set, and this needs the hub") from error
         except known.LocalEntryNotFoundError as error:
-            # The client looks into its cache when the hub refuses, and then tells of the cache.
+            # When the hub refuses, huggingface_hub looks into its cache, and reports only that the
+            # cache lacks the file.
             cause = error.__cause__
             if isinstance(cause, known.HfHubHTTPError):
                 raise HubError(*self._refused(cause)) from error
@@ -294,7 +297,7 @@ class HubClient:
         except known.HfHubHTTPError as error:
             raise HubError(*self._refused(error)) from error
         except Exception as error:  # sockets, proxies, certificates: whatever its transport raises
-            # Of an upload that the hub refused it says only which file it was.
+            # The error of a refused upload names only the file; its cause has the hub's reason.
             if isinstance(error.__cause__, known.HfHubHTTPError):
                 raise HubError(*self._refused(error.__cause__)) from error
             said = next(iter(str(error).strip().splitlines()), "")

@@ -68,7 +68,7 @@ def pull(
 
     Args:
         repository: its id, ``org/zoo``.
-        folder: it need not be there. Files of other kinds in it stay as they are.
+        folder: made if it is missing. Files in it that are not the tree's stay as they are.
         revision: a branch, tag or commit; None: the default branch.
         dry_run: say what would happen. tree.yaml and tree.lock are fetched, and nothing is written
             into the folder.
@@ -98,7 +98,7 @@ def pull(
         opened.problems,
         f"{repository} was pushed with files that are not those of its {PLACE.lock}: "
         "tell its owners",
-        # Adapters on the hub are not fetched before somebody opens the tree.
+        # Adapters that nodes name on the hub are not part of a pull; opening the tree fetches them.
         but=("stale", "leftover", "hub"),
     )
     own_files = belongings(opened)
@@ -157,7 +157,7 @@ def _refuse_no_tree(repository: str, files: Mapping[str, HubFile], names: Sequen
 
 
 def _is_on_the_hub(client: HubClient, origin: HubOrigin | None, place: str, file: Path) -> bool:
-    """Tell whether the commit that a folder was pulled from, or pushed to, has this very file."""
+    """Tell whether the commit that a folder was pulled from, or pushed to, has this exact file."""
     known = seen_files(client, origin).get(place)
     return known is not None and known.holds(file)
 

@@ -42,11 +42,11 @@ class Pushed:
     Args:
         repository, branch: where the tree went.
         before: the head of the branch that it was compared with; None if there was none.
-        commit: the new head; that of before where nothing differed, None of a dry run.
+        commit: the new head; the earlier one if nothing differed; None for a dry run.
         added, replaced, deleted: paths in the repository.
         bytes: the size of the files that were added or replaced.
         base: the name of the base as others get it.
-        renamed: the files in which another name of the base stood.
+        renamed: the files in which the name of the base was replaced.
     """
 
     repository: str
@@ -78,15 +78,15 @@ def push(
     """Take a tree to the model hub as one commit, with a model card; the folder stays as it is.
 
     Only files of the tree go: tree.yaml, tree.lock (one is made if the folder has none) and the
-    files of its nodes. Files of the tree before that this one does not have are deleted; all other
-    files of the repository stay.
+    files of its nodes. Files of the repository's earlier tree that this one lacks are deleted; all
+    other files of the repository stay.
 
     Args:
         folder: of the tree, or a YAML file in it, which is tree.yaml in the repository.
         repository: its id; it is made if it is not there.
         branch: made if it is not there; None: the default branch.
         base_name: the hub id of the base, where the tree names a folder of this machine.
-        private: of a repository that is made; None: as its owner's settings say.
+        private: make a new repository private; None: as its owner's settings say.
         license, tags: for the card.
         message: of the commit.
         force: replace the tree in the repository, even if somebody else pushed it.
@@ -97,9 +97,10 @@ def push(
         HubError: the hub refuses, or can't be asked; or the tree there is one that this folder has
             not seen.
         SpecError: the base is a folder of this machine, and ``base_name`` says nothing.
-        FolderError: the folder is no tree without problems; an adapter lies outside of it.
+        FolderError: the folder is no tree, or has problems; or an adapter lies outside of it.
     """
-    # Here, because the picture and the table need rich, for which `import lora_tree` must not wait.
+    # Imported here: the picture and the table need rich, for which `import lora_tree` must not
+    # wait.
     from .hub_card import CARD, PICTURE, TreeCard
 
     place = place_of(folder)
@@ -166,9 +167,9 @@ class _Remote:
     """The commit that a push is compared with.
 
     Args:
-        head: of the branch; of the default branch, where a new one will begin; None of a repository
-            that is not there.
-        files: that it holds.
+        head: of the branch; if the branch is new, of the default branch; None if there is no
+            repository.
+        files: those of the head.
         has_branch: the branch is there.
     """
 
@@ -210,7 +211,7 @@ def _refuse_unseen(
     """Refuse to replace a tree that was not pulled into this folder, or pushed from it.
 
     Raises:
-        HubError: it differs from what this folder has seen.
+        HubError: the repository's tree has files that this folder has not seen.
     """
     places = _tree_places(there, client, head)
     if origin is not None and origin.repository == client.repository and origin.commit == head:
@@ -235,7 +236,7 @@ def _refuse_unseen(
 def _drafted(
     files: Mapping[str, bytes | Path], there: Mapping[str, HubFile]
 ) -> dict[str, bytes | Path]:
-    """Return the files that the repository does not have already, as they are."""
+    """Return the files that the repository lacks, or has with other bytes."""
     draft = {}
     for path, data in files.items():
         if path not in there or not _holds(there[path], data):
@@ -255,7 +256,7 @@ def _check_arrived(client: HubClient, commit: str, draft: Mapping[str, bytes | P
     """Compare the new commit with the files that were sent.
 
     Raises:
-        HubError: a file is not there, or another one.
+        HubError: a file is missing, or has other bytes.
     """
     # A .gitignore in the repository makes the client leave files out, with a line in its own log.
     there = client.files(commit)

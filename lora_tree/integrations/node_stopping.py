@@ -34,14 +34,14 @@ COURSES, BEST_FACTORS = "node_stopping.json", "best.safetensors"
 
 
 class NodeStopping(TrainerCallback):  # type: ignore[misc]
-    """Stops nodes of a trainer.
+    """A callback that stops nodes of a trainer early.
 
     Args:
         trainer: of the tree; its arguments ask for evaluations.
         patience: evaluations in succession without improving after which a node stops.
 
     Raises:
-        SpecError: the arguments ask for no evaluation, or for what would undo this.
+        SpecError: the arguments ask for no evaluation, or for something that would undo this.
     """
 
     def __init__(self, trainer: TreeTrainer, patience: int) -> None:
@@ -87,7 +87,7 @@ class NodeStopping(TrainerCallback):  # type: ignore[misc]
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # A user may evaluate before training, and after it. And `eval_on_start` evaluates a resumed
-        # run where it was evaluated already, which must not count twice.
+        # run at a step that was evaluated before, which must not count twice.
         if not self._trains or self._resumes:
             return
         stopped = self._rule.judge(state.global_step, self._known(), self._measured)
@@ -126,14 +126,14 @@ class NodeStopping(TrainerCallback):  # type: ignore[misc]
 
     # ------------------------------------------------------------------ private
     def _measured(self, node: str) -> PathLosses:
-        """Evaluate once more, all rows: the Trainer has no loader of a part of them."""
+        """Evaluate all rows again, for any node: the Trainer has no loader of a part of them."""
         trainer: Any = self._trainer
         loader = trainer.get_eval_dataloader()
         trainer.evaluation_loop(loader, "Evaluation", True, metric_key_prefix="again")
         return self._known()
 
     def _known(self) -> PathLosses:
-        """Return the losses of the last evaluation; those of blends belong to no one node."""
+        """Return the last evaluation's losses, without those of blends, which have no one node."""
         tree = self._trainer.tree_model.tree
         losses: Mapping[str, tuple[float, int]] = self._trainer.path_losses
         return {path: both for path, both in losses.items() if path == "" or path in tree}

@@ -4,8 +4,8 @@
     over all batches and ranks       ─→ eval_loss/<path>, and eval_loss, their weighted sum
     rows held back, after training   ─→ the same, with leaves served at parts of their weight
 
-The last line is how leaves are judged (`held_rows.py`): they are measured by the Trainer's own
-evaluation, so with its collator, its devices and its ranks.
+By the last line leaves are judged (`held_rows.py`). It is the Trainer's own evaluation, so its
+collator, its devices and its ranks are those of the training.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class PathEvaluation(TreeCheckpoints):
     path_column: str
     path_weights: Mapping[str, float]
     _groups: Sequence[Mapping[str, Any]]
-    _held: HeldRows | None = None  # the rows that leaves are judged by
+    _held: HeldRows | None = None  # the rows by which leaves are judged
     _whole_rows: bool  # the base has an encoder: its labels are not shifted
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -42,7 +42,7 @@ class PathEvaluation(TreeCheckpoints):
         self._paths: list[Any] = []  # of the rows of the batch that runs
         self._totals: PathTotals | None = None  # while an evaluation runs
         self._tables: list[Tensor] = []  # of the batch that runs, until all ranks have gathered it
-        # path → what serves its rows, while leaves are judged
+        # path → the blend that serves its rows, while leaves are judged
         self._instead: Mapping[str, Blend] = {}
         super().__init__(*args, **kwargs)
 
@@ -74,7 +74,7 @@ class PathEvaluation(TreeCheckpoints):
                 model, inputs, prediction_loss_only, ignore_keys=ignore_keys
             )
         while self._tables and self._totals is not None:
-            # `gather_for_metrics` drops the rows by which the last batch was filled up.
+            # `gather_for_metrics` drops the rows that pad the last batch.
             self._totals.add(self.accelerator.gather_for_metrics(self._tables.pop()))
         return out
 
@@ -103,7 +103,7 @@ class PathEvaluation(TreeCheckpoints):
             self.verdicts = self._held.verdicts(self.tree_model.tree, names, self._losses_of)
 
     def _losses_of(self, rows: Any, instead: Mapping[str, Blend]) -> dict[str, float]:
-        """Return the loss of each path's rows, served by something else."""
+        """Return the loss of each path's rows when the blend in ``instead`` serves them."""
         prefix = "held_back"
         self._instead = instead
         try:

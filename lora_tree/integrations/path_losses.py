@@ -31,7 +31,7 @@ class PathMeans:
         self._steps: Counter[str] = Counter()
 
     def count(self, tokens: Mapping[str, int]) -> None:
-        """Note that a step begins, with so many tokens of each path over all ranks."""
+        """Note that a step begins. ``tokens``: each path's learnt tokens in it, over all ranks."""
         self._steps.update(path for path, count in tokens.items() if count)
 
     def add(self, parts: Mapping[str, Tensor]) -> None:
@@ -40,7 +40,7 @@ class PathMeans:
             self.sums[path] = self.sums.get(path, torch.zeros_like(part)) + part
 
     def take(self, device: torch.device) -> dict[str, float]:
-        """Return each path's mean over the steps in which it had tokens, and begin anew."""
+        """Return each path's mean over the steps in which it had tokens, and reset."""
         # Counts are over all ranks, so every rank has the same paths in the same order. A path
         # without rows on this rank has no sum here, and gives a zero.
         paths = sorted(self._steps)
@@ -66,7 +66,7 @@ class PathTotals:
     """
 
     def __init__(self, tree: AdapterTree) -> None:
-        # Ranks send each other numbers, so a path is its place in this list on all of them.
+        # Ranks exchange numbers, so a path is sent as its index here, which is the same on all.
         self._order = ["", *tree.paths()]
         self._sums: dict[str, float] = {}
         self._tokens: dict[str, int] = {}
@@ -87,7 +87,7 @@ class PathTotals:
         return torch.stack([which, sums.double(), tokens.double()], dim=1)
 
     def add(self, table: Tensor) -> None:
-        """Count these rows in."""
+        """Add the rows of a table to the totals."""
         for which, loss, tokens in table.tolist():
             name = self._order[int(which)]
             self._sums[name] = self._sums.get(name, 0.0) + loss
@@ -105,7 +105,7 @@ class PathTotals:
         """Give every blend a place, the same on all ranks."""
         strange = sorted(set(names) - set(self._order))
         if ranks() > 1:
-            # Most batches have no blend on any rank, and then one number is all that is exchanged.
+            # Most batches have no blend on any rank. Then only one number is exchanged.
             some = torch.tensor(len(strange), device=device)
             dist.all_reduce(some)
             strange = blends_of_all(strange, device) if int(some) else []

@@ -25,7 +25,7 @@ __all__ = ["assembled"]
 
 
 def assembled(components: dict[str, nn.Module], kind: Any, *, name: str) -> Assembly:
-    """The components as one base, which knows the names that files give to them."""
+    """Return the components as one base, which knows the names that files give to them."""
     return Assembly(
         components,
         name_or_path=name,
@@ -36,7 +36,7 @@ def assembled(components: dict[str, nn.Module], kind: Any, *, name: str) -> Asse
 
 
 def _aliases(components: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Words that files use for components which this pipeline calls otherwise."""
+    """Return the words in files for components that this pipeline names differently."""
     aliases: dict[str, str] = {}
     if "unet" not in components and "transformer" in components:
         aliases["unet"] = "transformer"
@@ -47,7 +47,7 @@ def _aliases(components: Mapping[str, nn.Module]) -> dict[str, str]:
 
 
 def _prefixes(components: Mapping[str, nn.Module]) -> dict[str, str]:
-    """The ``text_model`` that CLIP's names began with before transformers 5, where it is gone."""
+    """Return ``text_model`` for each CLIP model whose names lost that prefix in transformers 5."""
     found: dict[str, str] = {}
     for name, component in components.items():
         is_clip = type(component).__name__.startswith("CLIPText")
@@ -61,8 +61,8 @@ def _converted(
 ) -> Mapping[str, LowRank]:
     """Convert one module of another program's UNet or transformer by diffusers' own code.
 
-    Each module is converted by itself: of a whole file diffusers drops what it does not know, and
-    here a module of which nothing comes back is an error.
+    Each module is converted separately. From a whole file diffusers silently drops the modules that
+    it does not know; of a single one nothing comes back then, which the caller refuses.
     """
     if not name.startswith("unet.") or not hasattr(kind, "lora_state_dict"):
         return {}
@@ -90,13 +90,13 @@ def _converted(
 
 
 def _keys_for_diffusers(name: str, value: LowRank) -> dict[str, Tensor]:
-    """The module's tensors under kohya's keys, with a scale of 1.
+    """Return the module's tensors under kohya's keys, with a scale of 1.
 
-    The scale is folded first and alpha is the rank, in fp64: diffusers would multiply with a
-    rounded one.
+    The scale is folded into the factors, and alpha is the rank in fp64. Otherwise diffusers would
+    multiply with a rounded scale.
     """
     if value.A.is_meta:
-        # The conversion looks at numbers, so an outline gets some; these take no memory.
+        # The conversion reads values, so an outline gets ones, expanded to take no memory.
         value = value.with_tensors(lambda t: torch.ones((), dtype=t.dtype).expand(t.shape))
     else:
         value = value.folded()

@@ -1,10 +1,10 @@
-"""How the rows of a routed batch lie in what each component of a pipeline is given.
+"""Find how the rows of a routed batch lie in the input of each component of a pipeline.
 
     rows of the UNet = prompts · images for each (repeat) · guidance (tile)
 
 With guidance diffusers calls a text encoder twice on n rows, and the UNet once on 2n, the negative
-prompts first. ``num_images_per_prompt`` repeats every prompt in succession. It is said in the
-pipeline's own call and nowhere else, so that call is looked up among the callers.
+prompts first. ``num_images_per_prompt`` repeats every prompt in succession. Only the pipeline's own
+call knows that number, so that call is looked up on the call stack.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ MAIN_INPUTS = ("hidden_states", "sample", "input_ids")
 
 
 class PipelineAxis(BatchAxis):
-    """How the rows of one batch lie in what each component is given.
+    """The batch axis of a pipeline: it finds how the rows lie in each component's input.
 
     Args:
-        pipe: whose call is looked at.
-        rows: how many paths were given.
+        pipe: the pipeline; its running call is looked up.
+        rows: the number of paths in the route.
         repeat, tile, batch_first, seen: as for `BatchAxis`.
     """
 
@@ -49,24 +49,24 @@ class PipelineAxis(BatchAxis):
     def begins(
         self, name: str, component: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        """Note how the rows lie in a component's forward that begins now.
+        """Note how the rows lie in a component's forward, which begins now.
 
         Raises:
-            BaseMismatch: they are not as many as paths, prompts and images make.
+            BaseMismatch: their number does not follow from the paths, prompts and images.
         """
         self._lie.pop(name, None)
-        # How many images a prompt makes is said in the pipeline's own call, and nowhere else.
+        # Only the pipeline's own call knows the number of images per prompt.
         call = locals_of_call("__call__", self._pipe, ("batch_size", "num_images_per_prompt"))
         given = _rows_given(args, kwargs)
         if call is None or given is None:
-            return  # the component was called by itself: `spread` goes by what the caller declared
+            return  # the component was called by itself: `spread` uses what the caller declared
         if name.startswith("text_encoder"):
             self._lie[name] = given, self._of_prompts(given)
         else:
             self._lie[name] = given, self._of_images(name, given, call)
 
     def spread(self, site: Place, x: Tensor, out: Tensor) -> tuple[int, int]:
-        """How often every row stands in place in a site's input, and the batch as a whole.
+        """Return (repeat, tile) at a site: repeats of each row in succession, and of the batch.
 
         Raises:
             BaseMismatch: the first axis is not the rows; names the site.
@@ -91,19 +91,19 @@ class PipelineAxis(BatchAxis):
 
     # A text encoder is called for the prompts, and once more for the negative ones: n rows each.
     def _of_prompts(self, given: int) -> tuple[int, int] | None:
-        """(repeat, tile) for a text encoder; None where a prompt has several paths."""
+        """Return (repeat, tile) for a text encoder; None if a prompt has several paths."""
         if given % self.rows:
             return None
         return 1, given // self.rows
 
     def _of_images(self, name: str, given: int, call: Mapping[str, Any]) -> tuple[int, int]:
-        """(repeat, tile) for the UNet or transformer."""
+        """Return (repeat, tile) for the UNet or transformer."""
         each = call.get("num_images_per_prompt") or 1
         prompts = call.get("batch_size")
         if not isinstance(prompts, int):
             prompts = self.rows
-        # One path for each prompt: its images are rows in succession. One for each image: none is
-        # repeated. Guidance stacks the whole of that once more.
+        # With one path for each prompt, the prompt's images are rows in succession. With one for
+        # each image, no row is repeated. Guidance stacks that whole batch once more.
         repeat = each if self.rows == prompts else 1
         if self.rows not in (prompts, prompts * each) or given % (self.rows * repeat):
             raise BaseMismatch(
@@ -115,7 +115,7 @@ class PipelineAxis(BatchAxis):
 
 
 def _rows_given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
-    """The first axis of a component's main input."""
+    """Return the size of the first axis of a component's main input; None if it has none."""
     main = [kwargs[name] for name in MAIN_INPUTS if name in kwargs]
     found = next((x for x in [*args, *main] if isinstance(x, Tensor) and x.ndim > 1), None)
     return None if found is None else found.shape[0]

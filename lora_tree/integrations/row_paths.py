@@ -1,4 +1,4 @@
-"""The path of every row, on its way from a data set into the batch.
+"""Carry the path of every row from a data set into the batch.
 
 {"path": "fr/legal", "input_ids": …}  ─collate→  {"path": ["fr/legal", "de", …], "input_ids": …}
 """
@@ -19,7 +19,7 @@ class PathCollator:
 
     Args:
         inner: collates everything else.
-        column: where a row says its path.
+        column: the column that holds a row's path.
 
     >>> import torch
     >>> collate = PathCollator(lambda rows: {"x": torch.tensor([row["x"] for row in rows])}, "path")
@@ -34,12 +34,12 @@ class PathCollator:
 
     @property
     def tokenizer(self) -> Any:
-        """The other collator's tokenizer, if it has one: a Trainer saves it from here."""
+        """The inner collator's tokenizer, if it has one: a Trainer saves it from here."""
         return getattr(self.inner, "tokenizer", None)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         paths = [_path(row, self.column) for row in rows]
-        # Text would be refused by the other collator, which makes tensors of all it is given.
+        # The inner collator makes tensors of all that it gets, and would refuse text.
         rest = [self._without_path(row) for row in rows]
         return {**self.inner(rest), self.column: paths}
 
@@ -52,11 +52,12 @@ def paths_of(rows: Any, column: str, tree: AdapterTree) -> list[str]:
 
     Args:
         rows: a ``datasets.Dataset``, or anything with rows that are mappings, in order.
-        column: where a row says its path.
+        column: the column that holds a row's path.
         tree: of the paths.
 
     Raises:
-        SpecError, PathError: a row says none, or one that is not there; names the row.
+        SpecError: a row has no path; the error names the row.
+        PathError: the tree has no such path.
     """
     columns = getattr(rows, "column_names", None)
     if isinstance(columns, list) and column in columns:

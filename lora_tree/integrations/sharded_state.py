@@ -3,9 +3,9 @@
     checkpoint-40/optimizer.safetensors    "3.exp_avg": of parameter 3, whole
                                            metadata: the groups' numbers, the schedule's
 
-Every rank has a part of each tensor. They are gathered one by one, and one process writes them
-whole, as the factors beside them are. So a run may go on with another number of ranks. The Trainer
-has no such file: it refuses to resume a model that was sharded before it got it.
+Every rank has a part of each tensor. The tensors are gathered one by one, and one process writes
+them whole, like the factors in the same checkpoint. So a run may go on with another number of
+ranks. The Trainer itself has no such file: it refuses to resume a model that its user sharded.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def save_state(
         optimizer: its parameters may be sharded.
         scheduler: of its learning rates.
         folder: of the checkpoint.
-        writes: this process writes; one of all.
+        writes: True on the one process that writes.
 
     Raises:
         SpecError: a state is not made of numbers, strings and tensors.
@@ -48,7 +48,7 @@ def save_state(
     """
     told = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
-    # In the order of the parameters, which all ranks share: to gather a tensor they meet.
+    # In the order of the parameters, which all ranks share: gathering is a collective operation.
     for index in sorted(told["state"]):
         for name, value in sorted(told["state"][index].items()):
             if isinstance(value, Tensor):
@@ -89,13 +89,15 @@ def load_state(optimizer: torch.optim.Optimizer, scheduler: Any, folder: Path) -
             "resume with the nodes that trained then: model.trainable(…)",
         )
     by_parameter: dict[int, dict[str, Tensor]] = {}
-    # Sorted, so that all ranks meet at the same tensor: a mapping that was read has no fixed order.
+    # Sorted, so that all ranks distribute the same tensor at the same time: a mapping that was read
+    # has no fixed order.
     for name, tensor in sorted(tensors.items()):
         index, _, part = name.partition(".")
         if not index.isdigit() or int(index) >= len(parameters):
             raise FormatError(f"{file}: {name}: no parameter of that number trains now")
         own = parameters[int(index)]
-        # A count of steps is one number on every rank; the rest lies as its parameter does.
+        # A count of steps is the same number on every rank; other state is sharded like its
+        # parameter.
         if is_sharded(own) and tensor.shape == own.shape:
             device = own.device
             tensor = distribute_tensor(tensor.to(device), own.device_mesh, own.placements)
@@ -108,7 +110,7 @@ def load_state(optimizer: torch.optim.Optimizer, scheduler: Any, folder: Path) -
 
 
 def _as_they_were(told: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a group's options as they were: JSON has no tuples."""
+    """Return a group's options as they were before JSON, which turns tuples into lists."""
     found = {}
     for name, value in told.items():
         found[name] = tuple(value) if isinstance(group.get(name), tuple) else value

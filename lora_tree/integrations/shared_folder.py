@@ -1,13 +1,13 @@
-"""Share a folder of entries between processes that add, use and take away.
+"""Share a folder of entries between processes that add, use and remove them.
 
-    cache/1f0c…/                  an entry, named by its content; its time says when it was last
-    used cache/.locks/budget           held by the one process that adds, takes away or puts into
-    use cache/.locks/make-0 … make-f  held while an entry whose name begins like that is made
+    cache/1f0c…/                  an entry, named by its content; its mtime is the time of last use
+    cache/.locks/budget           held by the one process that adds, removes or puts into use
+    cache/.locks/make-0 … make-f  held while an entry is made whose name begins with that digit
     cache/.locks/<id>.held        one for each process: locked while it lives; lists what it uses
 
-A process that is killed leaves its list behind and the lock on it ends, so the others see that its
-list counts no more. The number of files and of open files depends on the number of processes, not
-on what is asked for.
+A process that is killed leaves its list behind, but its lock on the list ends, so the others know
+that the list no longer counts. The number of files and of open files depends on the number of
+processes, not on what clients ask for.
 """
 
 from __future__ import annotations
@@ -54,10 +54,11 @@ class SharedFolder:
         disk.make(folder)
         disk.make(self._locks)
         self._list = self._locks / f"{uuid.uuid4().hex}.held"
-        # Alone: another process would take a list that is not locked yet for one left over.
+        # Under the lock: another process would take a list that is not locked yet for one that a
+        # killed process left.
         with self.alone():
             self.sweep()
-            # For the lists that it removes: a server may be started over and over.
+            # Called because it removes the lists of ended processes: a server may restart often.
             self.in_use_elsewhere()
             held = locks.attempt(self._list)
             if held is None:
@@ -65,35 +66,35 @@ class SharedFolder:
             self._held = held
 
     def close(self) -> None:
-        """Use nothing any more; the end of the process does as well."""
+        """Give up all uses of this process; the end of the process has the same effect."""
         self._held.release(remove=True)
 
     # ------------------------------------------------------------------ locks
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Let no other thread or process add, take away or put into use."""
+        """Hold the lock under which entries are added, removed and put into use."""
         with locks.holding(self._locks / "budget"):
             yield
 
     @contextmanager
     def making(self, name: str) -> Iterator[None]:
-        """Let no other thread or process make an entry of this name.
+        """Hold the lock under which an entry of this name is made.
 
-        Names that begin alike share a lock file: a sixteenth of all others wait, too.
+        Names with the same first digit share it, so a sixteenth of all other names wait, too.
         """
         with locks.holding(self._locks / f"make-{name[0]}"):
             yield
 
     # ------------------------------------------------------------------ uses; the caller is `alone`
     def tell(self, in_use: dict[str, bool]) -> None:
-        """Write down which entries this process uses, each with a mark for the others to see."""
+        """Write the list of the entries that this process uses, each with a mark."""
         if in_use != self.told:
             with disk.named("write it", self._list):
                 self._list.write_text(json.dumps(in_use))
             self.told = dict(in_use)
 
     def in_use_elsewhere(self) -> dict[str, bool]:
-        """Return the entries that other processes use, with their marks; False counts more.
+        """Return the entries that other processes use; a mark is True only if it is for all users.
 
         The lists of processes that ended are removed.
         """
@@ -112,9 +113,9 @@ class SharedFolder:
         return found
 
     def sweep(self) -> None:
-        """Clear away what killed processes and version 1 left."""
+        """Remove the files that killed processes and version 1 left."""
         for name in self._listdir(self.folder):
-            if _STAGED.match(name):  # a writer that was killed: the only living one is `alone`
+            if _STAGED.match(name):  # of a killed writer: a living one would hold the lock
                 shutil.rmtree(self.folder / name, ignore_errors=True)
         for name in self._listdir(self._locks):
             if _EARLIER_LOCK.match(name):
@@ -123,8 +124,8 @@ class SharedFolder:
             claims.clear(self._locks, _LIST)
 
     def remove(self, name: str) -> bool:
-        """Remove an entry, its name first, so that no process finds half of it."""
-        # A rename is atomic; removing the files one by one is not.
+        """Remove an entry, whole for every other process; False if it can't be removed."""
+        # A rename is atomic; removing the files one by one is not. So the entry is renamed first.
         gone = self.folder / f".gone.{uuid.uuid4().hex}"
         try:
             os.rename(self.folder / name, gone)
@@ -154,7 +155,7 @@ class SharedFolder:
             return 0.0
 
     def note_use(self, name: str, ago_s: float) -> None:
-        """Have all processes see that an entry was used so many seconds ago."""
+        """Record, for all processes, that an entry was used ``ago_s`` seconds ago."""
         if ago_s < self.unused_s(name) - 1:
             when = time.time() - ago_s
             with suppress(OSError):  # it may be gone

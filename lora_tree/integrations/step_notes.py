@@ -1,4 +1,4 @@
-"""A TreeTrainer's run, noted in the tree's folder as `lora-tree train` notes its own.
+"""Record a TreeTrainer's run in the tree's folder, as `lora-tree train` records its own.
 
 Every step waits for its losses and gradient norms to be read from the device, which a Trainer does
 only where it logs. All ranks count together, and one writes.
@@ -36,15 +36,15 @@ _TOLD = (
     "max_grad_norm",
     "seed",
 )
-"""The arguments that a record tells, so that runs can be compared."""
+"""The arguments that a record keeps, so that runs can be compared."""
 
 
 class StepNotes(TrainerCallback):  # type: ignore[misc]
-    """Notes the steps of a trainer.
+    """A callback that records the steps of a trainer.
 
     Args:
         trainer: of the tree.
-        zoo: the tree's folder, or its tree.yaml; it has to be there.
+        zoo: the tree's folder, or its tree.yaml; it must exist.
 
     Raises:
         FolderError: it is not there.
@@ -92,7 +92,7 @@ class StepNotes(TrainerCallback):  # type: ignore[misc]
         self._norms = dict(zip(self._rates, torch.stack(norms).tolist(), strict=True))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # Every rank takes part: it may have rows of a path that the others have not.
+        # Every rank takes part, since it may have rows of a path that no other rank has.
         losses = self.means.take(args.device)
         if self._recorder is None:
             return
@@ -100,7 +100,7 @@ class StepNotes(TrainerCallback):  # type: ignore[misc]
         self._recorder.note(self._lines(state.global_step, losses, time_s))
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # `eval_on_start` evaluates a resumed run where that was done already.
+        # `eval_on_start` evaluates a resumed run at a step that was evaluated before.
         step, began = state.global_step, self._from_step
         if self._recorder is None or began is None or (step == began and began > 0):
             return
@@ -108,7 +108,7 @@ class StepNotes(TrainerCallback):  # type: ignore[misc]
         self._recorder.note([PathMetric(step, path, *both) for path, both in measured])
 
     def end(self, state: RunState) -> None:
-        """Note how the training ended; called once for each."""
+        """Record how a training ended; called once per training."""
         self._from_step = None
         if self._recorder is not None:
             done = self._trainer.state.global_step

@@ -1,7 +1,6 @@
-"""See a tree's folder as it was a moment ago: one look serves all requests within an
-interval.
+"""Look at a tree's folder at most once per interval; all requests in between share that view.
 
-A look costs about 0.1 ms a node, and a server is asked for names that clients make up.
+A look costs about 0.1 ms a node, and clients may ask a server for any number of made-up names.
 
 Law: however often clients ask, and for whichever names, the folder is looked at once in an
 interval, and for at most a fifth of the time. A view is of one release: where the folder's name is
@@ -27,7 +26,7 @@ Look = Callable[[], tuple[AdapterTree, list[Problem]]]
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """A tree as it was seen, with what is wrong with single nodes."""
+    """A tree as one look found it, with the problems of single nodes."""
 
     tree: AdapterTree
     problems: list[Problem]
@@ -36,8 +35,8 @@ class View:
 def release_of(zoo: str) -> str:
     """Return the place that a tree's name leads to now: the folder's links are followed, once.
 
-    A tree is read in many steps, now and later. Through a link each of them could meet another
-    folder: the parent's weights of one release and the child's of the next.
+    A tree is read in many steps, now and later. Through a link, each step could read another
+    folder: the parent's weights from one release and the child's from the next.
 
     Args:
         zoo: the tree's folder, or a YAML file in it; the file's own name stays as it is.
@@ -49,10 +48,10 @@ def release_of(zoo: str) -> str:
 
 
 class Surveyed:
-    """A folder that is looked at when somebody asks and the last look is too old; thread-safe.
+    """The view of a folder, renewed on demand when it is too old; thread-safe.
 
     Args:
-        look: looks at it; its errors are the answer for an interval, too.
+        look: reads the folder; an error is kept for an interval like a view.
         every_s: how old a view may be.
     """
 
@@ -76,7 +75,7 @@ class Surveyed:
         """Return a recent view; of several threads one looks and the others wait for it.
 
         Raises:
-            LoraTreeError: there is no tree, or what its folder means can't be said.
+            LoraTreeError: there is no tree, or its folder can't be read as one.
         """
         with self._lock:
             if self._view is None or time.monotonic() >= self._old_at:
@@ -86,8 +85,8 @@ class Surveyed:
                 except LoraTreeError as error:
                     self._view = error
                 except Exception as error:
-                    # Kept for the interval like an answer: a disk that fails is not asked at once
-                    # again by every request.
+                    # Kept for the interval like a view: not every request should try a failing
+                    # disk again.
                     self._view = LoraTreeError(
                         f"the tree can't be looked at: {type(error).__name__}: {error}"
                     )
@@ -109,5 +108,6 @@ class Surveyed:
 
 def _or_raise(view: View | LoraTreeError) -> View:
     if isinstance(view, LoraTreeError):
-        raise type(view)(view.what, *view.todo)  # each thread its own: raising writes into an error
+        # A new error for each thread, because raising an error writes into it.
+        raise type(view)(view.what, *view.todo)
     return view

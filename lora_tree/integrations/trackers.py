@@ -1,4 +1,4 @@
-"""A run told to tensorboard or wandb as it goes, through accelerate's trackers.
+"""Report a run to tensorboard or wandb while it goes on, through accelerate's trackers.
 
     loss/fr/legal  grad_norm/fr/legal  learning_rate/fr/legal  tokens/fr/legal     after each step
     eval_loss/fr/legal                                                  after each evaluation
@@ -37,7 +37,7 @@ def check_trackers(names: Sequence[str]) -> None:
         if name not in TRACKERS:
             raise SpecError(f"{_WHAT} {name}: expected one of {', '.join(TRACKERS)}")
         need("accelerate", extra="train", what=f"{_WHAT} {name}")
-        # No extra of this library brings these two: many who train want neither.
+        # No extra of this library installs these two, because many users want neither.
         if find_spec(name) is None:
             raise MissingExtra(
                 f"{_WHAT} {name} needs {name}, which is not installed", f"pip install {name}"
@@ -51,8 +51,8 @@ def reporting(
     """Yield a function to call after every step.
 
     Args:
-        names: of the trackers; they were checked.
-        folder: returns that of the run's record, which is there once a step was taken.
+        names: of the trackers, as `check_trackers` has checked them.
+        folder: returns the folder of the run's record, which exists once a step was taken.
         config: settings of the run, to be shown beside it.
         done: steps that the run has taken: tensorboard is told to forget later ones.
 
@@ -78,7 +78,7 @@ def _begun(name: str, folder: Path, config: Mapping[str, Any], done: int) -> Any
     classes = need("accelerate.tracking", extra="train", what=_WHAT).LOGGER_TYPE_TO_CLASS
     with foreign(f"{_WHAT} {name}: it does not begin"):
         if name == "tensorboard":
-            # A resumed run takes steps again that a killed one has told already.
+            # A resumed run repeats steps that a killed one has reported already.
             tracker = classes[name]("tensorboard", folder, purge_step=done + 1 if done else None)
         else:
             tracker = classes[name]("lora-tree", name=f"run-{folder.name}", dir=str(folder))
@@ -91,7 +91,7 @@ def _begun(name: str, folder: Path, config: Mapping[str, Any], done: int) -> Any
 
 
 def _values(step: StepLosses) -> dict[int, dict[str, float]]:
-    """Return step → names and numbers; evaluations have the step after which they were made."""
+    """Return step → name → number; an evaluation has the step after which it was made."""
     found: dict[int, dict[str, float]] = {}
     for line in step.nodes:
         found.setdefault(line.step, {}).update(

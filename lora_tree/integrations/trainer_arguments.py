@@ -1,6 +1,6 @@
-"""Checks of TreeTrainer's arguments, before the Trainer makes anything of them.
+"""Check TreeTrainer's arguments before the Trainer uses them.
 
-Law: arguments that can't hold node by node are refused here with the reason; nothing is changed.
+Law: an argument that can't hold node by node is refused here, with the reason; nothing is changed.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ def whole_groups(
 
     Args:
         model: its trainable nodes count.
-        groups: as the caller gave them; None: one for each node, with nothing of its own.
+        groups: as the caller gave them; None: one for each node, without options.
         needed: there are rows to train on.
 
     Raises:
         StateError: nothing trains, and something should.
-        SpecError: the groups are of other nodes than train.
+        SpecError: the groups name other nodes than those that train.
     """
     training = [path for path in model.tree.paths() if path in model.factors.training_paths]
     if not training and needed:
@@ -57,7 +57,8 @@ def whole_groups(
     if groups is None:
         return [{"name": path, "params": model.factors.of(path)} for path in training]
     named = [str(group.get("name")) for group in groups]
-    # A second call of `trainable` makes other factors; the first call's groups hold dead ones.
+    # Groups of an earlier call of `trainable` may be of other nodes. If they are of the same nodes
+    # with other parameters, `TreeModel.follow` refuses them.
     if sorted(named) != sorted(training):
         raise SpecError(
             f"groups are of {listing(named)}, and {listing(training)} train",
@@ -67,15 +68,15 @@ def whole_groups(
 
 
 def refuse_arguments(args: Any, trainer: Mapping[str, Any]) -> None:
-    """Refuse the Trainer's arguments that it would take and that would not hold node by node.
+    """Refuse arguments that the Trainer would accept but that would not hold node by node.
 
     Raises:
-        SpecError: names them.
+        SpecError: there are some; the error names them.
     """
     # model_init would make a bare base; compute_loss_func replaces the loss by path.
     wrong = [name for name in ("model_init", "compute_loss_func") if trainer.get(name) is not None]
-    # Smoothing is done in the loss that is replaced; torch.compile would trace one path's side
-    # paths and run them for every path; and what is pushed must be a tree, not a model.
+    # Label smoothing is a part of the Trainer's loss, which is replaced; torch.compile would trace
+    # one path's side paths and run them for every path; the Trainer would push a model, not a tree.
     for name in ("label_smoothing_factor", "torch_compile", "push_to_hub"):
         if getattr(args, name, None):
             wrong.append(name)
@@ -93,7 +94,7 @@ def check_asked(model: TreeModel, args: Any) -> None:
     Raises:
         SpecError: names the argument.
     """
-    # transformers 5.23 has renamed it; the earlier name is an alias until 6.
+    # transformers 5.23 has renamed the method; the earlier name is an alias until 6.
     checkpointing = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
     needed = {
         "activation_checkpointing": checkpointing,
@@ -113,7 +114,7 @@ def searching_nothing(accelerator: dict[str, Any], args: Any) -> dict[str, Any]:
     """Return Accelerate's arguments without DDP's search for unused parameters.
 
     The search walks the graph at every step. It is not needed: every factor is in every rank's
-    backward. A user's own word counts more.
+    backward. If the user has set the argument, it stays.
     """
     if args.ddp_find_unused_parameters is None:
         for handler in accelerator.get("kwargs_handlers", ()):

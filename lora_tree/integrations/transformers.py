@@ -11,7 +11,7 @@
     a step for everything                        no step for a node without rows
 
 Its files are in `tree_checkpoints.py`, its evaluation in `path_evaluation.py`. All three are
-mix-ins: they override and call on, so that ``class Mine(TreeTrainer, OtherTrainer)`` has both.
+mix-ins: their overrides call super(), so that ``class Mine(TreeTrainer, OtherTrainer)`` has both.
 Written against the Trainer of transformers 5:
 https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/trainer.py
 """
@@ -68,23 +68,23 @@ class TreeTrainer(PathEvaluation):
     """A ``transformers.Trainer`` over a `TreeModel`.
 
     Args:
-        model: as `attach` returned it, after `TreeModel.trainable` said what trains.
+        model: as `attach` returned it, after a call of `TreeModel.trainable`.
         args: ``TrainingArguments``. ``max_grad_norm`` is the ``clip_norm`` of every node whose
             group has none.
         groups: as `trainable` returned them, with ``lr``, ``weight_decay``, ``clip_norm`` as
-            wanted; for what a group does not say, ``args`` count. None: ``args`` count for every
-            node.
+            wanted; options that a group lacks come from ``args``. None: they do for every node.
         path_weights: path → its weight in the loss; 1 where it is not named.
         loss: "rows": the mean over all tokens; "paths": the sum of each path's own mean; "auto":
             rows where several levels of the tree train, else paths.
         decay_by_depth: weight decay at depth 0, 1, …, the last one also below, for groups that say
             nothing. None: ``args.weight_decay``; where that is 0, see `lora_tree.weight_decays`.
         hold_back: the share of each path's rows that is not trained on, rounded down. When training
-            has ended, a leaf that does not beat its parent on them gets the weight that does, from
-            0 to 1: see ``verdicts``. None: 0.05 where several levels of the tree train, else 0.
+            has ended, a leaf that does worse on them than its parent keeps only the part of its
+            weight, from 0 to 1, that has the least loss: see ``verdicts``. None: 0.05 where several
+            levels of the tree train, else 0.
         temperature: draw rows path by path with it, as `PathSampler` does; None: as the Trainer
             draws them.
-        path_column: where a row of the data says its path, ``""`` for the bare base.
+        path_column: the column that holds a row's path, ``""`` for the bare base.
         patience: stop a node after so many evaluations in succession that were no better, and bring
             it back to its best one; its siblings go on, and at the end every node is brought back.
         records: the tree's folder, or its tree.yaml: every step is noted there, for
@@ -142,9 +142,9 @@ class TreeTrainer(PathEvaluation):
             )
         check_asked(self.tree_model, args)
         if self.tree_model.factors.sharded:
-            # The caller has sharded it, and Accelerate must not wrap or shard it once more. This
-            # mark of transformers 5 says so. It is set on the TreeModel and not through it: the
-            # base has a mark of its own, which says whether it was sharded as it was loaded.
+            # The caller has sharded the model, and Accelerate must not wrap or shard it once more.
+            # This mark of transformers 5 says so. It is set on the TreeModel itself, which would
+            # otherwise pass it on to the base; the base's own mark says how the base was loaded.
             object.__setattr__(self.tree_model, "is_distributed_loading_by_transformers", True)
         with _saving_state(args, self.tree_model.factors.sharded):
             super().__init__(model=model, args=args, **trainer)
@@ -155,7 +155,7 @@ class TreeTrainer(PathEvaluation):
                 "start a process for each GPU: torchrun --nproc-per-node=…; "
                 "fully_shard the TreeModel before for FSDP2",
             )
-        # The Trainer read this off the base's forward. The loss is taken and scaled here.
+        # The Trainer has set this from the base's forward. The loss is computed and scaled here.
         self.model_accepts_loss_kwargs = True
         base: Any = self.tree_model.base
         config = getattr(base, "config", None)
@@ -163,7 +163,7 @@ class TreeTrainer(PathEvaluation):
             # The Trainer asked the TreeModel, whose forward takes anything.
             self.label_names = find_labels(type(base)) or ["labels"]
         if config is not None:
-            # As a Trainer does that is given the base itself.
+            # A Trainer does this with a base that it gets itself.
             base.config.use_cache = getattr(self.args, "use_cache", False)
         self._whole_rows = bool(getattr(config, "is_encoder_decoder", False))
         self.data_collator = PathCollator(self.data_collator, path_column)
@@ -173,7 +173,8 @@ class TreeTrainer(PathEvaluation):
         self.add_callback(_Finite(self))
         self._counts: Mapping[str, int] | None = None  # path → its tokens in the step that runs
         self._means = PathMeans()
-        # Before the one that stops nodes: that one evaluates anew, and the first losses are noted.
+        # Added before the callback that stops nodes: that one evaluates again, and the losses of
+        # the first evaluation are the ones to record.
         if records is not None:
             self.notes = StepNotes(self, records)
             self.add_callback(self.notes)
@@ -246,7 +247,7 @@ class TreeTrainer(PathEvaluation):
     def compute_loss(
         self, model: nn.Module, inputs: Mapping[str, Any], return_outputs: bool = False, **_: Any
     ) -> Tensor | tuple[Tensor, Any]:
-        """Return the loss of a micro-batch; while training, as its part of the whole step's."""
+        """Return a micro-batch's loss; while training, the part that it adds to the step's loss."""
         inputs = dict(inputs)
         labels = inputs.pop("labels", None)
         if labels is None:
@@ -256,7 +257,7 @@ class TreeTrainer(PathEvaluation):
             )
         base: Any = self.tree_model.base
         if self._whole_rows and "decoder_input_ids" not in inputs:
-            # transformers makes these from the labels, which the base is not given.
+            # The base would make these from the labels, which it does not get here.
             inputs["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(labels)
         outputs = model(**inputs)
         if not isinstance(outputs, Mapping):
@@ -269,7 +270,7 @@ class TreeTrainer(PathEvaluation):
     def _training_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         counts, weights = self._counts, dict(self.path_weights)
         if counts is not None:
-            # `path_loss` refuses the weight of a path that has no row in the step.
+            # Only weights of paths in this step: `path_loss` refuses if all are of other paths.
             weights = {path: weight for path, weight in weights.items() if path in counts}
         shift = not self._whole_rows
         parts = path_loss(
@@ -294,16 +295,16 @@ class TreeTrainer(PathEvaluation):
 
     # ------------------------------------------------------------------ the optimiser
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """Return an optimiser over the nodes' groups, which moves each as one over it alone would.
+        """Return an optimiser that steps each node as an optimiser over that node alone would.
 
         Raises:
-            SpecError: ``args.optim`` names an optimiser that makes groups of its own.
+            SpecError: ``args.optim`` names an optimiser that makes its own groups.
         """
         if self.optimizer is None:
             made, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(
                 self.args, self.model
             )
-            # GaLore, LOMO and their like: the Trainer hands them the model through these keys.
+            # The Trainer hands GaLore, LOMO and similar optimisers the model through these keys.
             own_groups = {"params", "model", "optimizer_dict"} & set(options)
             is_optimizer = isinstance(made, type) and issubclass(made, torch.optim.Optimizer)
             if own_groups or not is_optimizer:
@@ -319,7 +320,7 @@ class TreeTrainer(PathEvaluation):
                 decay = decays[str(group["name"])]
                 groups.append({**shared, "weight_decay": decay, **group})
             self.optimizer = made(groups, **options)
-        # Accelerate wraps an optimiser. The steps are seen at the one inside.
+        # Accelerate wraps the optimiser. Its steps are seen only at the one inside.
         self.tree_model.follow(getattr(self.optimizer, "optimizer", self.optimizer))
         optimizer: torch.optim.Optimizer = self.optimizer
         return optimizer
@@ -347,8 +348,8 @@ class TreeTrainer(PathEvaluation):
     def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
         """Sum gradients over ranks once a step, not once a micro-batch, where factors are sharded.
 
-        The Trainer's own reads the plan by which transformers sharded a model as it loaded it. This
-        model was sharded by its owner and has none.
+        The Trainer's own method reads the plan by which transformers sharded a model when it loaded
+        it. This model was sharded by its user and has no such plan.
         """
         sharded: Any = self.tree_model
         sharded.set_requires_gradient_sync(False)
@@ -379,7 +380,7 @@ class TreeTrainer(PathEvaluation):
 
 @contextmanager
 def _saving_state(args: Any, sharded: bool) -> Iterator[None]:
-    """Let a trainer of a sharded model be made whose checkpoints hold the optimiser's state.
+    """Let a trainer of a sharded model be made, though its checkpoints hold the optimiser's state.
 
     The Trainer refuses that, because it has no file for such a state. `TreeCheckpoints` has one.
     """
@@ -394,7 +395,7 @@ def _saving_state(args: Any, sharded: bool) -> Iterator[None]:
 
 
 class _Epochs(TrainerCallback):  # type: ignore[misc]
-    """Tells the sampler its epoch: a resumed loader, which skips batches, may not hand it on."""
+    """A callback that sets the sampler's epoch: a resumed loader, which skips batches, may not."""
 
     def __init__(self, sampler: PathSampler) -> None:
         self._sampler = sampler
@@ -404,7 +405,7 @@ class _Epochs(TrainerCallback):  # type: ignore[misc]
 
 
 class _Finite(TrainerCallback):  # type: ignore[misc]
-    """Stops a run that has diverged, before the Trainer logs, evaluates or saves."""
+    """A callback that stops a diverged run before the Trainer logs, evaluates or saves."""
 
     def __init__(self, trainer: TreeTrainer) -> None:
         self._trainer = trainer

@@ -44,19 +44,19 @@ class TreeCheckpoints(Trainer):  # type: ignore[misc]
     save_to: str | os.PathLike[str] | None
     stopping: Any = None  # a NodeStopping, if nodes may stop
     notes: Any = None  # a StepNotes, if steps are noted
-    _stage: Path | None = None  # where the checkpoint lies that is being written
+    _stage: Path | None = None  # the folder in which a checkpoint is being written
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as the Trainer does; at the end save the tree where ``save_to`` says.
 
         Raises:
             DivergedError: a step made factors or losses that are not finite. Nothing of it was
-                saved, and the factors are put back.
+                saved, and the factors are those of the start again.
         """
         named = args[0] if args else kwargs.get("resume_from_checkpoint")
         if self.args.should_save:
-            # Before the Trainer looks for its last checkpoint: a process that was killed while it
-            # exchanged one may have left it under another name.
+            # Done before the Trainer looks for its last checkpoint: a process that was killed while
+            # it replaced one may have left it under another name.
             if isinstance(named, str | os.PathLike):
                 put_back(Path(named).parent)
             else:
@@ -81,7 +81,7 @@ class TreeCheckpoints(Trainer):  # type: ignore[misc]
         return out
 
     def _end_training(self) -> None:
-        """Do what is left between the last step and the save."""
+        """Do the work between the last step and the save; here there is none."""
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the tree as a folder, atomically as a whole; one process writes.
@@ -107,13 +107,13 @@ class TreeCheckpoints(Trainer):  # type: ignore[misc]
                 "save_model has no folder: checkpoints lie in output_dir, and a tree can't",
                 "save_model('zoo/')",
             )
-        # All ranks enter, because gathering a sharded factor is work of all of them.
+        # All ranks enter, because gathering a sharded factor is a collective operation.
         with self.tree_model.gathered() as tree:
             if self.args.should_save:
                 tree.save(where, note="TreeTrainer")
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Save as the Trainer does, in a folder that appears when everything is in it."""
+        """Save as the Trainer does, into a folder that gets its name when it is complete."""
         parent, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
         with appearing(parent, name, writes=self.args.should_save, meet=_meet) as stage:
             self._stage = stage
@@ -122,7 +122,7 @@ class TreeCheckpoints(Trainer):  # type: ignore[misc]
             finally:
                 self._stage = None
             best = self.state.best_model_checkpoint
-            # The Trainer has noted the name of the moment, and written it into its state.
+            # The Trainer has noted the temporary name, and written it into its state.
             if best is not None and Path(best).parent == stage:
                 self.state.best_model_checkpoint = str(parent / name)
                 if self.args.should_save:
@@ -142,15 +142,15 @@ class TreeCheckpoints(Trainer):  # type: ignore[misc]
         if checkpoint is None or not self.tree_model.factors.sharded:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        # Accelerate wraps an optimiser; the state is that of the one inside.
+        # Accelerate wraps the optimiser; the state is that of the one inside.
         optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)
         load_state(optimizer, self.lr_scheduler, Path(checkpoint))
 
     def _retire_old_checkpoints(self, parent: Path) -> None:
-        """Delete the checkpoints that ``save_total_limit`` has the Trainer delete.
+        """Delete the checkpoints beyond ``save_total_limit``, in the Trainer's place.
 
-        The Trainer looks for them in the folder of the moment, where there is one only. And it
-        deletes in place: if it is killed meanwhile, half a checkpoint is left under its name.
+        The Trainer would look for them in the temporary folder, which holds only the new one. And
+        it deletes in place: if it is killed meanwhile, half a checkpoint keeps its name.
         """
         limit = self.args.save_total_limit
         if limit is None or limit <= 0:

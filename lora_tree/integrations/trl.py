@@ -34,8 +34,8 @@ from transformers import TrainerCallback  # noqa: E402
 from trl import DPOTrainer, GRPOTrainer, KTOTrainer, SFTTrainer  # noqa: E402
 from trl.trainer import utils as trl_utils  # noqa: E402
 
-# Before 1.16 the trainers took their log-probabilities of the logits, and named their parts
-# otherwise.
+# Before 1.16 the trainers computed log-probabilities from the logits, and their methods had other
+# names.
 if not hasattr(trl_utils, "add_fused_lm_head"):
     raise MissingExtra("lora_tree needs trl 1.16", "pip install 'lora_tree[trl]'")
 
@@ -51,13 +51,13 @@ _NOT_TAKEN = {
     "use_transformers_continuous_batching": "it casts the factors that train",
     "use_transformers_paged": "it casts the factors that train",
 }
-"""Argument → the reason why it would not hold."""
+"""Argument → the reason why it can't be used over a path."""
 
 
 class PathCheckpoints(TreeCheckpoints):
-    """The parts that trl's trainers share over a path: checks, files, and the reference.
+    """The parts that trl's trainers over a path share: checks, files, and the reference.
 
-    Its files are a `TreeTrainer`'s.
+    The files are those of a `TreeTrainer`.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class TreeSFTTrainer(PathCheckpoints, SFTTrainer):  # type: ignore[misc]
     """trl's ``SFTTrainer`` over one path; packing and padding-free batches, too.
 
     Args:
-        model: ``model.at(path)``, after `TreeModel.trainable` said what trains.
+        model: ``model.at(path)``, after a call of `TreeModel.trainable`.
         save_to: where the tree is saved when training has ended; None: only where ``save_model``
             says.
         **trainer: any other argument of trl's.
@@ -111,7 +111,7 @@ class TreeDPOTrainer(PathCheckpoints, DPOTrainer):  # type: ignore[misc]
     """trl's ``DPOTrainer`` over one path, with its parent as the reference.
 
     Args:
-        model: ``model.at(path)``, after `TreeModel.trainable` said what trains.
+        model: ``model.at(path)``, after a call of `TreeModel.trainable`.
         ref_model: another ``model.at(path)``; None: the policy's parent.
         save_to: as for `TreeSFTTrainer`.
         **trainer: any other argument of trl's.
@@ -159,7 +159,8 @@ class TreeGRPOTrainer(PathCheckpoints, GRPOTrainer):  # type: ignore[misc]
         reference = None
         if beta or ref_model is not None:
             reference = _reference(model, ref_model, type(self).__name__)
-        # GRPOTrainer takes no reference. With a beta it loads the base a second time, by its name.
+        # GRPOTrainer takes no reference. With a beta above 0 it would load the base a second time,
+        # by its name.
         with _without_beta(settings):
             super().__init__(model, **trainer)
         self.beta = beta
@@ -172,7 +173,7 @@ class TreeGRPOTrainer(PathCheckpoints, GRPOTrainer):  # type: ignore[misc]
 
 @contextmanager
 def _without_beta(settings: Any) -> Iterator[None]:
-    """Let a trainer be made as one that needs no reference."""
+    """Set ``beta`` to 0 while a trainer is made, so that it makes no reference."""
     if settings is None:
         yield
         return
@@ -211,7 +212,7 @@ def _reference(policy: Any, given: Any, trainer: str) -> PathModel:
 
     Raises:
         SpecError: it is no path model; or the policy is a blend, which has no parent.
-        StateError: what trains is in the reference as well.
+        StateError: a node that trains is in the reference as well.
     """
     checked = _checked_policy(policy, trainer)
     if given is None:
@@ -233,7 +234,7 @@ def _reference(policy: Any, given: Any, trainer: str) -> PathModel:
             "let nodes train that are in the policy alone: stage after stage",
         )
     given.get_output_embeddings()
-    # A reference does not drop out, and nothing of it is recorded.
+    # A reference runs without dropout.
     given.eval()
     return given
 
@@ -256,7 +257,7 @@ def _refuse(settings: Any, trainer: str) -> None:
 
 
 class _FiniteSteps(TrainerCallback):  # type: ignore[misc]
-    """Stops a run that has diverged, before the Trainer logs, evaluates or saves."""
+    """A callback that stops a diverged run before the Trainer logs, evaluates or saves."""
 
     def __init__(self, model: TreeModel) -> None:
         self._model = model

@@ -5,14 +5,14 @@ tree is now.
                                   ▲                                         ▲
                                   └────────── swap, once a second ──────────┴── the tree's folder
 
-A plugin of vLLM's (entry point ``vllm.general_plugins``), told what to do by the environment;
-`server_args` says how. vLLM asks for a name once and keeps the answer, so a thread looks at the
-tree and gives vLLM the new adapter of a path whose content has changed, under a new name and a new
-number; or takes a path away that is no longer in the tree (`vllm_watch.py`).
+This is a plugin of vLLM (entry point ``vllm.general_plugins``), configured by the environment
+variables that `server_args` returns. vLLM asks for a name once and keeps the answer. So a thread
+looks at the tree, and gives vLLM the new adapter of a path whose content has changed, under a new
+name and a new number; or it removes a path that is no longer in the tree (`vllm_watch.py`).
 
 Law: a path that was served goes on being served, as it was, while its files are not whole or do not
-fit the lock. A name that is refused costs no look at the tree, no file and no memory, and one short
-line in the log.
+fit the lock. A name that is refused costs no look at the tree, no file and no memory, only one
+short line in the log.
 
 Read: vLLM 0.32, vllm/lora/resolver.py; see `vllm_front` for the rest.
 """
@@ -44,13 +44,14 @@ __all__ = ["ServerArgs", "register", "server_args"]
 
 RESOLVER = "lora_tree"
 AT_ONCE = 4
-"""How many paths are flattened at once."""
+"""The number of paths that are flattened at once."""
 GRACE_S = 60.0
 SHORT_GRACE_S = 10.0
-"""How long an adapter stays after its last use; the short one where vLLM shows which requests are
-running. Between its look at the name and the start of the request vLLM only reads the prompt."""
+"""Seconds for which an adapter stays after its last use. The short grace is for a vLLM that shows
+its running requests: it need only cover the reading of the prompt, which vLLM does after it has
+looked up the name and before the request runs."""
 ROOM_S = 20.0
-"""How long a request waits for room in the cache."""
+"""Seconds for which a request waits for room in the cache."""
 MOST_SUGGESTED = 200
 """The largest tree in which the nearest name is searched for."""
 
@@ -82,7 +83,7 @@ def register() -> None:
 
 
 class _Resolver:
-    """One process's part: it answers vLLM, and keeps what vLLM has up to date."""
+    """The plugin in one process: it answers vLLM, and keeps vLLM's adapters up to date."""
 
     def __init__(self, settings: PluginSettings, metrics: Metrics) -> None:
         self._settings = settings
@@ -95,8 +96,8 @@ class _Resolver:
         self._watcher: Watcher | None = None
         self._opening = threading.Lock()
         self._once = OnceLog()
-        # Three pools, so that no work waits for another kind: flattening a path may wait for room,
-        # a blend must never be in a path's way, and a look at the folder frees both.
+        # Three pools, so that no kind of work waits for another: flattening a path may wait for
+        # room, a blend must never delay a path, and both wait for a look at the folder.
         self._makers = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="lora_tree")
         self._blenders = ThreadPoolExecutor(1, thread_name_prefix="lora_tree-blend")
         self._looker = ThreadPoolExecutor(1, thread_name_prefix="lora_tree-look")
@@ -115,7 +116,7 @@ class _Resolver:
         return seen
 
     def close(self) -> None:
-        """Stop the threads; vLLM never does, its process ends with them."""
+        """Stop the threads. vLLM never calls this: they end with its process."""
         for pool in (self._makers, self._blenders, self._looker):
             pool.shutdown()
         if self._watcher is not None:
@@ -125,11 +126,11 @@ class _Resolver:
 
     # ------------------------------------------------------------------ on vLLM's event loop
     async def resolve(self, base_model_name: str, name: str) -> Any:
-        """Return the adapter of a path to vLLM; or None, with the reason in the log."""
+        """Return the adapter of a path to vLLM; if it is refused, log why and return None."""
         front = self._front()
         found = None
         since = time.monotonic()
-        step: str | None = NOT_ADMITTED  # what a refusal is counted as; None: the error says it
+        step: str | None = NOT_ADMITTED  # the reason to count a refusal by; None: the error's
         try:
             asked = self._names.admit(name)
             step = UNREADABLE
@@ -165,13 +166,13 @@ class _Resolver:
         return view
 
     async def _find(self, base: str, asked: Asked, view: View) -> Flattened:
-        """Find a name's adapter, with no thread where the tree has no such path.
+        """Return a name's adapter, made in a thread; if the tree has no such path, use no thread.
 
         Raises:
             LoraTreeError: it can't be served.
         """
         loop = asyncio.get_running_loop()
-        # On the event loop, since it costs little: a name that is refused takes no thread.
+        # Checked on the event loop, since it costs little: a name that is refused takes no thread.
         _there(view, asked)
         makers = self._makers if asked.name in asked.paths else self._blenders
         until = loop.time() + ROOM_S
@@ -185,7 +186,10 @@ class _Resolver:
             view = self._seen.recent() or view
 
     def _front(self) -> Front | None:
-        """Find the server that asks. It is read and changed on its own event loop alone."""
+        """Return the front end that asks; None if this vLLM does not show it.
+
+        Called on that front end's event loop.
+        """
         models = asking()
         if models is None:
             self._once.say(
@@ -261,7 +265,7 @@ class _Resolver:
         return any(front.is_read(content) for front in self._fronts)
 
     def _let_go(self, path: str) -> bool:
-        """Have vLLM ask for a path again, unless a request for it has come in meanwhile."""
+        """Make vLLM forget a path; False if a request for it has come in meanwhile."""
         cache = self._cache
         if cache is None or not self._fronts:
             return False  # a front end that can't be told keeps its adapters for ever

@@ -1,15 +1,14 @@
-"""Reach the objects of vLLM's own by which its front end knows adapters.
+"""Reach the objects in which vLLM's front end keeps its adapters.
 
 vLLM asks a resolver for a name and gives it no way to take the answer back. So the plugin finds the
-object that asked, `OpenAIServingModels`, among its callers. From then on
+object that asked, `OpenAIServingModels`, on the call stack. From then on
 - ``lora_requests``, the dict in which vLLM looks up every request's model, notes each use, and
-  takes any spelling;
+  accepts any spelling;
 - ``model_name`` and ``show_available_models`` tell clients the path, not the name with a content;
 - ``engine_client.output_processor.request_states`` says which adapters running requests use.
 
 Read: vLLM 0.32, vllm/entrypoints/openai/models/serving.py and vllm/v1/engine/output_processor.py.
-What another version
-lacks is passed over: the plugin serves on, and knows less.
+If another version lacks one of these, the plugin serves without it, and knows less.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from .flatcache import Flattened
 __all__ = ["Front", "asking"]
 
 WAIT_S = 120.0
-"""How long vLLM may take to load an adapter."""
+"""Seconds that vLLM may take to load an adapter."""
 
 _numbers = itertools.count(1)
 
@@ -45,12 +44,10 @@ def asking() -> Any:
 
 
 def request_of(found: Flattened) -> Any:
-    """Return vLLM's request for an adapter; it must give it a number of its own before the engine
-    sees it.
+    """Return vLLM's request for an adapter. vLLM must set its number before the engine sees it.
 
-    The engine takes requests of one name for one adapter, in a batch and in its caches. So a name
-    is never given twice, not even to a content that comes back while requests for it are still
-    running.
+    The engine identifies an adapter by its name, in a batch and in its caches. So no name is used
+    twice, not even for a content that comes back while requests for it are still running.
     """
     request = need("vllm.lora.request", extra="vllm", what="serving a tree with vLLM")
     name = f"{found.name}.{next(_numbers)}"
@@ -59,12 +56,12 @@ def request_of(found: Flattened) -> Any:
 
 @dataclass(frozen=True)
 class _Awaited:
-    """An adapter that vLLM is being given.
+    """An adapter that vLLM is loading.
 
     Args:
         found: the adapter.
-        until: when vLLM has failed to load it, by the monotonic clock.
-        since: when vLLM asked for it, where a client's request waits for it.
+        until: the time, by the monotonic clock, from which its loading counts as failed.
+        since: when vLLM asked for it, if a client's request waits for it.
     """
 
     found: Flattened
@@ -73,17 +70,17 @@ class _Awaited:
 
 
 class Front:
-    """One front end of vLLM: what it serves, what is in use of it, and how both change.
+    """One front end of vLLM: the adapters that it serves, those in use, and how to change them.
 
     Args:
         models: vLLM's `OpenAIServingModels`.
         loop: the event loop on which it runs; nothing of it is changed elsewhere.
-        cache: the folder of flattened adapters: what lies in it is the plugin's.
-        one_spelling: the name under which a client's name is known.
-        used: is told of each request for a name.
-        answered: is told of each request that runs with an adapter of ours: the adapter, and the
-            name by which the engine knows it.
-        loaded: is told how many seconds the first request for a path waited until vLLM had it.
+        cache: the folder of flattened adapters: an adapter in it is the plugin's.
+        one_spelling: returns the one spelling of a client's name.
+        used: called with the name of each request.
+        answered: called for each request that runs with one of our adapters, with the adapter and
+            the engine's name for it.
+        loaded: called with the seconds that the first request for a path waited until vLLM had it.
     """
 
     def __init__(
@@ -103,7 +100,7 @@ class Front:
         self._answered = answered
         self._loaded = loaded
         self._awaited: dict[str, _Awaited] = {}
-        self._had: dict[str, Flattened] = {}  # path → what vLLM has of it
+        self._had: dict[str, Flattened] = {}  # path → the adapter that vLLM has for it
         models.lora_requests = _Requests(
             models.lora_requests, one_spelling, used, self._asked, self._taken
         )
@@ -117,7 +114,7 @@ class Front:
 
     @property
     def shows_requests(self) -> bool:
-        """Whether this vLLM shows its running requests."""
+        """True if this vLLM shows its running requests."""
         return self._states() is not None
 
     def is_read(self, content: str) -> bool:
@@ -125,13 +122,15 @@ class Front:
         states = self._states() or {}
         folder = self._within + content
         # The values are copied first: this runs in a thread, and the event loop adds and removes
-        # requests meanwhile. To iterate over the dict itself could raise.
+        # requests meanwhile. Iterating over the dict itself could raise.
         requests = [getattr(state, "lora_request", None) for state in list(states.values())]
         return any(request is not None and request.lora_path == folder for request in requests)
 
     def swap(self, found: Flattened) -> bool:
-        """Give vLLM the new content of a path that it serves, and wait until it has it; False where
-        it serves it not.
+        """Give vLLM the new content of a path, and wait until it is loaded.
+
+        Returns:
+            False if vLLM does not serve the path.
 
         Raises:
             Exception: as vLLM, which can't load it.
@@ -142,10 +141,10 @@ class Front:
         return True
 
     def drop(self, path: str, *, unless: Callable[[], bool] = lambda: False) -> bool:
-        """Make vLLM ask for a path again from now on; False if it is loading it, or by ``unless``.
+        """Make vLLM forget a path, so that it asks again; False if it is still loading it.
 
         Args:
-            unless: asked on the event loop, between two requests; True keeps it.
+            unless: called on the event loop, between two requests; True keeps the path.
         """
         return asyncio.run_coroutine_threadsafe(self._drop(path, unless), self._loop).result(
             timeout=WAIT_S
@@ -153,16 +152,16 @@ class Front:
 
     # ------------------------------------------------------------------ asked on the event loop
     def awaits(self, found: Flattened, *, since: float | None = None) -> None:
-        """Note that vLLM is being given an adapter: it loads it before it has the path.
+        """Note that vLLM begins to load an adapter; it has the path only when it is done.
 
         Args:
             found: the adapter.
-            since: when vLLM asked for it, where a client's request waits for it.
+            since: when vLLM asked for it, if a client's request waits for it.
         """
         self._awaited[found.path] = _Awaited(found, time.monotonic() + WAIT_S, since)
 
     def refused(self, name: str) -> None:
-        """Have vLLM forget a name that it was asked for: it keeps a lock for each, for ever."""
+        """Remove the lock that vLLM would keep for ever for a name that it was asked for."""
         kept = getattr(self.models, "lora_resolver_lock", None)
         if isinstance(kept, dict):
             kept.pop(name, None)
@@ -178,7 +177,7 @@ class Front:
             self._loaded(time.monotonic() - awaited.since)
 
     def _asked(self, path: str, request: Any) -> None:
-        """Tell of a request that runs with an adapter of ours; vLLM may have others."""
+        """Report a request that runs with one of our adapters; vLLM may have others."""
         found = self._had.get(path)
         if found is not None and request.lora_path == str(found.folder):
             self._answered(found, request.lora_name)
@@ -190,14 +189,14 @@ class Front:
 
     async def _replace(self, found: Flattened) -> None:
         new = request_of(found)
-        # The number comes from vLLM's own counter. Adapters that it loads by other ways take theirs
-        # there too, so no two share one.
+        # The number comes from vLLM's own counter, which also numbers the adapters that it loads in
+        # other ways. So no two share a number.
         new.lora_int_id = self.models.lora_id_counter.inc(1)
         self.awaits(found)
         try:
             await self.models.engine_client.add_lora(new)
-            # The path may have been dropped while vLLM loaded its new content. It is not put back
-            # then.
+            # The path may have been dropped while vLLM loaded its new content. Then it stays
+            # dropped.
             if dict.__contains__(self.models.lora_requests, found.path):
                 self.models.lora_requests[found.path] = new
         finally:
@@ -205,8 +204,8 @@ class Front:
 
     async def _drop(self, path: str, unless: Callable[[], bool]) -> bool:
         # This runs on the event loop, between two requests: no request can begin between the
-        # question and the removal. A path that is still loading stays, since vLLM puts it in when
-        # it is done.
+        # question and the removal. A path that is still loading stays, because vLLM will add it
+        # anyway when it is done.
         awaited = self._awaited.get(path)
         if unless() or (awaited is not None and time.monotonic() < awaited.until):
             return False
@@ -216,7 +215,7 @@ class Front:
         return True
 
     def _tell_paths(self) -> None:
-        """Tell clients the path that they asked for, in answers and in /v1/models."""
+        """Make vLLM show clients the path that they asked for, in answers and in /v1/models."""
         models = self.models
         own_name, own_list = (
             getattr(models, "model_name", None),
@@ -243,10 +242,10 @@ class Front:
 
 
 class _Requests(dict[str, Any]):
-    """vLLM's dict of adapters by name: takes every spelling of a name, and tells who is looked up.
+    """vLLM's dict of adapters by name, which accepts every spelling and reports each lookup.
 
-    vLLM looks a model up twice for each request: whether it is there, and after its prompt was
-    read. The second look takes the adapter with which the request runs.
+    vLLM looks a model up twice for each request: to see whether it is there, and again after it has
+    read the prompt. The second lookup returns the adapter with which the request runs.
     """
 
     def __init__(
@@ -277,8 +276,8 @@ class _Requests(dict[str, Any]):
         known = self._known(name)
         self._used(known)
         request = super().__getitem__(known)
-        # Clients that wait for one path's first loading are handed the adapter by `resolve_lora`,
-        # and then take it here like everybody else. It would be counted twice.
+        # For requests that waited for a path's first loading, `resolve_lora` reads the adapter
+        # here, and vLLM reads it again as for any other. The request must not be counted twice.
         if sys._getframe(1).f_code.co_name != "resolve_lora":
             self._asked(known, request)
         return request

@@ -14,7 +14,7 @@ __all__ = ["OnceLog", "log", "reason", "tell_request", "tell_served"]
 REASON_CHARACTERS = 1000
 VERSION_DIGITS = 12
 
-# Below vLLM's own logger, so that its lines go where vLLM's go. A logger of ours has no handler.
+# A child of vLLM's logger, so that its lines go where vLLM's go. Another logger has no handler.
 log = logging.getLogger("vllm.lora_tree")
 
 
@@ -24,7 +24,7 @@ def reason(error: Exception) -> str:
 
 
 def tell_served(found: Flattened) -> None:
-    """Log what a client should know of a path that it is served with."""
+    """Log what an operator should know about a path that is now served."""
     for text in found.stale:
         log.warning("lora_tree: '%s' is served though it is stale: %s", shown(found.path), text)
     if found.error is not None and found.error > ROUNDING:
@@ -43,7 +43,7 @@ def tell_request(found: Flattened, adapter: str) -> None:
 
     Args:
         found: the adapter of the request.
-        adapter: the name by which the engine knows it, and vLLM's own lines about requests.
+        adapter: the name that the engine has for it, which vLLM's own lines on requests show.
     """
     said = {
         "path": found.path,
@@ -56,13 +56,13 @@ def tell_request(found: Flattened, adapter: str) -> None:
 
 
 class OnceLog:
-    """Errors that are found again at every look, logged when they begin and when they change."""
+    """A log of errors that recur at every look: each is written when it begins or changes."""
 
     def __init__(self) -> None:
         self._said: dict[str, str] = {}
 
     def say(self, about: str, text: str, *, told_as: str | None = None) -> None:
-        """Log a text, unless the last one about the same was the same.
+        """Log a text, unless it is the same as the last one on the same subject.
 
         Args:
             about: a path, or another key.
@@ -75,9 +75,9 @@ class OnceLog:
             log.error("%s", text)
 
     def is_over(self, about: str) -> bool:
-        """Note that nothing is wrong any more; tell whether something was."""
+        """Forget the error on a subject; return whether there was one."""
         return self._said.pop(about, None) is not None
 
     def keep_only(self, about: Collection[str]) -> None:
-        """Forget all others: paths that are no longer served must not add up."""
+        """Forget all other subjects, so that paths no longer served don't accumulate."""
         self._said = {one: text for one, text in self._said.items() if one in about}

@@ -8,7 +8,7 @@
 vLLM's front end resolves the names, and answers ``/metrics`` from prometheus_client's own registry.
 Where PROMETHEUS_MULTIPROC_DIR is set, as vLLM does for several front ends, prometheus_client keeps
 every figure in a file there, and each front end answers for all of them. Counts are added up. A
-gauge can't be, because several front ends serve one path: it is the largest among them.
+gauge can't be, because several front ends serve the same path: the largest one is shown.
 
 Law: no figure is labelled with anything that a client sends. The number of series is fixed.
 
@@ -97,11 +97,12 @@ class Metrics:
             "paths_behind", "Served paths that go on as they were: their files are not whole."
         )
         self._unreadable = gauge("unreadable", "1 if the last look at the tree failed.")
-        # The front ends share the folder, and each writes its size when it has changed it. The
-        # largest would be that of a front end that changed nothing for long.
+        # The front ends share the folder, and each sets its size after a change of its own. The
+        # largest value might come from a front end that has changed nothing for a long time.
         self._cache_bytes = gauge("cache_bytes", "Bytes of the cache folder.", "livemostrecent")
         self._cache_budget = gauge("cache_budget_bytes", "The most that the cache folder may hold.")
-        # A series that first appears as 1 shows no increase, so each is there from the start.
+        # Prometheus sees no increase in a series that first appears as 1, so each series exists
+        # from the start.
         for kind in ("path", "blend"):
             self._requests.labels(kind)
         for reason in REASONS:

@@ -114,8 +114,7 @@ class ServerArgs:
     Args:
         flags: of ``vllm serve`` or ``python -m vllm.entrypoints.openai.api_server``.
         environment: for the same process.
-        rank: the largest Σr of a path; where it is over the flag's rank such paths are
-            recompressed.
+        rank: the largest Σr of a path; paths over the flag's rank are recompressed.
         base: the tree's base, for ``--model``; None where the tree names none.
         unmatched: patterns of the list of allowed paths that no path of the tree fits.
         problems: nodes that can't be served as they are now, and why.
@@ -147,10 +146,9 @@ def server_args(
     Args:
         folder: of the tree, or its tree.yaml.
         cache: a folder for flattened adapters, on a disk of the machine that serves.
-        max_rank: the largest rank to serve; enough for every path without it, at most 512.
-        max_error: a path that is recompressed to that rank, and loses more in a module by that, is
-            refused.
-        max_loras: how many different paths one batch may hold.
+        max_rank: the largest rank to serve; None: enough for every path, at most 512.
+        max_error: refuse a path whose recompression to that rank loses more in a module.
+        max_loras: the number of different paths that one batch may hold.
         cache_bytes: the most that the cache folder may hold.
         allow: the paths that clients may ask for, or patterns: ``fr/*``, ``fr/**``; every path
             without it.
@@ -188,15 +186,15 @@ def server_args(
     whole = [path for path in paths if broken.keys().isdisjoint(tree.lineage(path))]
     rank = max((_rank(tree, path) for path in whole), default=1)
     allowed = ceil_rank_of(max_rank or min(max(rank, 1), ENGINE_RANKS[-1]))
-    # vLLM keeps adapters that left a batch in host memory; with room for as many as in a batch
-    # alone, it would read them from the disk at every change of batch.
+    # vLLM keeps adapters that left a batch in host memory. With room for only as many as a batch
+    # holds, it would read adapters from the disk whenever the batch changes.
     on_the_host = max(2 * max_loras, 16)
     flags = (
         *("--enable-lora", "--max-lora-rank", str(allowed)),
         *("--max-loras", str(max_loras), "--max-cpu-loras", str(on_the_host)),
     )
     environment = {
-        # vLLM asks a resolver only with this; see docs/export.md for what it opens besides.
+        # vLLM asks resolvers only if this is set; docs/export.md says what else it allows.
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
         # The paths are absolute, because the server may be started in another folder than this
         # command.
@@ -204,8 +202,8 @@ def server_args(
         CACHE: os.path.abspath(as_path(cache)),
         CACHE_BYTES: str(cache_bytes),
         MAX_RANK: str(allowed),
-        # `repr` keeps every bit of the number, and a rounded bound could refuse a path that this
-        # one allows.
+        # `repr` keeps every bit of the number; a rounded bound could refuse a path that this one
+        # allows.
         MAX_ERROR: repr(float(max_error)),
     }
     if rules.allow is not None:
@@ -260,7 +258,7 @@ def _unmatched(rules: NameRules, paths: list[str]) -> tuple[str, ...]:
 
 
 def _rank(tree: AdapterTree, path: str) -> int:
-    """The largest Σr of a module on the way to a path."""
+    """Return the largest Σr of a module over a path's lineage."""
     total: dict[str, int] = {}
     for node in tree.lineage(path):
         outline = tree.outline(node)

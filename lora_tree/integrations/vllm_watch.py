@@ -31,12 +31,12 @@ class Watcher:
     """A thread that looks at the tree until it is closed.
 
     Args:
-        cache: of flattened paths; what it serves is followed.
+        cache: of flattened paths; the thread follows the paths that it serves.
         seen: the tree's folder.
         fronts: vLLM's front ends. The list grows while the thread runs.
         names: reads the names of paths.
-        once: the log of what goes wrong.
-        metrics: the figures of what is served.
+        once: the log of errors.
+        metrics: the figures of the served paths.
         zoo: the tree's folder, for messages.
         every_s: between two looks.
     """
@@ -67,7 +67,7 @@ class Watcher:
         self._thread.start()
 
     def close(self) -> None:
-        """Stop the thread, and wait for the look that it is at."""
+        """Stop the thread, and wait until its present look has ended."""
         self._closed.set()
         self._thread.join()
 
@@ -110,14 +110,14 @@ class Watcher:
         self._metrics.looked(served=len(self._cache.served), stale=stale, behind=behind)
 
     def _look_at(self, view: View, path: str) -> bool:
-        """Compare what a path is with what it is served with; tell whether it is stale.
+        """Compare a path's content with the one served, and follow a change; return its staleness.
 
         Raises:
-            Exception: it can't be followed at the moment, and is served on as it was.
+            Exception: the path can't be followed at the moment, and is served on as it was.
         """
         content = self._cache.served.get(path)
         if content is None:
-            return False  # it was let go of while another was made
+            return False  # it was given up while another path was flattened
         try:
             now = self._cache.content(view.tree, view.problems, path)
         except (FolderError, FormatError):
@@ -132,10 +132,10 @@ class Watcher:
         return bool(now.stale)
 
     def _follow(self, view: View, path: str) -> None:
-        """Serve a path with what it is now.
+        """Serve a path with its present content.
 
         Raises:
-            Exception: it can't be at the moment, and is served on as it was.
+            Exception: that fails at the moment, and the path is served on as it was.
         """
         try:
             with self._cache.replacing(path):
@@ -147,7 +147,7 @@ class Watcher:
             raise  # there is no room now, or the tree has changed once more
         except LoraTreeError as error:
             if isinstance(error, FormatError) and not _locked(view.tree, self._names.read(path)):
-                raise  # nothing says whether the files are whole
+                raise  # without a lock, the files may be half written
             self._no_longer(path, error)
             return
         self._once.is_over(path)
@@ -160,9 +160,9 @@ class Watcher:
             )
 
     def _is_behind(self, path: str, content: str) -> bool:
-        """Tell whether vLLM took another content.
+        """Tell whether vLLM has another content of a path.
 
-        The path was changed between vLLM's question and the answer.
+        That happens if the path changed between vLLM's question and the answer.
         """
         return any(front.serves(path) not in (None, content) for front in self._fronts)
 
@@ -176,7 +176,7 @@ class Watcher:
 
 
 def _locked(tree: AdapterTree, asked: Asked) -> bool:
-    """Tell whether a lock says what the files of all nodes on the way are."""
+    """Tell whether the lock has the files of all nodes on the paths' lineages."""
     for path in asked.paths:
         for node in tree.lineage(path):
             source = tree[node].source

@@ -8,8 +8,8 @@ A part is left out by a blend, so nothing is trained, merged or written:
     {path: 1, node: {part: −1}, parent: {part: 1}}      1 − 1 at the node, 1 − 1 + 1 above it
 
 All of these blends are rows of the same batches (`TreeModel.route`): a batch of 32 answers eight
-questions about four rows in one forward. What a change does to the answers themselves is told by
-the mean divergence of the next token, which needs no right answer:
+questions about four rows in one forward. The effect on the answers themselves is measured by the
+mean divergence of the next token, which needs no right answer:
 
     KL(p ‖ q) = Σ_v p(v) (log p(v) − log q(v)),     p of the whole path, q of what is compared
 """
@@ -37,7 +37,7 @@ from .rows import Row
 __all__ = ["Bisection", "Blame", "Part", "PartKind", "bisect", "blame"]
 
 PartKind: TypeAlias = Literal["nodes", "kinds", "layers", "modules"]
-"""How a node is divided: not at all, by the last words of names, by layers, by modules."""
+"""The division of a node: none, or by the last words of names, by layers, by modules."""
 
 _KINDS = ("nodes", "kinds", "layers", "modules")
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
@@ -46,13 +46,13 @@ Tick: TypeAlias = Callable[[], object]
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a node, and what the path is without it.
+    """A part of a node, and how the path does without it.
 
     Args:
         node: its path.
         part: the modules' last word, their layer, or the module; "" is all of the node.
         loss: of the path without it, in nats per learnt token.
-        change: that less the loss of the whole path: above 0 where the part helps.
+        change: ``loss`` minus the loss of the whole path: above 0 where the part helps.
         divergence: the mean KL, in nats a token, of the answers without it from those with it.
     """
 
@@ -80,7 +80,7 @@ class Blame:
     parts: tuple[Part, ...]
 
     def as_dict(self) -> dict[str, object]:
-        """The figures as plain data, for JSON."""
+        """Return the figures as plain data, for JSON."""
         parts = [vars(part) for part in self.parts]
         return {"path": self.path, "loss": self.loss, "tokens": self.tokens, "parts": parts}
 
@@ -110,7 +110,7 @@ class Bisection:
         return self.steps[1 + rises.index(max(rises))]
 
     def as_dict(self) -> dict[str, object]:
-        """The figures as plain data, for JSON."""
+        """Return the figures as plain data, for JSON."""
         losses = dict(zip(self.steps, self.losses, strict=True))
         return {"losses": losses, "worst": self.worst, "tokens": self.tokens}
 
@@ -129,7 +129,7 @@ def blame(
 
     Args:
         model: of the tree; its base as for a `Run`.
-        path: whose lineage it is.
+        path: its lineage is examined.
         rows: see `read_rows`; their own paths do not count here.
         by: which parts: whole ``nodes``; in each node the modules of one name (``kinds``:
             ``q_proj``), of one layer (``layers``), or one by one (``modules``).
@@ -200,7 +200,7 @@ def bisect(
 
 # ---------------------------------------------------------------------- what is left out
 def _parts_of(tree: AdapterTree, node: str, by: PartKind) -> dict[str, list[str]]:
-    """The parts of a node: what they are called, and their modules."""
+    """Return the parts of a node: name → modules."""
     outline = tree.outline(node)
     if outline is None:
         return {}
@@ -213,7 +213,7 @@ def _parts_of(tree: AdapterTree, node: str, by: PartKind) -> dict[str, list[str]
 
 
 def _part_of(module: str, by: PartKind) -> str:
-    """Return what the part is called that a module belongs to.
+    """Return the name of the part to which a module belongs.
 
     >>> name = "model.layers.3.self_attn.q_proj"
     >>> [_part_of(name, by) for by in ("kinds", "layers", "modules")]
@@ -244,7 +244,8 @@ def _without(tree: AdapterTree, path: str, node: str, modules: list[str] | None)
     for ancestor in tree.lineage(parent) if parent else ():
         outline = tree.outline(ancestor)
         above.update([] if outline is None else outline.modules)
-    # A pattern that matches no module is refused, so the parent's entry names what is there.
+    # A pattern that matches no module is refused, so the parent's entry names only modules that an
+    # ancestor has.
     back = {module: 1.0 for module in modules if module in above}
     if back:
         blend[parent] = {"default": 0.0} | back
@@ -256,7 +257,7 @@ def _without(tree: AdapterTree, path: str, node: str, modules: list[str] | None)
 def _measured(
     model: TreeModel, rows: Sequence[Row], blends: Sequence[Blend], *, batch: int, tick: Tick
 ) -> tuple[list[float], list[float], int]:
-    """The mean loss of the rows under each blend, its mean KL from the first, and the tokens."""
+    """Return each blend's mean loss on the rows, its mean KL from the first, and the tokens."""
     if not rows:
         raise SpecError("there are no rows to measure on", "give what read_rows returned")
     if are_preferences(rows):
@@ -298,7 +299,7 @@ def _measured(
 
 
 def _groups(rows: Sequence[Row], blends: int, batch: int) -> Iterator[list[Row]]:
-    """Rows of similar length whose answers under the first blend fit into one forward."""
+    """Yield rows of similar length, so few that one forward holds all under the first blend."""
     if batch < 1:
         raise SpecError(f"batch must be at least 1, got {batch}")
     ordered = sorted(rows, key=lambda row: len(row.ids))
@@ -308,7 +309,7 @@ def _groups(rows: Sequence[Row], blends: int, batch: int) -> Iterator[list[Row]]
 
 
 def _divergence(whole: Tensor, other: Tensor, labels: Tensor) -> float:
-    """The sum of KL(whole ‖ other) over a row's learnt tokens, of log probabilities (tokens, V)."""
+    """Return the sum of KL(whole ‖ other) over a row's learnt tokens, from log p (tokens, V)."""
     there = labels != IGNORED
     p, q = whole[there], other[there]
     # 0 · log 0 is 0; as a product of floats it is NaN.

@@ -35,12 +35,12 @@ __all__ = ["FACTORS", "NODES", "ancestors_now", "ancestors_then", "load_factors"
 
 FACTORS = "factors.safetensors"
 NODES = "nodes"
-# It stands in place of the hash of a node that is in the checkpoint itself.
+# It takes the place of the hash of a node that is in the checkpoint itself.
 TRAINED = "trained"
 
 
 def save_factors(model: TreeModel, folder: Path, *, writes: bool = True) -> None:
-    """Write what trains into a folder, as one file to resume from and as a PEFT adapter per node.
+    """Write the factors that train: one file to resume from, and a PEFT adapter for each node.
 
     Args:
         model: where its factors are sharded, every rank has to call this.
@@ -114,7 +114,8 @@ def load_factors(model: TreeModel, folder: Path) -> None:
             "or take its nodes: tree.update(path, adapter='…/nodes/…')",
         )
     with torch.no_grad():
-        # In the model's order, which is the same on every rank: to distribute a tensor they meet.
+        # In the model's order, which all ranks share: distributing a tensor is a collective
+        # operation.
         for name, own in now.items():
             new = saved[name]
             if is_sharded(own):
@@ -166,7 +167,7 @@ def _trained(model: TreeModel) -> dict[str, Any]:
 
 
 def _recorded(metadata: Mapping[str, str], file: Path) -> dict[str, Any]:
-    """Return the ancestors as `_stands_on` told them when the file was written."""
+    """Return the ancestors as `_stands_on` returned them when the file was written."""
     return strict_json.loads(metadata.get("stands_on", "{}").encode(), f"{file}: stands_on")
 
 
@@ -194,7 +195,7 @@ def _hash(adapter: Adapter) -> str:
 def _stands_on(model: TreeModel) -> dict[str, dict[str, str]]:
     """Return for each node that trains the nodes down to it, itself included.
 
-    Each is told by its weight, and by its hash or the fact that it trains as well.
+    Each is described by its weight and its hash; `TRAINED` replaces the hash of a node that trains.
     """
     tree, training = model.tree, model.factors.training_paths
     told: dict[str, str | None] = {}

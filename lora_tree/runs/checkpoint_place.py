@@ -1,4 +1,4 @@
-"""How a run's checkpoint appears, whole or not at all, and how it goes away.
+"""Make a run's checkpoint appear whole or not at all, and delete it.
 
     .unfinished/checkpoint-120             filled here by all ranks, synced, then renamed by one
     .unfinished/checkpoint-120.replaced    the checkpoint that it replaces, between the two renames
@@ -85,7 +85,7 @@ def retire(checkpoint: Path) -> None:
     gone = stage / f"{checkpoint.name}.{uuid.uuid4().hex}"
     with suppress(OSError):
         stage.mkdir(exist_ok=True)
-        # It loses its name first: a run that is killed meanwhile leaves no checkpoint that is torn.
+        # Renamed first: a run that is killed meanwhile leaves no half-deleted checkpoint.
         os.rename(checkpoint, gone)
         shutil.rmtree(gone)
         os.rmdir(stage)

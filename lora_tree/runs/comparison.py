@@ -1,4 +1,4 @@
-"""Comparison: is a node better as a checkpoint has it than as the tree has it, on rows held out?
+"""Comparison: is a node better in a checkpoint than in the tree, by its loss on held-out rows?
 
 slice      rows   now     then
 contracts    40   2.31    2.12
@@ -27,9 +27,9 @@ class SliceLosses:
     """The losses on some rows, in nats per learnt token.
 
     Args:
-        rows: how many.
-        before: with the tree as it is.
-        after: with the node as it would be.
+        rows: the number of rows.
+        before: the loss with the tree as it is.
+        after: the loss with the changed node.
     """
 
     rows: int
@@ -58,7 +58,7 @@ class Comparison:
 
     @property
     def is_better(self) -> bool:
-        """The loss falls on the whole, and rises on no slice."""
+        """True if the loss falls on the whole, and rises on no slice."""
         return self.whole.after < self.whole.before and not self.worse
 
 
@@ -75,8 +75,8 @@ def compare_trees(
     """Measure two states of a tree on the rows that go through a node, each at its own path.
 
     Args:
-        before: as it is. A path that is not in it counts as the nearest node above.
-        after: as it would be.
+        before: the tree as it is. A path that it lacks counts as the nearest node above.
+        after: the tree with the changed node.
         path: the node that differs.
         base: no model is attached to it.
         rows: those that do not go through ``path`` are left out.
@@ -108,7 +108,7 @@ def compare_trees(
         measured.append((whole, parts))
     (old, old_parts), (new, new_parts) = measured
     slices = {}
-    # Without a column that names slices all rows are one, which the whole tells already.
+    # Without a slice column all rows are one slice, whose losses are those of the whole.
     for name in sorted(groups) if len(groups) > 1 or "" not in groups else ():
         slices[name] = SliceLosses(len(groups[name]), old_parts[name], new_parts[name])
     return Comparison(path, SliceLosses(len(mine), old, new), slices)

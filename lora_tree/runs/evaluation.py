@@ -96,7 +96,7 @@ def evaluate(
         chosen = [path for path in tree.paths() if tree[path].has_adapter]
     else:
         chosen = list(nodes)
-    # A typo is told before the first path is measured, which may take an hour.
+    # A typo is reported before the first path is measured, which may take an hour.
     for path in chosen:
         tree.lineage(path)
     paths = ("", *(path for path in chosen if path))
@@ -145,13 +145,14 @@ def evaluate_at(
 
 
 class _Measure:
-    """The mean loss of one path's rows, under whatever is active when it is asked for.
+    """The mean loss of one path's rows, under the path that is active when `mean` is called.
 
     Args:
         model: in evaluation mode.
         rows: of one path.
         batch: rows at once.
-        reference: of preferences, which is measured here, once; None: the rows are no preferences.
+        reference: the preferences' reference path, measured once, when this object is made; None:
+            the rows are no preferences.
         beta: of preferences.
         mode: how the reference is made active.
     """
@@ -203,7 +204,7 @@ def _learnt(rows: Sequence[Row]) -> int:
 
 
 def _by_length(rows: Sequence[Row]) -> list[Row]:
-    """Return rows so that those of similar length share a batch, and little of it is padding."""
+    """Return rows by length, so that similar ones share a batch and little of it is padding."""
     return sorted(rows, key=lambda row: len(row.ids))
 
 
@@ -220,7 +221,7 @@ def _mean(model: TreeModel, rows: Sequence[Row], batch: int) -> float:
 
 
 def inputs_of(model: TreeModel, rows: Sequence[Row]) -> tuple[dict[str, Any], Tensor]:
-    """Return what the base is called with, and the labels that its first logits are for.
+    """Return the base's inputs, and the labels to which its first logits belong.
 
     Raises:
         SpecError: the base has an encoder, and a row has nothing for it to read.
@@ -228,7 +229,7 @@ def inputs_of(model: TreeModel, rows: Sequence[Row]) -> tuple[dict[str, Any], Te
     device = next(model.base.parameters()).device
     if getattr(getattr(model.base, "config", None), "is_encoder_decoder", False):
         inputs: dict[str, Any] = _read_and_written(rows, device)
-        # The base shifts these by itself: its decoder starts from a token of its own.
+        # The base shifts these labels itself: its decoder begins with a start token.
         return inputs, inputs["labels"]
     inputs = padded(rows, device=device)
     # The logits at a token are for the next one, and those at the last for none.

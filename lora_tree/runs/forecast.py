@@ -1,10 +1,10 @@
-"""The forecast of a run, told before its first step: which nodes train, and which become stale.
+"""The forecast of a run, made before its first step: which nodes train, and which become stale.
 
 rows      fr/legal  fr/legal  de            the nodes that rows name train, and no others
 trains    fr/legal  (on fr, as it is now), de
 stale     fr/legal/contracts                it was trained on what fr/legal is now
 
-A node above those trains only on request: what is trained in it changes every node below it.
+A node above them trains only on request, because its training changes every node below it.
 """
 
 from __future__ import annotations
@@ -63,8 +63,7 @@ def chosen(
 
     Args:
         model: of the tree.
-        rows: their paths count where ``nodes`` is empty; groups among them have nothing to train
-            and are passed over.
+        rows: their paths count if ``nodes`` is empty; groups have nothing to train and are skipped.
         nodes: paths or patterns.
         with_ancestors: add every node with an adapter above those.
 
@@ -96,10 +95,10 @@ def chosen(
 
 
 def what_trains(tree: AdapterTree, nodes: Sequence[str], rows: Sequence[Row]) -> list[NodeForecast]:
-    """Return the forecast of each node, as it is before the first step."""
+    """Return the forecast of each node, made before the first step."""
     forecasts = []
     counts = Counter(row.path for row in rows)
-    # Once a path, not once a row: there are far fewer paths than rows.
+    # Looked up once per path, not per row: there are far fewer paths than rows.
     lineages = {path: tree.lineage(path) for path in counts}
     for node in nodes:
         above = [path for path in tree.lineage(node)[:-1] if tree[path].has_adapter]
@@ -111,16 +110,16 @@ def what_trains(tree: AdapterTree, nodes: Sequence[str], rows: Sequence[Row]) ->
 
 
 def becoming_stale(tree: AdapterTree, nodes: Iterable[str]) -> list[str]:
-    """Return the nodes that were trained on what these are now, and do not train with them."""
+    """Return the nodes that training these makes stale: nodes below them that do not train."""
     training = set(nodes)
     below: set[str] = set()
-    # A node that trains beside its parent is trained on what the parent becomes: it stays fresh.
+    # A node that trains together with its parent does not become stale.
     for node in training:
         below.update(tree.paths(node))
     stale = []
     for path in tree.paths():
         stays = path in below and path not in training
-        # New factors fit any parent. A new override is a copy of what the parent was.
+        # New factors fit any parent. A new override does not: it is a copy of the parent's tensor.
         fits_any = _is_new(tree, path) and not _replaces(tree, path)
         if stays and tree[path].has_adapter and not fits_any:
             stale.append(path)
@@ -145,18 +144,18 @@ def _is_new(tree: AdapterTree, path: str) -> bool:
     if node.fresh is not None:
         return True
     if node.loaded is None:
-        # Not read for this question, which is asked of every node below one that trains: the lock
-        # says so.
+        # This is asked of every node below one that trains, so the adapter is not read for it: the
+        # lock says whether it is untrained.
         source = node.source
         on = source.trained if isinstance(source, FolderSource) else None
         return on is not None and on.untrained
     # An adapter that was saved before its first step has B = 0, like a fresh one.
-    # One of overrides alone has no B to tell by.
+    # One with overrides alone has no B, and counts as trained.
     values = node.loaded.modules.values()
     return bool(values) and not any(bool(value.B.any()) for value in values)
 
 
 def _replaces(tree: AdapterTree, path: str) -> bool:
-    """Tell whether a node has overrides; of files that are not in memory it is not asked."""
+    """Tell whether a node's adapter has overrides; False if the adapter is not in memory."""
     adapter = tree[path].loaded
     return adapter is not None and bool(adapter.overrides)

@@ -1,11 +1,11 @@
-"""Rows held back from a run, and what they decide: a leaf is kept as far as it beats its parent.
+"""Rows held back from a run, by which each leaf's weight is judged against its parent.
 
     weight   0      0.25   0.5    0.75   1        of a leaf trained on few rows
     loss     2.76   2.74   2.80   2.97   3.25     on its held-back rows: kept at 0.25
 
-A node with few rows learns them by heart, and serves its path worse than its parent would. Training
-loss can't show that; rows that were not trained on can. Only leaves are judged: another weight of a
-node that has children would change what these were trained on.
+A node with few rows overfits, and then serves its path worse than its parent would. Training loss
+can't show that; rows that were not trained on can. Only leaves are judged: another weight of a node
+that has children would change the lineage on which these were trained.
 """
 
 from __future__ import annotations
@@ -69,12 +69,12 @@ class Verdict:
 
     @property
     def beats_parent(self) -> bool:
-        """Whether the node as it was trained does at least as well as its parent."""
+        """True if the node at its trained weight does at least as well as its parent."""
         return self.trained <= self.parent
 
     @property
     def is_reweighed(self) -> bool:
-        """Whether the node does better with less of its weight than it was trained with."""
+        """True if the node does better at a smaller weight than the one it was trained with."""
         return self.kept < self.trained
 
     def __str__(self) -> str:
@@ -102,10 +102,10 @@ def hold_back(rows: Sequence[Row], share: float) -> tuple[list[Row], list[Row]]:
 
 
 def places_held_back(paths: Sequence[str], share: float) -> list[int]:
-    """Return the places of the rows to hold back: of each path the share, rounded down.
+    """Return the indices of the rows to hold back: the share of each path's rows, rounded down.
 
-    They lie evenly over a path's rows. Files are often sorted, and the end of one would not be like
-    the rest.
+    They are spread evenly over a path's rows, because files are often sorted: the last rows would
+    not be representative.
 
     >>> places_held_back(["fr", "de", "fr", "fr", "fr"], 0.5)
     [2, 4]
@@ -128,13 +128,13 @@ def keep_what_helps(
     batch: int = 8,
     beta: float = 0.1,
 ) -> list[Verdict]:
-    """Give every leaf that does not beat its parent on held-back rows the weight that does.
+    """Give every leaf that does worse than its parent on held-back rows the weight of least loss.
 
     Args:
         model: of the tree; nothing trains. The tree's weights are changed, no factor is.
         rows: held back. A leaf is judged by those of its own path.
-        nodes: what trained. Nodes with an adapter below them are passed over, and so are leaves
-            without rows.
+        nodes: the nodes that trained. Nodes with an adapter below them are skipped, and so are
+            leaves without rows.
         batch: rows at once.
         beta: of preferences. A parent's loss on them is log 2, since it is the reference.
 
@@ -166,15 +166,15 @@ def judge(
     counts: Mapping[str, int],
     measure: Callable[[float, Sequence[str]], Mapping[str, float]],
 ) -> list[Verdict]:
-    """Find for every leaf that does not beat its parent the weight that does.
+    """Find the weight of least loss for every leaf that does worse than its parent.
 
     Args:
-        tree: nothing of it is changed.
-        nodes: what trained. Nodes with an adapter below them are passed over, and so are leaves
-            without rows.
-        counts: path → how many rows of it were held back.
-        measure: a part of their weight and some leaves → the loss of each on its own rows, with
-            the leaf counting by that part. It is asked for few parts, and for many leaves at once.
+        tree: it is not changed.
+        nodes: the nodes that trained. Nodes with an adapter below them are skipped, and so are
+            leaves without rows.
+        counts: path → the number of its rows held back.
+        measure: (part, leaves) → the loss of each leaf on its own rows, at that part of its weight.
+            It is called for few parts, with many leaves at once.
 
     Returns:
         A verdict on each leaf that was judged, in the order of ``nodes``.
@@ -201,7 +201,7 @@ def judge(
     verdicts = []
     for leaf in leaves:
         own = losses[leaf]
-        # A tie goes to the weight as it is: a node that was not trained yet adds nothing.
+        # A tie goes to the larger weight: an untrained node, which adds nothing, keeps its own.
         best = min(sorted(own, reverse=True), key=own.__getitem__)
         weight = scaled_weight(tree[leaf].weight, best)
         verdicts.append(Verdict(leaf, counts[leaf], own[0.0], own[1.0], own[best], weight))
@@ -213,8 +213,8 @@ def loss_of_rows(
 ) -> float:
     """Return the mean loss of rows, each at its own path, in nats per learnt token.
 
-    Of preferences it is the mean loss of DPO, each path against its parent. For a run that goes on:
-    nothing that trains is changed, merged or drawn.
+    Of preferences it is the mean loss of DPO, each path against its parent. It may be called during
+    a run: it changes and merges no factor, and draws no random number.
 
     Args:
         model: of the tree; its nodes may be training.

@@ -1,4 +1,4 @@
-"""The identity of a run: the part of run.json by which two runs are the same one.
+"""The identity of a run: the part of run.json that is equal for two runs if they are the same.
 
     version, settings, nodes, rows, held_out, fresh     what the run is
     step, losses, saved, …                              how far it has come
@@ -35,7 +35,7 @@ def run_identity(
 
     Args:
         settings: how it trains.
-        nodes: what trains, in the order of the tree.
+        nodes: the nodes that train, in the order of the tree.
         rows: those that it trains on.
         held_out: how it is watched; None: it is not.
         fresh: it begins from new factors.
@@ -49,7 +49,7 @@ def run_identity(
     }
     if held_out is not None:
         identity["held_out"] = held_out
-    # A run.json without the word is that of a run that was not fresh, and may go on.
+    # A run.json without this key is of a run that was not fresh; that run may go on.
     if fresh or (before is not None and "fresh" in before.about):
         identity["fresh"] = fresh
     return identity
@@ -71,7 +71,7 @@ def refuse_other(before: LastCheckpoint, mine: Mapping[str, Any]) -> None:
     """Refuse to begin a run where another one is unfinished.
 
     Raises:
-        SpecError: the two differ; says in what.
+        SpecError: the two differ; the error says in which key.
     """
     what = differing(before.about, mine)
     if what is not None:
@@ -86,7 +86,7 @@ def refuse_other(before: LastCheckpoint, mine: Mapping[str, Any]) -> None:
 
 
 def differing(about: Mapping[str, Any], mine: Mapping[str, Any]) -> str | None:
-    """Return the first word of a run.json that differs from ``mine``; None: it is the same run."""
+    """Return the first key of a run.json that differs from ``mine``; None: it is the same run."""
     for what, value in mine.items():
         if about.get(what) != value:
             return what

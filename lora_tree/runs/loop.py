@@ -11,7 +11,7 @@ random has to be kept.
 `refusals.py` refuses a run before it changes anything; `identity.py` says which runs are the same;
 `place.py` finds the checkpoints in the folder, and sets those of finished runs aside; `step.py`
 takes one step; `run_losses.py` keeps the losses; `resume.py` reads a checkpoint's numbers back;
-`run_notes.py` tells others how the run trains, and `recording.py` what it does.
+`run_notes.py` describes how the run trains, and `recording.py` records its steps.
 """
 
 from __future__ import annotations
@@ -68,31 +68,31 @@ class Run:
         rows: see `read_rows`. Those that go through no node that trains are left out.
         settings: how it trains.
         folder: of this run's checkpoints; made where missing.
-        nodes: paths or patterns of what trains; none: the nodes that rows name.
+        nodes: paths or patterns of the nodes that train; none: the nodes that rows name.
         with_ancestors: the nodes above those train as well.
         keep: checkpoints that stay: the last ones, and from two on the best one, by its loss on
             the rows held back.
         data: the files that the rows came from, for `training`.
         max_length: tokens that were kept of a row, likewise.
         held_out: how the run is watched on rows that it does not train on, and when a node stops.
-        records: the tree's folder, or its tree.yaml: what the run does is noted there, for
+        records: the tree's folder, or its tree.yaml: the run is recorded there, for
             `lora_tree.run_records`. None: nowhere.
-        by: the command, or what the program calls itself, for the record.
+        by: the command, or the name of the program, for the record.
         fresh: begin from new factors of the same shapes, drawn from torch's own generator as those
             of a new node are; else from the present ones.
 
     Attributes:
-        nodes: what trains, in the order of the tree.
+        nodes: the nodes that train, in the order of the tree.
         prefers: the rows are preferences, and each node is compared with its parent.
         rows, held_back: the rows that are trained on, and those that are not.
-        trained: the same, with what each begins from and stands on.
-        outdated: the nodes that become stale: they were trained on what is about to change.
+        trained: for each node that trains, the factors it begins from, and its ancestors.
+        outdated: the nodes that become stale: they were trained on nodes that are about to change.
         was_over: the run had finished before, and the tree has its nodes: no step is left.
-        aside: the finished run that was in the folder before this one, where it lies now; None if
+        aside: the finished run that was in the folder and was set aside, in its new place; None if
             there was none.
 
     Raises:
-        SpecError: no row goes through what trains; or the folder has the checkpoint of an
+        SpecError: no row goes through a node that trains; or the folder has the checkpoint of an
             unfinished run with other settings, nodes or rows; or the base has an encoder.
         FolderError, FormatError: the folder or its checkpoint can't be read.
         PathError: a path or pattern matches no node.
@@ -167,7 +167,7 @@ class Run:
             group["clip_norm"] = settings.clip_norm
         self.optimizer = torch.optim.AdamW(groups, lr=settings.lr)
         model.follow(self.optimizer)
-        # Before a checkpoint is loaded: the forecast tells of the tree as the user knows it.
+        # Made before a checkpoint is loaded: the forecast is about the tree as the user knows it.
         self.trained: list[NodeForecast] = what_trains(tree, self.nodes, self.rows)
         if fresh:
             self.trained = [replace(forecast, is_new=True) for forecast in self.trained]
@@ -195,14 +195,14 @@ class Run:
 
         Raises:
             DivergedError: a step made factors or losses that are not finite; names nodes, step and
-                losses. The factors are put back to what they were when this object was made, and
-                checkpoints of earlier steps stay.
+                losses. The factors get back the values that they had when this object was made,
+                and checkpoints of earlier steps stay.
 
         >>> # for step in run.steps(save_every=50): print(step.number, step.losses)
         """
         settings, model = self.settings, self.model
-        # The order is drawn for the whole run at once. So a run that was resumed goes on with the
-        # very rows that it would have had.
+        # The order is drawn for the whole run at once. So a resumed run goes on with exactly the
+        # rows that it would have had.
         order = self._order()
         model.train()
         self._begin_record()
@@ -239,7 +239,7 @@ class Run:
         return self.done if stopped_at is None else stopped_at
 
     def save(self) -> Path:
-        """Write a checkpoint, which appears whole or not at all; superfluous ones then go.
+        """Write a checkpoint, which appears whole or not at all; then delete superfluous ones.
 
         Raises:
             DivergedError: the run has diverged.
@@ -248,7 +248,8 @@ class Run:
         """
         self._check_sound()
         self._measured = self._measure()
-        # The lines first: a checkpoint of step 50 says that the lines up to 50 are there.
+        # The record is synced first: a checkpoint of step 50 implies that all lines up to step 50
+        # are on the disk.
         if self._recorder is not None:
             self._recorder.sync()
         about = self._told(saved=False)
@@ -266,7 +267,7 @@ class Run:
         return loss_of_rows(self.model, self.held_back, batch=settings.batch, beta=settings.beta)
 
     def finish(self) -> None:
-        """Note that the tree was saved with this run's nodes: the folder's next run begins anew.
+        """Note that the tree was saved with this run's nodes, so that the run is not resumed again.
 
         Raises:
             FolderError: the folder can't be written, or has no checkpoint of the last step.
@@ -276,7 +277,7 @@ class Run:
             self._recorder.end("finished", self.taken, self.outcomes(), self.outdated)
 
     def keep_what_helps(self) -> list[Verdict]:
-        """Give each leaf that does not beat its parent on the rows held back the weight that does.
+        """Give each leaf that does worse than its parent on held-back rows the best smaller weight.
 
         Call it after the last step, before the tree is saved. Nothing trains any more after it.
         """
@@ -306,12 +307,12 @@ class Run:
 
     @property
     def watched_on(self) -> int:
-        """How many rows it is watched on."""
+        """The number of held-out rows on which the run is measured."""
         return 0 if self._watch is None else self._watch.rows
 
     @property
     def record(self) -> RunRecord | None:
-        """What was noted of this run so far; None if it is not kept, or took no step."""
+        """The record of this run so far; None if none is kept, or no step was taken."""
         if self._recorder is None:
             return None
         folder = self._recorder.folder
@@ -341,7 +342,7 @@ class Run:
         """Return the note of the save that puts this run's nodes into the tree.
 
         Args:
-            by: the command, or what the program calls itself.
+            by: the command, or the name of the program.
         """
         return self._notes.of_save(by, self.losses())
 
@@ -403,7 +404,7 @@ class Run:
             told["watch"] = self._watch.plain()
         training = self.training
         if training is not None:
-            # Beside what makes it the same run: a file of rows may be moved between two resumes.
+            # Not a part of the identity: a file of rows may be moved between two resumes.
             told["training"] = training.model_dump(mode="json")
         return told
 
@@ -414,7 +415,7 @@ class Run:
             )
 
     def _order(self) -> list[int]:
-        """Return the number of the row at every place of the whole run, drawn from the seed."""
+        """Return the index of each row that the whole run takes, in order, drawn from the seed."""
         settings = self.settings
         sampler = PathSampler(
             [row.path for row in self.rows],
@@ -428,17 +429,18 @@ class Run:
         """Go on from a checkpoint, or set it aside; return how many steps are done."""
         is_same = differing(before.about, self._identity) is None
         if is_same and before.is_saved and is_what_it_left(self.model, self.nodes, before):
-            # The tree has these very numbers, so there is nothing to load and no step to take.
+            # The tree has exactly these numbers, so there is nothing to load and no step to take.
             self._remember(before)
             self.was_over = True
             return before.step
-        # Finished and the same, but not saved: the process ended between the last checkpoint and
-        # the tree. That run is loaded, so that its caller saves the tree now.
+        # A run that is the same and finished, but not saved, ended between its last checkpoint and
+        # the save of the tree. It is loaded below, so that the caller saves the tree now. Any other
+        # finished run is set aside.
         if before.is_finished and (before.is_saved or not is_same):
             folder = set_aside(before)
             self.aside = LastCheckpoint(folder, before.about, before.step)
             return 0
-        # Written by hand or by another version: no run of these settings can be so far.
+        # No run of these settings can be so far: the file was written by hand or another version.
         if before.step > self.settings.steps:
             raise FormatError(
                 f"{before.folder / ABOUT}: step is {before.step}, "
@@ -449,11 +451,11 @@ class Run:
         return before.step
 
     def _draw_again(self) -> None:
-        """Make the factors that train new ones; a run that diverges gives the old ones back."""
+        """Draw new factors for the nodes that train; a run that diverges restores the old ones."""
         for node in self.nodes:
             adapter = self.model.tree.adapter(node)
             assert adapter is not None  # it trains
-            # In the order in which a new node's are drawn, so that one seed gives one adapter.
+            # In the order of a new node's drawing, so that the same seed gives the same adapter.
             for _, value in sorted(adapter.modules.items()):
                 draw_again(value)
 

@@ -20,7 +20,7 @@ MARGIN, HEADER_HEIGHT, FOOTER_HEIGHT = 8, 34, 30
 DARKEST = (33, 102, 172)
 GREY = "rgb(208,208,208)"
 MOST_CHARACTERS = 10
-"""Characters of a domain's name that fit over its column; the whole name is under the pointer."""
+"""Characters of a domain's name that fit over its column; a tooltip shows the whole name."""
 
 
 def loss_map(
@@ -48,7 +48,7 @@ def loss_map(
         name = domain or BASE_LABEL
         centre = left + CELL_WIDTH * j + CELL_WIDTH // 2
         picture.text(centre, HEADER_HEIGHT - 10, _short(name), anchor="middle", tip=name)
-    # Shades are by column, so the losses are turned: one tuple per domain.
+    # A cell's shade depends on its column, so the losses are transposed: one tuple per domain.
     columns = list(zip(*losses, strict=True))
     for i, path in enumerate(paths):
         top = HEADER_HEIGHT + CELL_HEIGHT * i

@@ -60,13 +60,13 @@ class LastCheckpoint:
 
     @property
     def is_finished(self) -> bool:
-        """All steps of its run are done."""
+        """True if all steps of its run are done."""
         settings = self.about.get("settings")
         return isinstance(settings, Mapping) and settings.get("steps") == self.step
 
     @property
     def is_saved(self) -> bool:
-        """Its nodes were saved in the tree."""
+        """True if its nodes were saved in the tree."""
         return self.about.get("saved") is True
 
 
@@ -76,7 +76,7 @@ def last_of(folder: Path) -> LastCheckpoint | None:
     Raises:
         FolderError, FormatError: the folder or the checkpoint can't be read.
     """
-    # A process that was killed while it exchanged a checkpoint may have left it under another name.
+    # A process that was killed while it replaced a checkpoint may have left it under another name.
     put_back(folder)
     found = checkpoints(folder)
     if not found:
@@ -125,8 +125,8 @@ def set_aside(before: LastCheckpoint) -> Path:
     while not disk.make(parent / f"{_FINISHED}{number}"):
         number += 1
     aside = parent / f"{_FINISHED}{number}"
-    # The last one goes last: as long as it is there, the next start sees that a run has to make
-    # room. Each is moved by its name alone, which is atomic on one file system.
+    # The last one is moved last: as long as it is there, the next start sees that a run has to make
+    # room. Each is moved by one rename, which is atomic on one file system.
     for _, checkpoint in checkpoints(parent):
         if checkpoint != before.folder:
             disk.rename(checkpoint, aside / checkpoint.name)
@@ -137,17 +137,17 @@ def set_aside(before: LastCheckpoint) -> Path:
 
 
 def measured_of(checkpoint: Path) -> float | None:
-    """Return a checkpoint's loss on the rows held back, as its run.json tells it."""
+    """Return a checkpoint's loss on the rows held back, from its run.json; None if unknown."""
     file = checkpoint / ABOUT
     try:
         measured = strict_json.loads(disk.read_file(file), str(file)).get("measured")
     except LoraTreeError:
-        return None  # it is only compared, and one that can't be read is no better than the others
+        return None  # a loss only serves to compare checkpoints, so an unknown one is no error
     return measured if isinstance(measured, float) else None
 
 
 def superfluous(found: Sequence[tuple[int, Path]], keep: int) -> list[Path]:
-    """Return the checkpoints that go, so that the best and the last ones stay.
+    """Return the checkpoints to delete, so that the best and the last ones stay.
 
     Args:
         found: (step, folder) of all of a run's, in order.
@@ -169,5 +169,5 @@ def superfluous(found: Sequence[tuple[int, Path]], keep: int) -> list[Path]:
 
 def render_about(about: Mapping[str, Any]) -> bytes:
     """Return the bytes of a run.json."""
-    # Sorted, so that two runs of one kind differ in nothing but what is different.
+    # Sorted, so that a comparison of two files shows only what differs between the runs.
     return json.dumps(about, indent=2, sort_keys=True).encode()

@@ -7,8 +7,8 @@ reference.
     ρ, first    each row by its parent, in one routed batch, without gradients
     π           each row by its path, in one routed batch
 
-log π(answer) is the sum over the answer's tokens. Neither model drops anything out, since the
-ratio of the two would be of the masks as much as of the answers. Rafailov et al., Direct Preference
+log π(answer) is the sum over the answer's tokens. Neither model uses dropout: the ratio of the two
+would depend on the masks as much as on the answers. Rafailov et al., Direct Preference
 Optimization, 2023, equation 7: https://arxiv.org/abs/2305.18290
 """
 
@@ -84,7 +84,7 @@ def answers_of(rows: Sequence[Row]) -> list[Row]:
 
 
 def log_probabilities(model: TreeModel, rows: Sequence[Row]) -> Tensor:
-    """Return log p(answer) of each row under what is active now: (rows,), fp32 or wider."""
+    """Return log p(answer) of each row under the active path or route: (rows,), fp32 or wider."""
     inputs = padded(rows, device=next(model.base.parameters()).device)
     labels = inputs.pop("labels")
     return -row_losses(model(**inputs).logits, labels)[0]

@@ -1,4 +1,4 @@
-"""A checkpoint's node becomes a node of a tree."""
+"""Promote a checkpoint's node to a node of a tree."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def promote(
         TreeError: an attached model is using the node.
     """
     name = path if node is None else node
-    # The name becomes a part of a file's path below, so it is judged as text first.
+    # The name becomes a part of a file's path below, so it is checked as text first.
     check_path(name)
     folder = where_it_lies(as_path(checkpoint)) / NODES
     if not is_folder(folder):
@@ -79,10 +79,10 @@ def promote(
 def promotion_note(
     by: str, path: str, checkpoint: str | os.PathLike[str], *, node: str | None = None
 ) -> SaveNote:
-    """Return the note of the save after `promote`, with what the checkpoint's run trained with.
+    """Return the note of the save after `promote`, with the data and settings of the run.
 
     Args:
-        by: the command, or what the program calls itself.
+        by: the command, or the name of the program.
         path, checkpoint, node: as for `promote`.
 
     Raises:

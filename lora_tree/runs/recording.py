@@ -1,6 +1,6 @@
-"""Recording: a run notes what it does in the tree's folder, step by step, and how it ended.
+"""Recording: a run keeps its steps, and how it ended, in the tree's folder.
 
-    begins     the next number, or that of the same run if it was cut off; later lines are cut off
+    begins     a new number, or that of the same run, resumed; lines of later steps are removed
     a step     its lines are appended, before its checkpoint is written
     ends       stopped, diverged, or trained; then finished, once the tree was saved
 
@@ -43,9 +43,9 @@ class Recorder:
 
     Args:
         zoo: the tree's folder, or its tree.yaml.
-        about: what makes it this run: its settings, nodes, rows and folder of checkpoints.
+        about: the run's identity: its settings, nodes, rows and folder of checkpoints.
         more: the rest of run.json.
-        by: the command, or what the program calls itself.
+        by: the command, or the name of the program.
         done: steps that the run has taken; lines of later ones are removed.
 
     Raises:
@@ -73,7 +73,7 @@ class Recorder:
         self._held = held
         try:
             file = self.folder / RUN_ABOUT
-            # The file's own words stay: a run that goes on began when it began.
+            # The file's own values stay: a resumed run keeps the time at which it first began.
             self._told = strict_json.loads(disk.read_file(file, follow=False), str(file))
             cut_after(self.folder, done)
             self._note("running", done, ended=None)
@@ -96,7 +96,7 @@ class Recorder:
         outcomes: Mapping[str, NodeOutcome],
         stale: Iterable[str] = (),
     ) -> None:
-        """Note how the run ended, and let go of it; a later call may note that it went further."""
+        """Record how the run ended, and release its lock; a later call may record a later state."""
         plain = {}
         for node, outcome in outcomes.items():
             plain[node] = {name: _json(value) for name, value in asdict(outcome).items()}

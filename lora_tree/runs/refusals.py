@@ -1,4 +1,4 @@
-"""Refuse a run that could not train what it is asked to, before it changes the model.
+"""Refuse a run that could not train as asked, before it changes the model.
 
 Each check here reads the tree, the rows and the settings, and writes nothing: a run that is refused
 leaves no trace. The checks that compare a run with the checkpoint of an earlier one are in
@@ -29,7 +29,7 @@ __all__ = [
 
 
 def refuse_encoder(model: TreeModel) -> None:
-    """Refuse a base with an encoder: a run trains models that continue what they read.
+    """Refuse a base with an encoder: a run trains models that continue their input.
 
     Raises:
         SpecError: names the base's class, and the trainer that can.

@@ -1,4 +1,4 @@
-"""The numbers of a run on their way to a checkpoint and back.
+"""Write an optimiser's state into a checkpoint, and read factors and state back.
 
 checkpoint-40/factors.safetensors        the factors that train
               optimizer.safetensors      "3.exp_avg": of the optimiser's parameter 3
@@ -29,7 +29,7 @@ def render_state(optimizer: torch.optim.Optimizer) -> bytes:
     tensors: dict[str, Tensor] = {}
     for index, state in by_parameter.items():
         for name, tensor in state.items():
-            # On the CPU: a run may go on where another device is found.
+            # On the CPU, because a run may be resumed on another device.
             tensors[f"{index}.{name}"] = tensor.detach().cpu()
     return render_tensors(tensors, {"format": "pt"})
 
@@ -50,7 +50,7 @@ def take_over(model: TreeModel, optimizer: torch.optim.Optimizer, checkpoint: Pa
     # The groups are those of this run's settings: a checkpoint keeps no rates.
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": by_parameter, "param_groups": groups})
-    # load_state_dict replaces the groups' dicts, so the model has to look at them anew.
+    # load_state_dict replaces the groups' dicts, so the model has to read them again.
     model.follow(optimizer)
 
 
@@ -69,7 +69,7 @@ def is_what_it_left(model: TreeModel, nodes: Sequence[str], before: LastCheckpoi
         if not torch.equal(tensor, now[name]):
             return False
     for node in nodes:
-        # By content and not by name: a parent that was renamed is the same model.
+        # Compared by content, not by name: a parent that was renamed is the same model.
         then, above = ancestors_then(before.folder, node), ancestors_now(model.tree, node)
         if list(then.values()) != list(above.values()):
             return False

@@ -1,12 +1,12 @@
-"""Retraining: what is stale is trained again with what it was trained with, as a build tool would.
+"""Retraining: plan, like a build tool, to train stale nodes again with their data and settings.
 
     fr          stale       ─→ first   fr                      legal.jsonl, 200 steps
     fr/legal    below it    ─→ then    fr/legal, fr/medical    one run trained both: one run again
     fr/medical  below it
     de          not stale       stays
 
-Law: no node is trained on one that is to be trained again and is not yet. So a node whose data is
-gone holds back all that is below it.
+Law: a node is trained only when all nodes above it that are to be trained again have been. So a
+node whose data is gone also keeps all nodes below it from being trained.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ class RetrainJob:
 
     Args:
         nodes: they were trained together, with the same data and settings.
-        training: what they were trained with.
-        settings: of the run, as far as they are about these nodes.
+        training: the data and settings of that training.
+        settings: of the run, without those for other nodes.
         data: the files of rows, in order.
-        changed: those of them whose bytes are others than they were.
+        changed: the files whose bytes have changed since.
         run: the folder of the run's checkpoints.
         held_out: the files of the rows that it is watched on, in order.
     """
@@ -80,14 +80,14 @@ class Retraining:
 def plan_retraining(
     tree: AdapterTree, nodes: Sequence[str] | None = None, *, fresh: bool = False
 ) -> Retraining:
-    """Return how to train nodes again with what they were trained with, from the root down.
+    """Return the jobs that train nodes again with their data and settings, from the root down.
 
-    The nodes below those become stale with it, so they are in the plan as well.
+    The nodes below them become stale by that, so they are in the plan as well.
 
     Args:
-        tree: opened from a folder; nothing of it is changed.
-        nodes: paths or patterns; None: what is stale.
-        fresh: they are to begin from new factors: nodes that can't are left.
+        tree: opened from a folder; it is not changed.
+        nodes: paths or patterns; None: all stale nodes.
+        fresh: begin from new factors; nodes that can't are left out, with the reason.
 
     Raises:
         PathError: a path or pattern matches no node.
@@ -165,7 +165,7 @@ def _rounds(tree: AdapterTree, able: Mapping[str, TrainedWith]) -> list[list[str
                 continue
             digest = able[path].digest
             above = [node for node in tree.lineage(path)[:-1] if node in able and node not in done]
-            # A node may wait for one that trains in the same run, as the first time.
+            # Ancestors may also train in the same run, if they did so the last time.
             if all(ready.get(node) == digest for node in above):
                 ready[path] = digest
         together: dict[str, list[str]] = {}
@@ -192,7 +192,7 @@ def _job(
 
 
 def _settings(tree: AdapterTree, nodes: Sequence[str], training: TrainedWith) -> Settings:
-    """Return the settings of a run, without what they say of nodes that do not train now.
+    """Return the settings of a run, without those for nodes that do not train now.
 
     Raises:
         SpecError: another version of this library wrote them.
@@ -217,16 +217,16 @@ class _DataFiles:
         self._hashes: dict[Path, str] = {}
 
     def place(self, path: str) -> Path:
-        """Return where a file is that is told as seen from the tree's folder."""
+        """Return the place of a file, given its path relative to the tree's folder."""
         return Path(os.path.normpath(self._home / path))
 
     def gone(self, training: TrainedWith) -> list[str]:
-        """Return the files that are not there any more."""
+        """Return the files that no longer exist."""
         files = [*training.data, *_held_out(training)]
         return [file.path for file in files if not is_file(self.place(file.path))]
 
     def changed(self, training: TrainedWith) -> list[Path]:
-        """Return the files that hold other bytes than they did."""
+        """Return the files whose bytes have changed."""
         found = []
         for file in [*training.data, *_held_out(training)]:
             place = self.place(file.path)

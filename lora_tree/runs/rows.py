@@ -47,7 +47,7 @@ class Row:
         ids: its tokens.
         labels: the same, −100 where nothing is learnt.
         where: file and line, for messages.
-        cut: it was longer.
+        cut: the row was longer, and its end was cut off.
         extra: columns that were not read, by name.
         rejected: of a preference, the same prompt with the answer that is not preferred; the row
             itself has the preferred one. None: the row is learnt by itself.
@@ -90,8 +90,8 @@ def read_rows(
     Raises:
         FolderError: a file can't be read.
         FormatError: a line is no JSON object; names the file and the line.
-        SpecError: a row says nothing that can be learnt, or too much; or no row has the column
-            ``slice_by``.
+        SpecError: a row has nothing to learn from, or has it in several ways; or no row has the
+            column ``slice_by``.
         PathError: a row's path is not in the tree.
     """
     if max_length < 2:
@@ -125,13 +125,13 @@ def read_rows(
 
 
 def _sliced(row: Row, data: Mapping[str, Any], column: str) -> Row:
-    """Return a row with the value of a column as its slice; a row without it is of none."""
+    """Return a row with the value of a column as its slice; "" if it has no such column."""
     extra = tuple(name for name in row.extra if name != column)
     return replace(row, slice=str(data.get(column, "")), extra=extra)
 
 
 def padded(rows: Sequence[Row], *, device: torch.device, pad: int = 0) -> dict[str, Tensor]:
-    """Return ``input_ids``, ``attention_mask`` and ``labels`` of a batch, filled up at the end.
+    """Return ``input_ids``, ``attention_mask`` and ``labels`` of a batch, padded at the end.
 
     Each is (rows, longest), int64.
 
@@ -140,7 +140,7 @@ def padded(rows: Sequence[Row], *, device: torch.device, pad: int = 0) -> dict[s
     >>> batch["input_ids"].tolist(), batch["labels"].tolist()
     ([[1, 2, 3], [4, 0, 0]], [[-100, 2, 3], [4, -100, -100]])
     """
-    # To the longest row of this batch: a fixed length would spend most of it on padding.
+    # Padded to the longest row of this batch: a fixed length would waste most of it on padding.
     longest = max(len(row.ids) for row in rows)
 
     def filled(lines: Iterable[Sequence[int]], filler: int) -> Tensor:
@@ -157,12 +157,12 @@ def padded(rows: Sequence[Row], *, device: torch.device, pad: int = 0) -> dict[s
 
 # ---------------------------------------------------------------------- one row
 def _lines(file: Path) -> Iterator[tuple[str, bytes]]:
-    """Yield the lines of a file that hold anything, each with its place."""
+    """Yield the lines of a file that are not blank, each with its place."""
     try:
         with open(file, "rb") as stream:
             for number, line in enumerate(stream, 1):
                 if number == 1:
-                    # Some editors and spreadsheet exports begin a UTF-8 file with a mark.
+                    # Some editors and spreadsheets begin a UTF-8 file with a byte order mark.
                     line = line.removeprefix(codecs.BOM_UTF8)
                 if line.strip():
                     yield f"{file}:{number}", line
@@ -210,11 +210,11 @@ def _row(
 
 
 def _answers(data: Mapping[str, Any], keys: set[str]) -> list[dict[str, Any]]:
-    """Return what a row is to be learnt from in one of the first three ways: of a preference two,
-    the preferred one first.
+    """Return a row's data in one of the first three ways; for a preference twice, once with each
+    answer, the preferred one first.
 
     Raises:
-        SpecError: a column is not what it has to be.
+        SpecError: a column has the wrong type.
     """
     if keys == PREFERENCE and isinstance(data["prompt"], list):
         for key in ("chosen", "rejected"):
@@ -241,7 +241,7 @@ def _way(data: Mapping[str, Any]) -> tuple[set[str], set[str]]:
     """Return the columns by which a row says what is learnt, and those that are the user's own.
 
     Raises:
-        SpecError: it says so in no way, in several, or in half of one.
+        SpecError: its columns are not those of exactly one way.
     """
     keys = WORDS & set(data)
     extra = set(data) - WORDS - {"path"}
@@ -297,5 +297,5 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
 def _ended(ids: list[int], tokenizer: Any) -> list[int]:
     """Add the end-of-text token, unless there is none or the tokenizer has added it already."""
     end = tokenizer.eos_token_id
-    # It is a slice and no index, because an empty text has no last token.
+    # A slice, not an index, because an empty text has no last token.
     return ids if end is None or ids[-1:] == [end] else [*ids, end]

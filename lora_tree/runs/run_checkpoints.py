@@ -1,4 +1,4 @@
-"""RunCheckpoints: those that one run writes, from the factors to its run.json.
+"""RunCheckpoints: the checkpoints of one run, with all their files.
 
     run/checkpoint-40/factors.safetensors      the factors that train, bit for bit
                       nodes/fr/legal/…         the same as PEFT adapters, to be promoted
@@ -6,8 +6,8 @@
                       best.safetensors         of a run that is watched, and may stop nodes
                       run.json                 its identity, step, losses; whether the tree has it
 
-Law: a checkpoint is there whole before an older one goes. A process that is killed leaves one too
-many, never none.
+Law: a checkpoint is complete before an older one is deleted. A process that is killed leaves one
+too many, never none.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class RunCheckpoints:
 
     @property
     def are_compared(self) -> bool:
-        """Whether the best one stays, so that each has to know its loss on the rows held back."""
+        """True if the best one stays, so that each needs its loss on the rows held back."""
         return self._keep > 1
 
     def save(
@@ -90,7 +90,7 @@ class RunCheckpoints:
         return folder
 
     def tell(self, step: int, about: Mapping[str, Any]) -> None:
-        """Give a checkpoint another run.json.
+        """Replace the run.json of a checkpoint.
 
         Raises:
             FolderError: the folder can't be written, or has no checkpoint of that step.

@@ -27,7 +27,7 @@ class RunComparison:
     outcomes: Mapping[str, tuple[NodeOutcome | None, ...]]
 
     def as_dict(self) -> dict[str, object]:
-        """The comparison as plain data, for JSON."""
+        """Return the comparison as plain data, for JSON."""
         outcomes = {}
         for node, each in self.outcomes.items():
             outcomes[node] = [None if one is None else vars(one) for one in each]
@@ -59,7 +59,7 @@ def compare_runs(records: Sequence[RunRecord]) -> RunComparison:
 
 
 def _settings_of(record: RunRecord) -> dict[str, Any]:
-    """Return all that a run was told, by name: settings, nodes, rows, and how it was watched."""
+    """Return a run's settings, nodes, rows and held-out settings, by name."""
     about = record.about
     found = dict(record.settings)
     found["nodes"] = list(record.nodes)
@@ -71,7 +71,7 @@ def _settings_of(record: RunRecord) -> dict[str, Any]:
     watched = about.get("held_out") or {}
     for word in ("every", "patience"):
         found[f"eval {word}"] = watched.get(word)
-    # Its hash alone: where the rows came from is in the settings of the command, in `by`.
+    # Only their hash: the command, in the record's `by`, names the files.
     if watched:
         found["eval rows"] = str(watched.get("rows"))[:8]
     return found

@@ -1,4 +1,4 @@
-"""RunLosses: the first and the last loss of every path of a run, and what they say of its nodes.
+"""RunLosses: the first and the last loss of every path of a run, and those of its nodes.
 
     step     fr/legal  de        first                      last
     1        2.0       ·         fr/legal 2.0               fr/legal 2.0
@@ -30,7 +30,7 @@ class RunLosses:
         self.last: dict[str, float] = {}
 
     def note(self, losses: Mapping[str, float]) -> None:
-        """Take the losses of a step, by path."""
+        """Add the losses of a step, by path."""
         self.first = {**losses, **self.first}
         self.last.update(losses)
 
@@ -50,11 +50,11 @@ class RunLosses:
 
     # ------------------------------------------------------------------ in a checkpoint
     def plain(self) -> dict[str, dict[str, float]]:
-        """Return them as plain data, for run.json."""
+        """Return the losses as plain data, for run.json."""
         return {"first": self.first, "last": self.last}
 
     def resume(self, about: Mapping[str, Any], known: set[str]) -> None:
-        """Go on from those of a checkpoint, whose run.json is given; of ``known`` paths alone."""
+        """Go on from the losses in a checkpoint's run.json, those of ``known`` paths alone."""
         self.first.update(losses_told(about, "first", known))
         self.last.update(losses_told(about, "last", known))
 
@@ -62,8 +62,8 @@ class RunLosses:
 def losses_told(about: Mapping[str, Any], which: str, known: set[str]) -> dict[str, float]:
     """Return the losses in a run.json: ``which`` is ``first`` or ``last``.
 
-    Anything in the file that is no loss of a known path is passed over: it is shown, not computed
-    with.
+    Anything in the file that is no loss of a known path is ignored: the losses are only shown, and
+    nothing is computed from them.
     """
     losses = about.get("losses")
     told = losses.get(which) if isinstance(losses, Mapping) else None

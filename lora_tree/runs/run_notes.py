@@ -1,4 +1,4 @@
-"""RunNotes: what a run tells others of how it trains.
+"""RunNotes: the description of how a run trains, for the places that keep it.
 
     tree.lock     training    for each node that a save takes from the run, to train it again
     run.json      training    in each checkpoint, for a promotion
@@ -28,7 +28,7 @@ class RunNotes:
 
     Args:
         tree: of the run.
-        nodes: what trains.
+        nodes: the nodes that train.
         settings: how it trains.
         folder: of the run's checkpoints.
         data: the files that the rows came from, if any did.
@@ -64,7 +64,7 @@ class RunNotes:
         """Return the note of the save that puts the run's nodes into the tree.
 
         Args:
-            by: the command, or what the program calls itself.
+            by: the command, or the name of the program.
             losses: node → its first and last loss.
         """
         training = self.training
@@ -83,6 +83,6 @@ class RunNotes:
     @property
     def seen_folder(self) -> str:
         """The folder of the checkpoints as seen from the tree, as the paths of its data are."""
-        # Asked anew each time: the tree has no home before it is first saved.
+        # Computed at each call: the tree has no home before it is first saved.
         home = self.tree.home
         return str(self.folder) if home is None else seen_from(home.parent, self.folder)

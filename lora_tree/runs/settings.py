@@ -18,7 +18,7 @@ SCHEDULES = ("cosine", "linear", "constant")
 
 @dataclass(frozen=True)
 class Settings:
-    """How a run trains.
+    """The settings with which a run trains.
 
     Args:
         steps: of the optimiser.
@@ -31,7 +31,7 @@ class Settings:
         weight_decay: of AdamW, for every node; None: by depth, see `lora_tree.weight_decays`.
         decay_by_depth: the decay at depth 0, 1, …, the last one also below; None: as the tree says.
         decay_of: node → its own decay, where it has one.
-        clip_norm: to which each node's gradients are clipped, by itself; None: not at all.
+        clip_norm: the norm to which the gradients of each node are clipped; None: not at all.
         dropout: the part of a site's input that nodes in training do not see.
         warm_up: steps in which the rate rises.
         schedule: how it goes on: ``cosine`` to a hundredth, ``linear`` to nothing, or ``constant``.
@@ -97,7 +97,7 @@ class Settings:
         _check("beta", self.beta, _is_positive, "a positive number")
         _check("hold_back", self.hold_back, lambda v: 0 <= v < 1, "from 0 to below 1")
         _check("dropout", self.dropout, lambda v: 0 <= v < 1, "from 0 to below 1")
-        # Infinity is meant here: it draws every path alike.
+        # Infinity is allowed: it draws every path equally often.
         _check("temperature", self.temperature, lambda v: v > 0, "more than 0")
         _check(
             "schedule",
@@ -110,7 +110,7 @@ class Settings:
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> Settings:
-        """Return the settings that `plain` made this of.
+        """Return the settings of which this is the `plain` form.
 
         Raises:
             SpecError: there is a word that this version does not have, or a value makes no sense.
@@ -133,7 +133,7 @@ class Settings:
         return self.batch * self.accumulate
 
     def rate_at(self, step: int) -> float:
-        """Return the part of the learning rate that holds at a step, counted from 0."""
+        """Return the factor on the learning rate at a step, counted from 0."""
         if step < self.warm_up:
             # The count begins at 1, because a first step at rate 0 would change nothing.
             return (step + 1) / self.warm_up
@@ -144,7 +144,7 @@ class Settings:
         return 1 - done if self.schedule == "linear" else 1.0
 
     def plain(self) -> dict[str, Any]:
-        """Return the settings as JSON has them.
+        """Return the settings as plain data, for JSON.
 
         Two runs are compared by this value, so mappings are sorted.
         """

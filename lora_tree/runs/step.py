@@ -1,8 +1,8 @@
 """One step of a run: rows in, factors moved, the loss of each path out.
 
-Law: what a step does follows from the rows, the settings and the step's number, and from the
-factors and the optimiser's state that the steps before it left. Nothing else that is random is
-read, so a resumed run takes the same steps.
+Law: the rows, the settings, the step's number, and the factors and the optimiser's state that the
+earlier steps left determine a step. It reads no other random state, so a resumed run takes the same
+steps.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class StepLosses:
         number: how many steps are done.
         losses: path → mean loss over its tokens in this step, in nats; or over its preferences.
         tokens: learnt in it.
-        nodes: what it was for each node that had rows, in the order of the groups. Two steps are
-            compared without it, since it has the time that they took.
+        nodes: the metrics of each node that had rows, in the order of the groups. Two steps are
+            compared without them, since they contain the time that the step took.
         held_out: the losses on held-out rows that were measured since the step before.
     """
 
@@ -89,15 +89,15 @@ def take_step(
         "weights": {path: weight for path, weight in settings.weights.items() if path in counts},
         "over": over_of(settings.loss, rates),
     }
-    # Neither the policy nor its reference drops anything out.
+    # Neither the policy nor its reference uses dropout.
     model.train(not prefers)
     # Set at each step from its number, not by a scheduler: a scheduler has state of its own, which
     # a checkpoint would have to keep.
     for group in optimizer.param_groups:
         group["lr"] = rates[group["name"]] * settings.rate_at(done)
     losses: dict[str, float] = {}
-    # Dropout draws from torch's own generator. It gets a seed of this step's, and the caller's
-    # generator is put back afterwards.
+    # Dropout draws from torch's global generator. It is seeded for this step, and the caller's
+    # state of it is restored afterwards.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(_seed_of(settings.seed, done))
         for some in batches:
@@ -109,7 +109,7 @@ def take_step(
                 # The optimiser passes over a parameter without a gradient: no momentum, no decay.
                 for parameter in group["params"]:
                     parameter.grad = None
-        # Before the step: a hook of it clips the gradients in place.
+        # Read before the step, in which a hook clips the gradients in place.
         norms = _grad_norms(optimizer)
         # AdamW clips nothing: each node is clipped by itself in a hook of `TreeModel.follow`.
         optimizer.step()
@@ -148,10 +148,10 @@ def _grad_norms(optimizer: torch.optim.Optimizer) -> dict[str, float]:
 
 
 def _counts(model: TreeModel, rows: Sequence[Row], prefers: bool) -> dict[str, int]:
-    """Return path → what its mean is over in the whole step: its tokens, or its preferences.
+    """Return path → the number of its tokens, or preferences, over which its mean is in a step.
 
-    They are counted before the first micro-batch: how the rows fall into micro-batches changes
-    nothing.
+    They are counted before the first micro-batch, so that the split into micro-batches does not
+    change the loss.
     """
     if prefers:
         return dict(Counter(row.path for row in rows))

@@ -27,7 +27,7 @@ def tokens_of_messages(
     Args:
         messages: ``[{"role": …, "content": …}, …]``.
         tokenizer: of transformers, with a chat template.
-        before: so many messages at the beginning are only read.
+        before: the number of messages at the beginning that are only read, not learnt.
 
     Raises:
         SpecError: it is no conversation; the template has no place where an answer begins; or
@@ -77,18 +77,18 @@ def _grown(ids: list[int], text: str, longer: str, tokenizer: Any) -> list[int]:
     """Return the tokens of ``longer``, which begins with ``text``, whose tokens are ``ids``.
 
     A tokenizer may join characters on both sides of the border into one token. Then each side is
-    given to it alone: a model in use has read the text up to the border as tokens of its own, and
-    answers with the next ones.
+    tokenized separately, as in use: the model has read the text up to the border as tokens, and
+    answers with new ones.
 
     Raises:
-        SpecError: the part after the border reads otherwise when it stands alone.
+        SpecError: the part after the border, tokenized alone, decodes to another text.
     """
     whole = _tokens(tokenizer, longer)
     if whole[: len(ids)] == ids:
         return whole
     after = longer[len(text) :]
     apart = ids + _tokens(tokenizer, after)
-    # Sentencepiece tokenizers put a space before a text of its own, which the whole has not.
+    # Sentencepiece tokenizers add a space before a separate text, which the whole does not have.
     if _read_back(tokenizer, apart) != _read_back(tokenizer, whole):
         raise SpecError(
             f"the tokenizer joins what stands before and after a turn's border, at {after[:20]!r}, "

@@ -1,8 +1,9 @@
 """Watching a run on rows that it does not train on: a loss for every path, every so many steps.
 
-Before the first step, every ``every`` steps and after the last one. What a node does with its
-losses is in `training.patience`; a checkpoint holds its state (``watch`` in run.json) and, if
-nodes may stop, the factors to which they may come back (``best.safetensors``).
+The rows are measured before the first step, every ``every`` steps and after the last one.
+`training.patience` decides from a node's losses whether it stops. A checkpoint holds its state
+(``watch`` in run.json) and, if nodes may stop, the factors to which they may come back
+(``best.safetensors``).
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ BEST = "best.safetensors"
 
 @dataclass(frozen=True)
 class HeldOut:
-    """How a run is watched.
+    """The settings with which a run is measured on held-out rows.
 
     Args:
         every: steps between two evaluations.
@@ -59,7 +60,7 @@ class HeldOut:
 
     @property
     def noted(self) -> WatchedWith:
-        """What a lock notes of it."""
+        """The settings as a lock notes them."""
         return WatchedWith(data=list(self.data), every=self.every, patience=self.patience)
 
 
@@ -70,7 +71,7 @@ class RunWatch:
         model: of the tree, after `trainable`.
         held_out: how it is watched.
         rows: those of it, or the ones held back.
-        nodes: what trains.
+        nodes: the nodes that train.
         settings: of the run.
     """
 
@@ -91,11 +92,11 @@ class RunWatch:
 
     @property
     def rows(self) -> int:
-        """How many rows are measured on."""
+        """The number of rows on which the run is measured."""
         return sum(map(len, self._by_path.values()))
 
     def is_due(self, done: int) -> bool:
-        """Tell whether a run that has taken so many steps is to be evaluated now."""
+        """Tell whether a run that has taken ``done`` steps is to be evaluated now."""
         return done % self._held_out.every == 0 or done == self._settings.steps
 
     def evaluate(self, step: int) -> list[PathMetric]:
@@ -107,7 +108,7 @@ class RunWatch:
         if is_last:
             self.patience.settle(step, self._through)
         if is_last or self.patience.all_stopped_at is not None:
-            # What a node came back to counts for all nodes of its lineage and below it.
+            # A node that came back changes the losses of all nodes on its lineage and below it.
             self.patience.note_now({path: self._measured(path) for path in self._by_path})
         return [PathMetric(step, path, *both) for path, both in losses.items()]
 
@@ -162,7 +163,7 @@ def held_out_rows(
         held_out: how the run is watched.
         held_back: the rows that the run does not train on.
         model: of the tree.
-        nodes: what trains.
+        nodes: the nodes that train.
         prefers: the run's rows are preferences.
 
     Raises:
@@ -191,7 +192,7 @@ def held_out_rows(
 
 
 def held_out_identity(held_out: HeldOut, rows: Sequence[Row]) -> dict[str, Any]:
-    """Return what makes a watched run the same run, for its run.json."""
+    """Return the held-out part of a run's identity, for its run.json."""
     return {
         "every": held_out.every,
         "patience": held_out.patience,

@@ -1,10 +1,10 @@
-"""Training that leaves the finite numbers: refused at the step where it happens.
+"""Stop training at the step in which factors or losses become NaN or infinite.
 
 Nothing of such a step is saved.
 
 A learning rate that is too large, or a row that overflows, makes factors or losses NaN or infinite.
-Every later step is NaN as well, so a run has nothing to go on with. It stops, and its nodes get
-back the factors that they had when it began.
+Every later step is NaN as well, so the run can't go on. It stops, and its nodes get back the
+factors that they had when it began.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ No node can have it: a path holds no parentheses.
 
 
 class Start:
-    """The factors that train, as they are now: copies in host memory, to go back to.
+    """Copies of the factors that train, as they are now, from which `restore` can put them back.
 
     Args:
         factors: of the model.
@@ -116,7 +116,7 @@ def _largest(parameters: list[nn.Parameter]) -> Tensor:
     parts = []
     for parameter in parameters:
         part = local_part(parameter).detach()
-        # A rank may hold nothing of a small factor, and torch has no norm of nothing.
+        # A rank may hold no part of a small factor, and torch has no norm of an empty tensor.
         parts.append(part if part.numel() else part.new_zeros(1))
     return nn.utils.get_total_norm(parts, math.inf)
 

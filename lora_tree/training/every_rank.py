@@ -6,8 +6,8 @@ A rank may have no row that goes through a factor's node.
     factors that train     ─↗                        backward: zeros for the factors
 
 Data parallelism waits for a gradient of every parameter on every rank, and sharding adds them up by
-position. A node with rows on one rank only would stop the one and break the other. A batch of bare
-rows, whose loss has no gradient, works too.
+position. A node with rows on one rank only would make the former hang and the latter add up wrong
+gradients. A batch of bare rows, whose loss has no gradient, works too.
 
 Sharded layers are gathered again for their backward, by all ranks at once. So `every_layer` puts
 each of them into every rank's backward as well, even if nothing below it trains for that rank's
@@ -77,7 +77,7 @@ def _is_floating(leaf: object) -> bool:
 
 
 class _Tie(torch.autograd.Function):
-    """Identity on outputs, with parameters as further inputs that get zeros."""
+    """The identity on outputs, with parameters as further inputs whose gradients are zeros."""
 
     @staticmethod
     def forward(ctx: Any, outs: int, *tensors: Tensor) -> tuple[Tensor, ...]:

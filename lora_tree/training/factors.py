@@ -56,7 +56,7 @@ class Factors(nn.ModuleDict):
 
         Args:
             path: the node.
-            adapter: what the tree holds for it.
+            adapter: the one that the tree holds for it.
             dtype: of the parameters, or wider if the factors are; None: as the factors are.
             places: module, or overridden tensor → the device where it computes; None: they stay
                 where they are.
@@ -73,8 +73,8 @@ class Factors(nn.ModuleDict):
         for tensor, override in adapter.overrides.items():
             place = places.get(tensor, override.values.device)
             overrides[tensor] = node.take_override(tensor, override, place)
-        # The errors of a truncation, and what was rounded, say nothing
-        # about factors that go on training.
+        # The errors of an earlier truncation or rounding do not describe factors that go on
+        # training.
         owned = replace(
             adapter, modules=modules, overrides=overrides, errors={}, rounded=frozenset()
         )
@@ -123,13 +123,13 @@ class Factors(nn.ModuleDict):
 
     # ------------------------------------------------------------------ if they are sharded
     def shown(self, path: str, adapter: Adapter) -> Adapter:
-        """Return a node's adapter in the parameters that stand here now; itself if it is in those.
+        """Return a node's adapter over its present parameters; the same object if it has those.
 
-        Sharding puts others in their place: a part of each between forwards, whole ones while one
-        runs.
+        Sharding replaces parameters: by this rank's part of each between forwards, and by whole
+        ones during a forward.
         """
         if not self._modules:
-            return adapter  # nothing ever trained: this is asked of every node at every switch
+            return adapter  # nothing ever trained; a fast path, as every switch asks for each node
         node = self._modules.get(key_of(path))
         if not isinstance(node, NodeFactors) or adapter is not node.adapter:
             return adapter
@@ -138,7 +138,7 @@ class Factors(nn.ModuleDict):
 
     @property
     def moved(self) -> bool:
-        """Whether other parameters stand here now than at the last call of `shown`."""
+        """True if the parameters of a node were replaced since the last call of `shown`."""
         for _, node in self._nodes():
             is_other = node.used is not None and node.shown() is not node.used
             if is_other:
@@ -147,7 +147,7 @@ class Factors(nn.ModuleDict):
 
     @property
     def sharded(self) -> bool:
-        """Whether each of several ranks holds a part of every factor."""
+        """True if each of several ranks holds a part of every factor."""
         return any(map(is_sharded, self.parameters()))
 
     def check_sharded(self, paths: Iterable[str], dtype: torch.dtype | None) -> None:
@@ -157,7 +157,7 @@ class Factors(nn.ModuleDict):
         time.
 
         Raises:
-            StateError: other nodes are to train than when they were sharded, or in another dtype.
+            StateError: other nodes are to train than those that were sharded, or in another dtype.
         """
         if not self.sharded:
             return
@@ -176,10 +176,10 @@ class Factors(nn.ModuleDict):
                 )
 
     def refresh(self, tree: AdapterTree, within: nn.Module) -> None:
-        """Let the tree hold the parts of this rank, if the factors were sharded.
+        """Make the tree hold this rank's parts of the factors, if they were sharded.
 
         Args:
-            tree: whose nodes.
+            tree: of the nodes.
             within: the module that was sharded, and maybe modules in it.
         """
         for module in within.modules():
@@ -204,8 +204,7 @@ class Factors(nn.ModuleDict):
 def _owner_of(adapter: Adapter | None, owners: Mapping[int, nn.Module]) -> nn.Module | None:
     """Return the module whose parameters are all of an adapter's tensors; None if there is none.
 
-    An adapter that was put together from two nodes, or with a new tensor, is another one: it gets
-    new parameters.
+    An adapter with tensors of two nodes, or with a new tensor, has none: it gets new parameters.
     """
     if adapter is None:
         return None

@@ -26,7 +26,7 @@ TRAINERS = ("transformers.trainer",)
 
 
 class Handed:
-    """Looks at the callers of the base once, at the first forward that autograd records.
+    """A hook that looks at the callers of the base once, at the first forward with gradients on.
 
     Args:
         base: the bare model.
@@ -39,7 +39,7 @@ class Handed:
 
     @property
     def looks(self) -> bool:
-        """Whether it will look at the next forward."""
+        """True if it will look at the next forward."""
         return self._handle is not None
 
     def look(self, wanted: bool) -> None:
@@ -51,7 +51,7 @@ class Handed:
             self._handle = self._base.register_forward_pre_hook(self._before)
 
     def _before(self, module: nn.Module, args: Any) -> None:
-        # An evaluation says nothing about who trains. While torch
+        # A forward without gradients may be an evaluation, which any code may run. While torch
         # compiles, the stack is the compiler's.
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return

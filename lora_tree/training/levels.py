@@ -9,7 +9,7 @@ Two things let a tree do at least as well as one adapter that all rows train:
 - **Every row weighs alike.** The loss is the mean over all tokens of a step. Were it the sum of the
   paths' own means, a shared node would get gradients several times as large, and a leaf with few
   rows in a batch would weigh as much as one with many.
-- **Nodes shrink toward their parents.** A node's increment is what its rows say beyond its parent.
+- **Nodes shrink toward their parents.** A node's increment is what its rows add to its parent.
   Decay pulls it to zero, the more the deeper it is and the fewer rows it has: partial pooling.
 
 `docs/comparison.md` has the measurements that these defaults come from. Where only one level
@@ -77,8 +77,8 @@ def weight_decays(
     node by a given part is that part over its rate, and means the same at every rate.
 
     Args:
-        tree: whose defaults may say ``decay_by_depth``.
-        nodes: what trains.
+        tree: its defaults may have ``decay_by_depth``.
+        nodes: the nodes that train.
         rates: node → its full learning rate.
         by_depth: the decay at depth 0, 1, …, the last one also below. None: as the tree's
             defaults say; if they say nothing, `SHRINKAGE` over several levels, and no decay over

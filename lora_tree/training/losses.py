@@ -1,4 +1,4 @@
-"""The loss of rows that go by different paths: each path's own mean, or the mean over all tokens.
+"""The loss of rows on different paths: each path's own mean, or the mean over all tokens.
 
     over="paths"    loss = Σ_p weight_p · ( Σ of p's own tokens' −log p(token) ) / tokens_p
     over="rows"     loss = Σ_p weight_p · ( Σ of p's own tokens' −log p(token) ) / Σ_p tokens_p
@@ -70,10 +70,10 @@ def path_loss(
     """Return the cross-entropy: the sum over paths of each one's mean, or the mean over all tokens.
 
     Args:
-        logits: (rows, tokens, vocabulary), any floating dtype; computed with in fp32, or wider
-            where they are.
+        logits: (rows, tokens, vocabulary), any floating dtype; the computation is in fp32, or wider
+            if they are.
         labels: (rows, tokens), int64; −100 where nothing is learnt.
-        paths: one path or blend a row, as given to `TreeModel.route`; losses know each by its one
+        paths: one path or blend a row, as given to `TreeModel.route`; losses name each by its one
             spelling.
         counts: path → tokens that are learnt in the whole step, over micro-batches and ranks:
             `token_counts`. None: this batch is the whole step.
@@ -83,8 +83,8 @@ def path_loss(
         shift: the logits at a token are for the next one, as causal models' are.
 
     Raises:
-        SpecError: the rows are not as many as the paths, a path has no count or is weighed but not
-            there, or ``over`` is another word.
+        SpecError: the numbers of rows and paths differ, a path has no count, all weights are of
+            other paths, or ``over`` is another word.
         StateError: several ranks train and ``counts`` was not given.
 
     >>> labels = torch.tensor([[0, 1], [0, 1], [0, -100]])
@@ -116,7 +116,7 @@ def pooled_loss(
     weights: Mapping[str, float] | None = None,
     over: Literal["paths", "rows"] = "paths",
 ) -> PathLoss:
-    """Return the loss of rows whose own losses are known: what `path_loss` makes of its rows.
+    """Return the loss of a batch from the rows' own losses, pooled as `path_loss` pools its rows.
 
     Args:
         sums: (rows,), each row's loss, summed over the tokens that it counts.
@@ -149,9 +149,9 @@ def pooled_loss(
         of_row = _like(sums, [1 / max(counts[name], 1) for name in names])
     means = sums * of_row
     taken = means if over == "paths" else sums / _all_tokens(tokens, counts)
-    # Weights go on the rows, and not on the paths' sums: so one product serves them all.
+    # Weights multiply the rows, not the paths' sums, so that one product is enough for all paths.
     weigh = _like(means, [weights.get(name, 1.0) for name in names])
-    # The rows of each path side by side: one list of indices goes to the device for all of them.
+    # Rows are sorted by path, so that only one list of indices goes to the device for all paths.
     in_order = list(itertools.chain.from_iterable(places.values()))
     parts = means.detach().index_select(0, _like(tokens, in_order))
     each = torch.split(parts, [len(rows) for rows in places.values()])
@@ -164,8 +164,8 @@ def row_losses(logits: Tensor, labels: Tensor, *, shift: bool = True) -> tuple[T
     """Return each row's loss, summed over its tokens, and the number of these tokens.
 
     Args:
-        logits: (rows, tokens, vocabulary), any floating dtype; computed with in fp32, or wider
-            where they are.
+        logits: (rows, tokens, vocabulary), any floating dtype; the computation is in fp32, or wider
+            if they are.
         labels: (rows, tokens), int64; −100 where nothing is learnt.
         shift: the logits at a token are for the next one.
 
@@ -190,10 +190,10 @@ def token_counts(
     """Return path → the tokens that one step of the optimiser learns on it.
 
     They are counted over the step's micro-batches and over all ranks. Every rank of a distributed
-    run has to call it, with micro-batches of its own.
+    run has to call it, with its own micro-batches.
 
     Args:
-        tree: whose paths they are.
+        tree: of the paths.
         batches: (labels, paths) of every micro-batch of the step; labels (rows, tokens), paths one
             a row.
         shift: as in `path_loss`: the first token of a row is not learnt.
@@ -218,8 +218,8 @@ def token_counts(
     mine = _counted(named, shift)
     if ranks() == 1:
         return mine
-    # The ranks add up by position, so the order has to be one that all of them know: the tree's,
-    # and then that of the blends.
+    # The ranks add up by position, so the order must be the same on all of them: the tree's, and
+    # then that of the blends.
     order = ["", *tree.paths()]
     device = named[0][0].device if named else torch.device("cpu")
     strange = sorted(set(mine) - set(order))
@@ -228,8 +228,8 @@ def token_counts(
         blends = blends_of_all(strange, device)
         total += _over_ranks([mine.get(blend, 0) for blend in blends], device)
         order += blends
-    # A path that only another rank has rows of counts here too: the sum
-    # over paths is over all of them.
+    # A path that only another rank has rows of is counted here too: the sum over paths is over
+    # those of all ranks.
     counts = dict(zip(order, total, strict=True))
     return {path: count for path, count in counts.items() if count or path in mine}
 

@@ -4,8 +4,8 @@
     /fr.<module with / for dots>/B       (out, r)
     /fr.<tensor with / for dots>/override    as the base's tensor, or (rows, dim)
 
-A parameter's name is built of the module's name, and torch reserves the dot for nested modules. So
-dots become slashes within it, as they do in the name of the node.
+A parameter's name contains the module's name, and torch reserves the dot for nested modules. So
+dots become slashes within it.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ class NodeFactors(nn.Module):
     def __init__(self, dtype: torch.dtype | None) -> None:
         super().__init__()
         self._dtype = dtype
-        # id of the first parameter → the adapter that was shown in these
-        # parameters, and what it was made of
+        # id of the first parameter → (`adapter` at that time, the adapter shown over that set of
+        # parameters)
         self._shown_before: dict[int, tuple[Adapter, Adapter]] = {}
         self.adapter: Adapter | None = None
         """The adapter that the tree holds."""
         self.used: Adapter | None = None
-        """The adapter that was shown last, in the parameters that stood here then."""
+        """The adapter that `shown` returned last, over the parameters of that time."""
 
     def take(self, name: str, value: LowRank, device: torch.device) -> LowRank:
         """Copy a value's factors to a device as parameters; return the value made of them."""
@@ -51,8 +51,8 @@ class NodeFactors(nn.Module):
         name = _slashed(name)
 
         def parameter(part: str, tensor: Tensor) -> nn.Parameter:
-            # A copy, even if nothing changes: the file's buffer may be in use for
-            # another path, or pinned memory.
+            # A copy, even if device and dtype stay the same: the tensor may lie in the file's
+            # buffer, which another path may use, or in page-locked memory.
             own = tensor.detach().to(device, dtype, copy=True)
             made = nn.Parameter(own, requires_grad=False)
             self.register_parameter(f"{name}/{part}", made)
@@ -70,10 +70,10 @@ class NodeFactors(nn.Module):
         return override.with_values(made)
 
     def shown(self) -> Adapter:
-        """Return `adapter` in the parameters that stand here now; for the same, the same object.
+        """Return `adapter` over the present parameters; for the same parameters, the same object.
 
-        Plans and kept side paths go by the identity of values. FSDP2 exchanges all parameters
-        together, so the first one tells which set is here.
+        Plans and cached side paths compare values by identity. FSDP2 exchanges all parameters
+        together, so the first one identifies the set.
         """
         assert self.adapter is not None
         first = id(next(iter(self._parameters.values()), None))
@@ -110,7 +110,7 @@ class NodeFactors(nn.Module):
 
 
 def is_in_dtype(adapter: Adapter, dtype: torch.dtype | None) -> bool:
-    """Return whether factors are in the dtype in which they would train, asked for ``dtype``."""
+    """Return whether factors are in the dtype in which they would train if asked for ``dtype``."""
 
     def is_right(value: LowRank) -> bool:
         return _training_dtype(value, dtype) == value.A.dtype == value.B.dtype
@@ -158,7 +158,7 @@ def _training_dtype(value: LowRank, asked: torch.dtype | None) -> torch.dtype:
     if asked is None:
         return value.dtype
     if value.dtype.itemsize == 1:
-        # An 8-bit float, which torch promotes to nothing. Any dtype that trains holds its numbers.
+        # torch has no promotion for an 8-bit float. Any dtype that trains holds its numbers.
         return asked
     return torch.promote_types(value.dtype, asked)
 

@@ -7,7 +7,7 @@
                      stay, while its siblings go on
 
     evaluation   0     20    40    60    80
-    fr/legal    3.21  2.60  2.71  2.66          stops after 60 with patience 2, again as at 20
+    fr/legal    3.21  2.60  2.71  2.66          stops after 60 with patience 2, back to step 20
     fr/medical  3.30  2.80  2.52  2.41  2.38    goes on
 
 A node above or below may have moved since the best step, so the old factors may fit no longer. The
@@ -33,10 +33,10 @@ from .node_factors import path_of
 __all__ = ["NodePatience", "PathLosses", "mean_through"]
 
 PathLosses: TypeAlias = Mapping[str, tuple[float, int]]
-"""Path → the mean loss of its held-out rows, and over how many tokens (or preferences)."""
+"""Path → (mean loss of its held-out rows, number of their tokens or preferences)."""
 
 Measure: TypeAlias = Callable[[str], PathLosses]
-"""Node → the losses, now, of the paths through it."""
+"""Node → the losses of the paths through it, measured now."""
 
 
 def mean_through(tree: AdapterTree, node: str, losses: PathLosses) -> float | None:
@@ -74,7 +74,7 @@ class NodePatience:
     Args:
         factors: of the model.
         tree: of the model.
-        nodes: what trains, in the tree's order.
+        nodes: the nodes that train, in the tree's order.
         patience: evaluations without improving after which a node stops; None: none ever does.
     """
 
@@ -101,17 +101,17 @@ class NodePatience:
         return max(known) if known and len(known) == len(steps) else None
 
     def note_moved(self, nodes: Iterable[str]) -> None:
-        """Take in which nodes had rows in a step."""
+        """Note which nodes had rows in a step."""
         for node in nodes:
             self.courses[node].moved = True
 
     def judge(self, step: int, losses: PathLosses, measure: Measure) -> list[str]:
-        """Take in an evaluation; bring back the nodes that stop by it, and return them.
+        """Record an evaluation; bring back the nodes that stop because of it, and return them.
 
         Args:
-            step: after which it was made.
+            step: the step after which the evaluation was made.
             losses: of all paths with held-out rows.
-            measure: makes a part of it again.
+            measure: measures the paths through one node again.
         """
         waited_long = []
         for node, one in self.courses.items():
@@ -123,7 +123,7 @@ class NodePatience:
                 one.before = loss
             one.now = loss
             has_moved, one.moved = one.moved, False
-            # A loss that is not finite is no better than any other, and none is worse than it.
+            # A loss that is not finite never counts as an improvement.
             if math.isfinite(loss) and (one.best is None or loss < one.best):
                 one.best, one.best_step, one.waited = loss, step, 0
                 self._keep(node)
@@ -146,7 +146,7 @@ class NodePatience:
                 self._bring_back(node, step, measure)
 
     def note_now(self, losses: PathLosses) -> None:
-        """Take in the losses of all paths as they are after the last change."""
+        """Record the losses of all paths after the last change of a node."""
         for node, one in self.courses.items():
             loss = mean_through(self.tree, node, losses)
             one.now = one.now if loss is None else loss
@@ -168,7 +168,7 @@ class NodePatience:
         return {name: tensor.cpu() for name, tensor in self._best.items()}
 
     def take(self, plain: Mapping[str, Any], best: Mapping[str, Tensor]) -> None:
-        """Go on from what `plain` and `best_factors` returned."""
+        """Restore the state that `plain` and `best_factors` returned."""
         for node, told in plain.items():
             if node in self.courses:
                 self.courses[node] = _Course(**told)
@@ -189,15 +189,15 @@ class NodePatience:
         one, own = self.courses[node], self._own(node)
         best = {name: self._best[name] for name in own if name in self._best}
         if one.best_step == step or len(best) < len(own):
-            return  # it is at its best, or its loss was never finite
+            return  # the node is at its best, or its loss was never finite
         here = {name: tensor.clone() for name, tensor in own.items()}
-        # Measured here and not taken from the evaluation: another node may have come back since.
+        # Measured again, not taken from the evaluation: another node may have come back since.
         without = mean_through(self.tree, node, measure(node))
         _write(own, best)
         with_best = mean_through(self.tree, node, measure(node))
         assert without is not None
         assert with_best is not None
-        # A comparison with NaN is false: what is not finite loses.
+        # A comparison with NaN is false: of two losses the finite one wins.
         if with_best <= without or not math.isfinite(without):
             one.now = with_best
             return

@@ -1,8 +1,8 @@
-"""Agreement among several ranks: how many they are, and the blends that their rows go by.
+"""Agreement among ranks: their number, and the blends of their rows.
 
-Ranks add up losses and counts by position, in an order that all of them know. Nodes have one, the
-tree's. A blend may be in the rows of one rank alone, so its name is sent to the others, and they
-agree on the sorted names of all.
+Ranks add up losses and counts by position, so the order must be the same on all of them. Nodes are
+in the tree's order. A blend may be in the rows of one rank alone, so its name is sent to the
+others, and all use the sorted names of all ranks.
 """
 
 from __future__ import annotations

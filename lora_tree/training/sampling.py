@@ -2,9 +2,9 @@
 
     p(path) ∝ rows(path) ** (1 / temperature)        1: as the rows are; ∞: every path alike
 
-A path's rows come in a random order, which is drawn anew when all of them have come: none comes
-twice before that. Temperature sampling as in multilingual pre-training: Arivazhagan et al. 2019,
-https://arxiv.org/abs/1907.05019 §4.
+A path's rows come in a random order. When all of them have come, a new order is drawn, so that no
+row comes twice before that. Temperature sampling as in multilingual pre-training: Arivazhagan et
+al. 2019, https://arxiv.org/abs/1907.05019 §4.
 
 Law: the rows of an epoch are a function of the paths, the seed and the epoch.
 """
@@ -23,7 +23,7 @@ __all__ = ["PathSampler"]
 
 
 class PathSampler(Sampler[int]):
-    """Yields indices of rows, path by path; for a ``DataLoader``'s ``sampler``.
+    """A sampler that yields indices of rows, path by path; for a ``DataLoader``.
 
     Args:
         paths: the path of every row.
@@ -58,13 +58,13 @@ class PathSampler(Sampler[int]):
             )
         self._length = len(paths) if length is None else length
         self._seed = seed
-        self._epoch = (
-            0  # a loader that never says which epoch it is in gets one order again and again
-        )
+        # A loader that never calls `set_epoch` gets the same order in every epoch.
+        self._epoch = 0
         self._rows: dict[str, list[int]] = {}
         for row, path in enumerate(paths):
             self._rows.setdefault(path, []).append(row)
-        # Shares of the largest: a power of the counts themselves overflows at a low temperature.
+        # Counts are divided by the largest one: at a low temperature a power of the counts
+        # themselves would overflow.
         most = max(map(len, self._rows.values()))
         shares = [math.pow(len(rows) / most, 1 / temperature) for rows in self._rows.values()]
         self._shares = torch.tensor(shares, dtype=torch.float64, device="cpu")
@@ -77,15 +77,15 @@ class PathSampler(Sampler[int]):
         return self._length
 
     def __iter__(self) -> Iterator[int]:
-        # A generator of its own: the rows must not depend on what else draws random numbers.
+        # A separate generator: the rows must not depend on other code that draws random numbers.
         generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self._epoch)
         rows = list(self._rows.values())
         left: list[list[int]] = [[] for _ in rows]  # of each path, the rows still to come
         drawn = torch.multinomial(self._shares, self._length, replacement=True, generator=generator)
         for which in drawn.tolist():
             if not left[which]:
-                # Drawn only now: a path that never comes costs no draw, and
-                # changes none of the others.
+                # Drawn only when needed: a path that never comes draws nothing, and so does not
+                # change the order of the others.
                 order = torch.randperm(len(rows[which]), generator=generator, device="cpu")
                 left[which] = [rows[which][i] for i in order.tolist()]
             yield left[which].pop()

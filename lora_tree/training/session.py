@@ -4,7 +4,7 @@
     follow(opt)     each node is stepped as by an optimiser over it alone (steps.py)
     gathered()      whole factors in the tree, where FSDP2 shards them
 
-Law: a call that fails leaves what trains, and in which parameters, as it was.
+Law: a call that fails changes neither which nodes train nor their parameters.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Renewed(Protocol):
     """A path model, as training sees it."""
 
     def renew(self) -> None:
-        """Lay its path out anew, from the factors that are there now."""
+        """Lay out its path again, from the present factors."""
 
 
 class Training:
@@ -51,10 +51,10 @@ class Training:
 
     Args:
         base: the model; frozen while anything trains.
-        tree: whose nodes.
-        factors: where their parameters are.
-        stage: laid out anew when what trains has changed.
-        beside: path models of the same base, likewise.
+        tree: of the nodes.
+        factors: hold the nodes' parameters.
+        stage: laid out again when other nodes or parameters train.
+        beside: path models of the same base, which are also laid out again.
         binder: checks a node's adapter against the base.
         manner: gets the dropout.
         handed: looks whether a trainer was given the bare base.
@@ -122,7 +122,7 @@ class Training:
                     self._flags = _flags_of(self._base)
                 self._base.requires_grad_(False)
                 self._factors.train_only(chosen)
-                # Last: side paths are laid out from the factors and the flags as they are now.
+                # Last, because side paths are laid out from the new factors and flags.
                 self._renew()
         return [{"name": path, "params": self._factors.of(path)} for path in chosen]
 
@@ -154,7 +154,7 @@ class Training:
         self._stage.beside.reached.clear()
 
     def renew_if_moved(self) -> None:
-        """Lay out side paths anew if FSDP2 has swapped the parameters that they were made from."""
+        """Lay out side paths again if FSDP2 has swapped the parameters that they were made from."""
         if self._factors.moved:
             self._renew()
 
@@ -237,7 +237,7 @@ class Training:
             for tensor, override in adapter.overrides.items():
                 places[tensor] = self._binder.device_of(tensor, override)
             owned = self._factors.own(path, adapter, dtype, places)
-            # The tree holds the parameters now: a save writes what they are then.
+            # The tree holds the parameters themselves, so a save writes their values of that time.
             if owned is not adapter:
                 self._tree.replace(self._tree[path].holding(owned))
 
@@ -272,7 +272,7 @@ class Training:
         self._handed.look(before.looks)
         self._packing.forbid(before.keeps)
         self._sharded_together(self._factors.sharded)
-        # Laying one of these out may have failed after others had the new factors already.
+        # Laying out one path model may have failed after others had got the new factors.
         for path_model in list(self._beside):
             path_model.renew()
 

@@ -1,6 +1,7 @@
 """Tensors that FSDP2 has split, so that every rank of a run holds a part.
 
-To read such a tensor all ranks have to meet: a rank that calls these functions alone waits forever.
+Gathering such a tensor is a collective operation: a rank that calls `full` or `whole` alone waits
+for ever.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ def whole(adapter: Adapter) -> Adapter:
     def one(tensor: Tensor) -> Tensor:
         if not is_sharded(tensor):
             return tensor
-        # A parameter, since a save writes the factors that are parameters:
-        # they trained since they were read.
+        # A parameter, because a save writes the factors that are parameters: those have trained
+        # since they were read.
         return nn.Parameter(full(tensor).detach(), requires_grad=False)
 
     def gathered(value: LowRank) -> LowRank:

@@ -38,7 +38,7 @@ class NodeSteps:
     Args:
         optimizer: over groups as `TreeModel.trainable` returns them; a group may have a
             ``clip_norm``.
-        factors: where the nodes' parameters are.
+        factors: hold the nodes' parameters.
         reached: the nodes that a gradient has come back to; a step forgets its own nodes, and so
             does `zero_grad`.
 
@@ -67,7 +67,7 @@ class NodeSteps:
         while self._handles:
             self._handles.pop().remove()
         optimizer = self._optimizer()
-        # Other code may have replaced the method since; its own stays.
+        # If other code has replaced the method since, that one stays.
         if optimizer is not None and vars(optimizer).get("zero_grad") == self._zero_grad:
             del optimizer.zero_grad
 
@@ -92,8 +92,8 @@ class NodeSteps:
         for group in still:
             for parameter in group["params"]:
                 parameter.grad = None
-        # A group's own bound, and not one for all: else the norm of one node
-        # would shrink the step of another.
+        # Each group is clipped separately: otherwise the norm of one node would shrink the step of
+        # another.
         for group, moves in zip(groups, moving, strict=True):
             if moves and group.get("clip_norm") is not None:
                 _clip(group["params"], group["clip_norm"], getattr(optimizer, "grad_scale", None))
@@ -159,7 +159,7 @@ def _clip(parameters: Sequence[nn.Parameter], norm: float, scale: Tensor | None)
     if scale is None:
         nn.utils.clip_grad_norm_(parameters, norm)
         return
-    # The norm is that of the gradients as they will be, so they are clipped as without a scaler.
+    # The norm is that of the unscaled gradients, so they are clipped as without a scaler.
     found = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     nn.utils.clip_grads_with_norm_(parameters, norm, found / scale.to(found.device))
 

@@ -72,7 +72,7 @@ const closed = new Set();
 const chosen = new Set();
 let shown = order;          // the rows as they are now
 let matches = null;         // the paths that a search found; null: no search
-let here = 0;               // the row of the keyboard
+let here = 0;               // the row that has the keyboard
 let current = null;         // the path that the panel shows
 
 function depthOf(path) { return path.split("/").length - 1; }
