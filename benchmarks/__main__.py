@@ -34,7 +34,7 @@ from .sizes import FULL, SMALL, Size
 
 
 class Name(StrEnum):
-    """One file each."""
+    """A benchmark; each is in the file of its name."""
 
     switch = "switch"
     unmerged = "unmerged"
@@ -71,10 +71,12 @@ RUNS: dict[Name, Callable[[Size], list[Result]]] = {
 
 
 def main(
-    names: Annotated[list[Name] | None, typer.Argument(help="Which ones; all without it.")] = None,
+    names: Annotated[
+        list[Name] | None, typer.Argument(help="The benchmarks to run; all if none is named.")
+    ] = None,
     form: Annotated[Form, typer.Option(help="What to print.")] = Form.table,
     small: Annotated[
-        bool, typer.Option("--small", help="A toy size: that it runs, not how fast.")
+        bool, typer.Option("--small", help="A toy size, which shows only that a benchmark runs.")
     ] = False,
     repeats: Annotated[int | None, typer.Option(min=2, help="Counted rounds.")] = None,
 ) -> None:

@@ -1,6 +1,7 @@
 """The same adapters in polylora, whose Triton kernels add up a mixed batch.
 
-It is no dependency: `pip install polylora` puts its rows into the tables of `benchmarks gpu`.
+polylora is not a dependency. If it is installed (`pip install polylora`), its rows appear in the
+tables of `benchmarks gpu`.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ def with_polylora(model: Any, adapters: lt.AdapterTree, folder: Path) -> Any:
 
     Args:
         model: the base, which can't be used without polylora afterwards.
-        adapters: nodes that are read as they are, each by itself.
-        folder: where they are saved on the way.
+        adapters: each node becomes one adapter, without its ancestors.
+        folder: where the adapters are saved for polylora to read.
     """
     import polylora  # type: ignore[import-not-found]
 

@@ -1,8 +1,7 @@
 """Merge a path into a sharded checkpoint, beside a copy of the same files with fsync: time, memory.
 
-Both run in a process of their own, one after the other in turn, so that what is counted is theirs:
-the growth of its anonymous memory (RssAnon of /proc/self/status, looked at every 2 ms) over what it
-held once everything was imported.
+Both run in one separate process, in turn. Memory is the growth of its anonymous memory (RssAnon of
+/proc/self/status, read every 2 ms) since everything was imported.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ SPARE_BYTES = 200_000_000
 
 
 def run(size: Size = FULL) -> list[Result]:
-    """Seven projections of every layer, a lineage of two; a shard for each layer."""
+    """Merge a lineage of two into seven projections of every layer; each layer is a shard."""
     hidden, layers = (
         (2 * size.hidden, 10) if size.hidden >= FULL.hidden else (size.hidden, size.layers)
     )
@@ -75,7 +74,7 @@ def run(size: Size = FULL) -> list[Result]:
 
 
 def _base(folder: Path, hidden: int, layers: int) -> tuple[int, int]:
-    """A Llama's files, a layer at a time: (bytes, those of the largest tensor)."""
+    """Write a Llama's files layer by layer; return their bytes and those of the largest tensor."""
     folder.mkdir()
     config = transformers.LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=_wide(hidden, 2.6875),
@@ -129,10 +128,10 @@ def _drawn(shape: tuple[int, ...], draw: torch.Generator) -> Tensor:
     return (torch.randn(shape, generator=draw) * 0.02).to(DTYPE)
 
 
-# ---------------------------------------------------------------------- in a process of its own
+# ---------------------------------------------------------------------- in a separate process
 def _measure(folder: Path, rounds: int) -> None:
     tree = lt.load(folder / "zoo")
-    assert transformers.LlamaForCausalLM  # imported before it counts
+    assert transformers.LlamaForCausalLM  # imported before memory is measured
     grown: list[int] = []
 
     def merged() -> None:
@@ -159,7 +158,7 @@ def _measure(folder: Path, rounds: int) -> None:
 def _copied(source: Path, to: Path) -> None:
     to.mkdir()
     for file in sorted(source.iterdir()):
-        shutil.copyfile(file, to / file.name)  # inside the kernel where that can be
+        shutil.copyfile(file, to / file.name)  # inside the kernel where the system can
         with (to / file.name).open("rb") as stream:
             os.fsync(stream.fileno())
     disk.sync(to)
@@ -167,7 +166,7 @@ def _copied(source: Path, to: Path) -> None:
 
 @contextmanager
 def _growth(grown: list[int]) -> Iterator[None]:
-    """How much more anonymous memory this process held at most than when the block began."""
+    """Append the largest growth of this process's anonymous memory during the block."""
     before, done = _anonymous(), threading.Event()
     most = [before]
 

@@ -1,7 +1,7 @@
-"""How things are timed and told: interleaved repeats, medians with quartiles, a table or JSON.
+"""Timing and printing: interleaved repeats, medians with quartiles, a table or JSON.
 
 One round runs every case once, in order, so that a slow moment of the machine falls on all of them;
-the first round warms up and is dropped. What has to be put in place first is not timed.
+the first round warms up and is dropped. A case's preparation is not timed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ HEADINGS = ("", "median", "quartiles", "aim")
 
 
 class Form(StrEnum):
-    """How results are printed."""
+    """A form in which results are printed."""
 
     table = "table"
     markdown = "markdown"
@@ -33,7 +33,7 @@ class Form(StrEnum):
 
 @dataclass(frozen=True)
 class Case:
-    """A function to time, and one to call before it, untimed."""
+    """A function to time, and one that is called before it, untimed."""
 
     run: Callable[[], object]
     prepare: Callable[[], object] = lambda: None
@@ -60,13 +60,13 @@ class Timing:
         return Timing(tuple(x - y for x, y in zip(self.rounds_ms, other.rounds_ms, strict=True)))
 
     def plus(self, other: Timing) -> Timing:
-        """Both, one after the other, round by round."""
+        """Return the time of both, one after the other, round by round."""
         return Timing(tuple(x + y for x, y in zip(self.rounds_ms, other.rounds_ms, strict=True)))
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """A figure that is aimed at: ``at least`` or ``at most`` a bound."""
+    """A figure with an aim: at least, or at most, a bound."""
 
     what: str
     value: float
@@ -97,14 +97,14 @@ class Result:
         at_most: float | None = None,
         unit: str = "×",
     ) -> None:
-        """Add a figure that is aimed at."""
+        """Add a figure with an aim."""
         bound = at_least if at_least is not None else at_most
         assert bound is not None
         self.ratios.append(Ratio(what, value, bound, at_least is not None, unit))
 
 
 def interleaved(cases: Mapping[str, Case], repeats: int) -> dict[str, Timing]:
-    """Name → timing of ``repeats`` rounds over all cases."""
+    """Time ``repeats`` rounds over all cases; return name → timing."""
     rounds: dict[str, list[float]] = {name: [] for name in cases}
     for count in range(repeats + 1):
         for name, case in cases.items():
@@ -118,7 +118,7 @@ def interleaved(cases: Mapping[str, Case], repeats: int) -> dict[str, Timing]:
 
 
 class Stage:
-    """One context at a time: entering another leaves the one before."""
+    """A slot for one context: entering another leaves the one before."""
 
     def __init__(self) -> None:
         self._open = contextlib.ExitStack()
@@ -132,7 +132,7 @@ class Stage:
 
 
 def cycle(*values: str) -> Callable[[], str]:
-    """A function that gives one value after the other, over and over."""
+    """Return a function that returns the values in turn, endlessly."""
 
     def forever() -> Iterator[str]:
         while True:

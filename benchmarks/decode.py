@@ -1,9 +1,9 @@
 """Decode steps of a large mixed batch: each form, eager and compiled, beside the bare base.
 
-Flattened adapters stand beside them too.
+Flattened adapters are timed as well.
 
-Meant for a GPU (`torch.cuda` is used where it is there): hidden 4096, bf16, 64 rows over 1 → 8 → 64
-nodes, one token a row. There is no key/value cache, so what is timed is the linear layers, where
+Meant for a GPU (`torch.cuda` is used if there is one): hidden 4096, bf16, 64 rows over 1 → 8 → 64
+nodes, one token a row. There is no key/value cache, so the time is that of the linear layers, where
 the adapters are. "flattened" is the same 64 paths as 64 single adapters of rank 3·r without a tree.
 The bytes are those of the factors that a step reads.
 """
@@ -31,7 +31,7 @@ ROWS, MIDDLE = 64, 8
 
 @torch.no_grad()
 def run(size: Size = FULL) -> list[Result]:
-    """One table; where there is a GPU hidden is doubled."""
+    """Return one table; on a GPU hidden is doubled."""
     cuda = torch.cuda.is_available()
     device, dtype = (
         torch.device("cuda" if cuda else "cpu"),

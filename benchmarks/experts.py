@@ -33,7 +33,7 @@ WAYS = ("eager", "grouped_mm")
 
 
 def run(size: Size = FULL) -> list[Result]:
-    """Make two tables for each way in which transformers runs experts."""
+    """Return two tables for each way in which transformers runs experts."""
     results = []
     for way in WAYS:
         base = _base(size, way)
@@ -65,7 +65,7 @@ def _base(size: Size, way: str) -> Any:
 
 
 def _tree(base: Any, size: Size) -> lt.AdapterTree:
-    """Eight leaves with random factors on every expert."""
+    """Return a tree of eight leaves with random factors on every expert."""
     targets = ["experts.gate_up_proj", "experts.down_proj"]
     tree = lt.AdapterTree(defaults=dict(r=size.r, lora_alpha=size.r, target_parameters=targets))
     for path in PATHS:

@@ -1,12 +1,12 @@
 """The first use of a path from files, beside PEFT, which loads the same adapters.
 
 The page cache is warm for all. We read a file for every node of the path, compare each with the
-lock by its hash, and lay the lineage out beside the weights; PEFT reads the very same files. For
-whoever flattened every path beforehand there is the time of PEFT with one adapter of the whole
-lineage's rank.
+lock by its hash, and lay the lineage out beside the weights; PEFT reads the same files. PEFT is
+also timed with one adapter of the whole lineage's rank, as if every path had been flattened
+beforehand.
 
-Once both let go of what was used before: our cache is full, and PEFT's adapters are deleted
-(untimed); so both find the memory that they had. Once both keep everything, and have to ask the
+In the first table both free what was used before: our cache is full, and PEFT's adapters are
+deleted (untimed), so both reuse memory. In the second both keep everything, and have to ask the
 system for more.
 """
 
@@ -30,12 +30,12 @@ from .sizes import FULL, Size
 __all__ = ["run"]
 
 DEPTH = 3
-ROOM = 4  # times a lineage's bytes: one in use, one that was, both laid out
+ROOM = 4  # times a lineage's bytes: one in use and the one before, both laid out
 
 
 @torch.no_grad()
 def run(size: Size = FULL) -> list[Result]:
-    """A lineage that was not used before, another one every round."""
+    """Time the first use of a lineage, another one in every round."""
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter(
             "ignore", FutureWarning
@@ -45,7 +45,7 @@ def run(size: Size = FULL) -> list[Result]:
 
 
 def _written(folder: Path, size: Size) -> tuple[Path, Path]:
-    """A tree of as many lineages as there are rounds, and a folder with each of them flattened."""
+    """Write a tree with a lineage for each round, and a folder with each of them flattened."""
     zoo, flat, of = folder / "zoo", folder / "flat", base(size, torch.bfloat16)
     grown = lt.AdapterTree()
     for i in range(size.repeats + 1):
@@ -91,7 +91,7 @@ def _timed(zoo: Path, flat: Path, size: Size, *, keeping: bool) -> Result:
 
 
 def _peft_case(flat: Path, adapters: Iterator[dict[str, Path]], size: Size, keeping: bool) -> Case:
-    """PEFT with a base of its own, given some adapters a round."""
+    """Return a case of PEFT over a separate base that loads some adapters in every round."""
     first = next(flat.iterdir())
     wrapped: Any = peft.PeftModel.from_pretrained(
         base(size, torch.bfloat16), first, adapter_name="first", autocast_adapter_dtype=False

@@ -27,7 +27,7 @@ LINEAGE = ("a", "a/b", "a/b/c")
 
 @torch.no_grad()
 def run(size: Size = FULL) -> list[Result]:
-    """One square weight."""
+    """Flatten adapters of one square weight."""
     draw = torch.Generator().manual_seed(0)
     tree = lt.AdapterTree()
     for path in LINEAGE:
@@ -53,7 +53,7 @@ def run(size: Size = FULL) -> list[Result]:
 
     def forget() -> None:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the active adapter may be the one that goes
+            warnings.simplefilter("ignore")  # PEFT warns if the active adapter is deleted
             if "flat" in wrapped.peft_config:
                 wrapped.delete_adapter("flat")
 

@@ -1,11 +1,11 @@
-"""The forms of a routed sum at one site: the time of each, and the one that is taken.
+"""The forms of a routed sum at one site: the time of each, and the one that `auto` takes.
 
     python -m benchmarks.forms             on this processor, with torch's number of threads
     python -m benchmarks.forms --seconds 5
 
-Forms that lay factors out did so before; "laid out" is the time that it took. Times are the
-process's own, so other work on the machine counts for little. Rounds are interleaved, and a tenth
-of them is faster than the time shown.
+Factors are laid out before the timed rounds; "laid out" is the time that this took. Times are
+processor time, so other work on the machine counts for little. Rounds are interleaved, and the time
+shown is the first decile: a tenth of the rounds is faster.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ class FormTimes:
     """One batch at one site.
 
     Args:
-        title: of the setting.
-        timed: form → seconds; ``auto`` is the form that is taken by itself.
-        laid_out: form → seconds that making it took.
+        title: names the setting.
+        timed: form → seconds; ``auto`` is the library's own choice.
+        laid_out: form → seconds that its layout took.
     """
 
     title: str
@@ -62,7 +62,7 @@ class FormTimes:
 
     @property
     def over_fastest(self) -> float:
-        """The time of the form that is taken, as a multiple of the fastest one's."""
+        """The time of the form that `auto` takes, as a multiple of the fastest one's."""
         return self.timed["auto"] / min(self.timed.values())
 
     def __str__(self) -> str:
@@ -74,7 +74,7 @@ class FormTimes:
 
 @torch.no_grad()
 def measured(batch: tuple[int, int, int, int], shape: tuple[int, int], seconds: float) -> FormTimes:
-    """Time every form for about so many seconds; on a CPU none of them is "segmented"."""
+    """Time every form for about ``seconds``; on a CPU "segmented" is left out."""
     rows, paths, middle, tokens = batch
     into, out = shape
     owed = _owed(rows, paths, middle, into, out)
@@ -93,7 +93,7 @@ def measured(batch: tuple[int, int, int, int], shape: tuple[int, int], seconds: 
     order = random.Random(0)
     end = time.perf_counter() + seconds
     while len(rounds["auto"]) < 3 or time.perf_counter() < end:
-        # In another order each time: one form leaves its factors in the cache for the next.
+        # A new order each time, because a form leaves its factors in the processor's cache.
         for name in order.sample(sorted(forms), len(forms)):
             target = y.clone()
             start = time.process_time()
@@ -122,7 +122,7 @@ def _owed(rows: int, paths: int, middle: int, into: int, out: int) -> Owed:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Print a line for each batch and shape: the form that is taken over the fastest, all forms."""
+    """Print a line for each batch and shape: the chosen form over the fastest, then all forms."""
     seconds = float(arguments[arguments.index("--seconds") + 1]) if arguments else 2.0
     capability = torch.backends.cpu.get_cpu_capability()
     print(

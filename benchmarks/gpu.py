@@ -1,6 +1,6 @@
 """On one GPU, in bf16: switches, forwards, mixed batches, training and loads.
 
-Each stands beside PEFT and beside the floor that its bytes set.
+Each is compared with PEFT and with the floor that its bytes set.
 
 The base is a Llama of random weights: 32 layers of hidden 4096 with 8 key/value heads (8B, 224
 linear sites) for switches and unmerged forwards; a few layers of the same for the rest. A floor is
@@ -48,7 +48,7 @@ NO_DEVICE = "no CUDA device here: benchmarks gpu was skipped"
 
 @dataclass(frozen=True)
 class Shape:
-    """Numbers of the base."""
+    """The sizes of the base."""
 
     hidden: int
     layers: int
@@ -58,7 +58,7 @@ class Shape:
 
 
 def run(size: Size = FULL) -> list[Result]:
-    """All tables; none, and one line on stderr, where there is no GPU."""
+    """Return all tables; without a GPU, none, and print one line on stderr."""
     if not torch.cuda.is_available():
         sys.stderr.write(NO_DEVICE + "\n")
         return []
@@ -117,7 +117,7 @@ def _switches(shape: Shape, size: Size) -> list[Result]:
     first_ms = _once(lambda: attached.activate(START))
     start = _waited(
         lambda: attached.activate(START)
-    )  # or its work on the device would count as the next case's
+    )  # else its work on the device would count as the next case's
     switching = {
         "merged, siblings": Case(_waited(lambda: attached.activate(SIBLING)), start),
         "merged, deactivate": Case(_waited(attached.deactivate), start),
@@ -193,7 +193,7 @@ def _switches(shape: Shape, size: Size) -> list[Result]:
 
 def _add_logged(result: Result, model: Any, adapters: lt.AdapterTree) -> None:
     """Add a switch with an undo log instead of copies, and the memory of the log."""
-    # The aim is for kernels that were compiled before.
+    # The aim holds for kernels that are compiled already.
     attached = lt.attach(adapters, model, pristine="log")
     attached.activate(START)
     attached.detach()
@@ -235,7 +235,7 @@ def _captured(attached: lt.TreeModel, model: Any, ids: Tensor, size: Size) -> Re
 
 
 def _copied(model: Any, adapters: lt.AdapterTree) -> Callable[[], None]:
-    """A copy of every touched weight into memory beside it."""
+    """Return a function that copies every touched weight into other memory of the device."""
     adapter = adapters.adapter(START)
     assert adapter is not None
     weights = [model.get_submodule(name).weight for name in adapter.modules]
@@ -244,7 +244,7 @@ def _copied(model: Any, adapters: lt.AdapterTree) -> Callable[[], None]:
     def copy() -> None:
         for copy, weight in zip(
             copies, weights, strict=True
-        ):  # in one call for all it takes a fifth longer
+        ):  # one call for all takes a fifth longer
             copy.copy_(weight)
 
     return copy
@@ -324,8 +324,9 @@ def _routed(shape: Shape, size: Size) -> list[Result]:
 def _captured_batch(
     model: Any, nodes: lt.AdapterTree, order: list[str], rng: random.Random, size: Size
 ) -> Result:
-    """Time a batch of 1 token a row as a CUDA graph over a prepared base: bare, routed, and another
-    batch written under the captured graph each time.
+    """Time a batch of 1 token a row as a CUDA graph over a prepared base.
+
+    It is timed bare, routed, and with another batch written under the captured graph each time.
     """
     ids = torch.randint(256, (len(order), 1), device="cuda")
     bare = _graph_of(model, ids)
@@ -358,7 +359,7 @@ def _captured_batch(
 
 
 def _graph_of(model: Any, ids: Tensor) -> torch.cuda.CUDAGraph:
-    """Capture a forward."""
+    """Return a CUDA graph of a forward."""
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -373,8 +374,9 @@ def _graph_of(model: Any, ids: Tensor) -> torch.cuda.CUDAGraph:
 def _peft_mixed(
     model: Any, nodes: lt.AdapterTree, order: list[str], size: Size, results: list[Result]
 ) -> lt.AdapterTree:
-    """Put PEFT's mixed batch over the same paths, flattened, into the existing tables; return
-    the flattened adapters.
+    """Add PEFT's mixed batch over the same paths, flattened, to the existing tables.
+
+    Return the flattened adapters.
     """
     flat = lt.AdapterTree()
     for i, leaf in enumerate(order):
@@ -392,14 +394,14 @@ def _peft_mixed(
 def _polylora_mixed(
     model: Any, flat: lt.AdapterTree, tokens: Sequence[int], device: str, results: Sequence[Result]
 ) -> None:
-    """Put polylora's mixed batch over the same paths, flattened, into the existing tables.
+    """Add polylora's mixed batch over the same paths, flattened, to the existing tables.
 
     Args:
-        model: a bare base of its own, which polylora changes for good.
+        model: a separate bare base, which polylora changes for good.
         flat: an adapter for each row.
         tokens: inputs a row, of each table.
         device: of the base.
-        results: the tables; each has the time of "bare" and of "auto".
+        results: the tables; each has the times of "bare" and "auto" already.
     """
     with tempfile.TemporaryDirectory() as folder:
         theirs = with_polylora(model, flat, Path(folder) / "flat")
@@ -462,7 +464,7 @@ def _loads(shape: Shape, size: Size) -> list[Result]:
         )
         again = itertools.cycle(
             opened.paths()
-        )  # more than the device tier holds: each comes from the host
+        )  # more than the device tier holds, so each comes from the host
         host = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
         there = torch.empty(nbytes, dtype=torch.uint8, device="cuda")
         ids = torch.randint(256, (1, 512), device="cuda")
@@ -516,7 +518,7 @@ def _loads(shape: Shape, size: Size) -> list[Result]:
         over = hidden.ms - alone.ms
         result.aim("prefetched and activated − compute", over, at_most=0.5, unit="ms")
         attached.detach()
-    # The tree that was saved still has its adapters as CPU tensors, of which none was ever sent.
+    # The tree that was saved still holds its adapters as CPU tensors that were never sent.
     attached = lt.attach(adapters, model)
     unsent = iter(adapters.paths())
     result.timings |= interleaved(
@@ -533,7 +535,7 @@ def _loads(shape: Shape, size: Size) -> list[Result]:
 
 # ---------------------------------------------------------------------- helpers
 def _waited(call: Callable[[], object]) -> Callable[[], None]:
-    """``call``, and until the device is done."""
+    """Return a function that runs ``call`` and waits for the device."""
 
     def waited() -> None:
         call()
@@ -543,7 +545,7 @@ def _waited(call: Callable[[], object]) -> Callable[[], None]:
 
 
 def _once(call: Callable[[], object]) -> float:
-    """Milliseconds of a call, kernels compiled on the way included."""
+    """Return the milliseconds of one call, including the compilation of kernels."""
     torch.cuda.synchronize()
     start = time.perf_counter()
     call()

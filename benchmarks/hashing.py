@@ -1,9 +1,9 @@
-"""How fast the standard library hashes, and how fast a file is read and checked.
+"""The speed of the standard library's hashes, and of reading and checking a file.
 
     hashes      84 MB in memory, one thread, processor time
     first read  84 MB from the page cache into memory that was written to before, wall-clock time:
                     read, then hashed     the whole file's hash, in the reader's thread
-                    hashed beside         the whole file's hash, in a thread of its own
+                    hashed beside         the whole file's hash, in a separate thread
                     by pieces             the pieces' hashes, in as many threads as processors
 
 Run it with ``python -m benchmarks.hashing``.
@@ -36,7 +36,7 @@ WAYS = ("read, then hashed", "hashed beside", "by pieces")
 
 
 def rate(name: str, data: memoryview, rounds: int = 3) -> float:
-    """Return the GB of processor time's second that a hash takes; the best of some rounds."""
+    """Return the GB that a hash takes in a second of processor time; the best of some rounds."""
     taken = []
     for _ in range(rounds):
         start = time.process_time()
@@ -51,11 +51,11 @@ def read_and_hashed(file: Path, memory: torch.Tensor, way: str) -> None:
     Args:
         file: as large as the memory.
         memory: (bytes,) uint8.
-        way: of `WAYS`.
+        way: one of `WAYS`.
     """
     nbytes, start = memory.numel(), memory.data_ptr()
     by_pieces = way == "by pieces"
-    # By pieces the number of threads is the one for this machine.
+    # Hashing by pieces uses this machine's number of threads.
     with mock.patch.object(hashing, "processors", return_value=8 if way == "hashed beside" else 1):
         witness = hashing.ContentHash(whole=not by_pieces, pieces=by_pieces, nbytes=nbytes)
         with file.open("rb", buffering=0) as stream:

@@ -1,10 +1,10 @@
 """The host's work for a forward beside the weights: hooks and launches, with kernels left out.
 
-    224 sites, rank 16, bf16; inputs so small that a layer's own product is the same as nothing
+        224 sites, rank 16, bf16; inputs so small that a layer's own product takes no time
     path     one path of three nodes, 1 token
     batch    64 rows over 64 paths of three, 1 token a row: a second forward, and the first one
-             with all that makes it another batch
-    device   host memory: launches get as far as the call that would hand them to the driver
+             with the work that a new batch costs
+    device   host memory: launches run up to the call that would hand them to the driver
 
 A forward on a GPU takes at least this long if it waits for its host. Run it with
 ``python -m benchmarks.hooks``.
@@ -35,22 +35,23 @@ ON_DEVICE = ("forms", "path_form", "routed", "segmented", "unmerged")
 
 
 class Compiled:
-    """Stands for a compiled kernel, and does nothing."""
+    """A compiled kernel that does nothing."""
 
     function = packed_metadata = None
 
     @staticmethod
     def run(*arguments: Any) -> None:
-        """Take the arguments of a launch."""
+        """Accept the arguments of a launch."""
 
 
 def hooked(*, sites: int = SITES, rounds: int = 40) -> dict[str, float]:
-    """Return the microseconds a site that each kind of forward adds to the bare one: medians, every
-    kind once in every round.
+    """Return the microseconds per site that each kind of forward adds to the bare one.
+
+    They are medians; every kind runs once in every round.
 
     Args:
-        sites: of the base.
-        rounds: of all kinds.
+        sites: the number of the base's sites.
+        rounds: how often every kind is timed.
     """
     base = small_base(sites)
     tree, leaves = _tree(sites)
@@ -63,7 +64,7 @@ def hooked(*, sites: int = SITES, rounds: int = 40) -> dict[str, float]:
         for _ in range(rounds + 2):
             bare, bare_rows = _seconds(base, token), _seconds(base, rows)
             with model.using(leaves[0], mode="unmerged"):
-                _seconds(base, token)  # the hooks are put in, and launches are found
+                _seconds(base, token)  # installs the hooks and finds the launches
                 path.append(_seconds(base, token) - bare)
             begun = time.process_time()
             with model.route(random.sample(leaves, LEAVES), batch_first=True):
@@ -79,7 +80,7 @@ def hooked(*, sites: int = SITES, rounds: int = 40) -> dict[str, float]:
 
 
 def _without_a_driver(stack: ExitStack) -> None:
-    """Let launches go as far as a compiled kernel that does nothing."""
+    """Let every launch end in a compiled kernel that does nothing."""
     relaunch = importlib.import_module("lora_tree.engine.kernels.relaunch")
     for name in ON_DEVICE:
         module = f"lora_tree.engine.{name}.routes"

@@ -1,4 +1,4 @@
-"""A link to a device that is more host memory: transfers can be counted where there is no GPU."""
+"""A link to host memory in place of a device: it counts transfers where there is no GPU."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class HostLink:
     """A link whose transfers are copies within host memory.
 
     Args:
-        transfers: how many adapters were sent, each time counted.
-        waits: how often an arrival was waited for.
-        locked: address → bytes of the memory that is page-locked.
+        transfers: how many times an adapter was sent.
+        waits: how many times an arrival was awaited.
+        locked: address → bytes of page-locked memory.
     """
 
     def __init__(self) -> None:
@@ -33,20 +33,20 @@ class HostLink:
         return False
 
     def allocate(self, nbytes: int) -> Tensor:
-        """Return memory of the host."""
+        """Return host memory."""
         return torch.empty(nbytes, dtype=torch.uint8)
 
     def lock_pages(self, address: int, nbytes: int) -> bool:
-        """Note that memory is locked."""
+        """Record memory as page-locked."""
         self.locked[address] = nbytes
         return True
 
     def unlock_pages(self, address: int) -> None:
-        """Note that it is not."""
+        """Record memory as no longer page-locked."""
         del self.locked[address]
 
     def send(self, adapter: lt.Adapter, again: lt.Adapter | None = None) -> Arrived:
-        """Copy an adapter; through small buffers, if it does not lie in one of its own."""
+        """Copy an adapter; through small buffers if it is not packed in one buffer."""
         self.transfers += 1
         buffer = buffer_of(adapter)
         sent, there = placed(adapter, torch.device("cpu"), again)
@@ -61,5 +61,5 @@ class HostLink:
         to.copy_(stage)
 
     def wait(self, arrived: Arrived) -> None:
-        """Count it; the copy is whole already."""
+        """Count the wait; the copy is complete already."""
         self.waits += 1

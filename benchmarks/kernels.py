@@ -1,8 +1,8 @@
 """On one GPU: the kernels of routed sums alone, over the seven sites of one layer of 8B, in bf16.
 
-A kernel before each pair stands for the base's own, and its time is taken off. All launches are
-captured in a CUDA graph, so that the host's time does not count, and factors are those of another
-layer each time, so that none of them are found in a cache.
+A small kernel before each pair stands for the base's own, and its time is subtracted. All launches
+are captured in a CUDA graph, so that the host's time does not count. Each launch uses another
+layer's factors, so that no cache holds them.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ LEAVES, MIDDLE = 64, 8
 
 @dataclass(frozen=True)
 class Work:
-    """A batch.
+    """A batch to time.
 
     Args:
-        what: for the table.
-        kinds: what its rows owe, a coefficient for every node.
-        tokens: inputs of a row.
-        layers: that have factors of their own.
+        what: its name in the table.
+        kinds: what its rows owe: a coefficient for every node.
+        tokens: tokens per row.
+        layers: the number of layers, each with its own factors.
     """
 
     what: str
@@ -61,7 +61,7 @@ class Work:
 
 
 def run(size: Size = FULL) -> list[Result]:
-    """A table for each batch; none, and one line on stderr, where there is no GPU."""
+    """Return a table for each batch; without a GPU, none, and print one line on stderr."""
     if not torch.cuda.is_available():
         sys.stderr.write(NO_DEVICE.replace("gpu", "kernels") + "\n")
         return []
@@ -81,7 +81,7 @@ def run(size: Size = FULL) -> list[Result]:
 
 
 def _rows() -> list[tuple[float, ...]]:
-    """Return what 64 rows owe in a tree 1 → 8 → 64, in an order of their own."""
+    """Return what 64 rows owe in a tree 1 → 8 → 64, in shuffled order."""
     found = []
     for leaf in range(LEAVES):
         owed = [0.0] * (1 + MIDDLE + LEAVES)
@@ -100,7 +100,7 @@ def _one(work: Work, repeats: int, device: torch.device, name: str) -> Result:
     before = torch.zeros(1, device=device)
     inputs = len(work.kinds) * work.tokens
     alone = _timed([lambda: before.add_(1.0)] * work.layers, repeats)
-    # Only known where Triton is there.
+    # These names exist only where Triton is installed.
     direct = importlib.import_module("lora_tree.engine.kernels.direct")
     pairs, singles, floors = _Sum(repeats), _Sum(repeats), _Sum(repeats)
     is_direct = False

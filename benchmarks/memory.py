@@ -1,5 +1,7 @@
-"""The most bytes of tensors alive at once, counted as they are made and freed: exact, and the same
-in every run; and an allocator that keeps what it has."""
+"""The most bytes of tensors alive at once, and a C library that keeps freed memory.
+
+Bytes are counted as tensors are made and freed, so the count is exact and the same in every run.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 def keep_memory() -> bool:
     """Let the C library keep freed memory, as jemalloc and tcmalloc do; return whether it does.
 
-    glibc maps large tensors anew at every use, and the system clears every page of them.
+    By default glibc maps large tensors again at every use, and the system clears every page of
+    them.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return mallopt is not None and bool(
@@ -32,7 +35,7 @@ def keep_memory() -> bool:
 def peak_bytes(run: Callable[[], object]) -> int:
     """Return the most bytes that ``run`` holds beyond those before it; on CUDA by its allocator.
 
-    Memory that an operation takes and gives back inside itself does not count on a CPU.
+    On a CPU, memory that an operation takes and frees internally is not counted.
     """
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -55,7 +58,7 @@ class _Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._held: dict[int, Any] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for tensor in tree_leaves((args, kwargs)):  # what was there before, or is written in place
+        for tensor in tree_leaves((args, kwargs)):  # existed before, or is written in place
             if isinstance(tensor, Tensor) and id(tensor.untyped_storage()) not in self._held:
                 self._given.add(tensor.untyped_storage().data_ptr())
         out = func(*args, **(kwargs or {}))

@@ -20,7 +20,7 @@ __all__ = ["run"]
 
 
 def run(size: Size = FULL) -> list[Result]:
-    """The folder, with its lock and without; then the imports."""
+    """Time the opening of a folder with and without its lock, then the imports."""
     repeats = max(2, size.repeats // 3)
     with tempfile.TemporaryDirectory() as folder:
         locked, plain = Path(folder) / "locked", Path(folder) / "plain"
@@ -44,7 +44,7 @@ def run(size: Size = FULL) -> list[Result]:
 
 
 def _grow(nodes: int) -> lt.AdapterTree:
-    """Three levels, ten nodes on each of the upper ones where there are enough."""
+    """Return a tree of three levels; the upper two have up to ten nodes each."""
     value = lt.Adapter({"layer": lt.LowRank(torch.zeros(2, 8), torch.zeros(8, 2))})
     grown = lt.AdapterTree()
     for i in range(nodes):

@@ -1,8 +1,8 @@
-"""Time the ways of 84 MB into memory that a GPU copies from at full speed, and the copies.
+"""Time ways to get 84 MB into memory that a GPU copies from at full speed, and the copies.
 
     hash       the file's SHA-256 alone: the floor of a first use
-    allocator  new page-locked memory of torch's own
-    ours       a mapping that is read into beside the hash, and locked then (`cache/page_locked.py`)
+    allocator  new page-locked memory from torch's allocator
+    ours       a mapping, filled beside the hash and then locked (`cache/page_locked.py`)
     copies     from page-locked memory; from ordinary memory by torch; through staging buffers
 
 Run it with ``python -m benchmarks.page_locking``, on a machine with a GPU.
@@ -42,7 +42,7 @@ def main() -> None:
         file = Path(folder) / "weights"
         file.write_bytes(data.numpy().data)
         _say("its hash alone", lambda: hashlib.sha256(data.numpy().data).digest())
-        kept: list[Tensor] = []  # else the allocator hands the same memory out again
+        kept: list[Tensor] = []  # else the allocator would reuse the same memory
         _say("torch's page-locked memory, new", lambda: kept.append(_locked_by_torch(NBYTES)))
         kept.clear()
         link = CudaLink(device)
@@ -63,7 +63,7 @@ def _locked_by_torch(nbytes: int) -> Tensor:
 
 
 def _read_and_locked(file: Path, link: CudaLink) -> None:
-    """Read a file into new memory, and lock it; the hash runs beside the read alone here."""
+    """Read a file into new memory and lock it; here the hash runs only beside the read."""
     memory = PageLocked(link)
     piece = memory.take(NBYTES)
     read_and_hashed(file, piece, "by pieces")

@@ -1,11 +1,11 @@
 """Eviction from a full cache: hits and loads of each policy on the same traffic, at equal bytes.
 
-    flattened leaves   every path is one adapter of its own, as large as its whole lineage
+    flattened leaves   every path is one separate adapter, as large as its whole lineage
     nodes              a lineage is a hit if all its nodes are in memory; ancestors are shared
     offline            evict the node whose next use is farthest away (Belady): it knows the future
 
-The policies are the library's own objects; nothing is loaded, so what is counted is exact and no
-clock is involved.
+The policies are the library's own objects. Nothing is loaded, so the counts are exact and no clock
+is involved.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Make = Callable[[Sequence[Request]], Policy]
 
 
 class LeavesFirst(Lru):
-    """LRU that evicts no node above one in memory; plain LRU on lineages behaves so already."""
+    """LRU that never evicts a node above a cached one; plain LRU on lineages does the same."""
 
     def victim(self, idle: Callable[[Hashable], bool]) -> Hashable | None:
         above = {str(key).rpartition("/")[0] for key in self._order}
@@ -40,7 +40,7 @@ class LeavesFirst(Lru):
 
 
 class Offline:
-    """Belady: lets go of what is needed last, of all that is to come."""
+    """Belady's rule: evict the node whose next use is farthest away."""
 
     def __init__(self, requests: Sequence[Request]) -> None:
         self._coming: dict[Hashable, list[float]] = {}
@@ -85,7 +85,7 @@ POLICIES: dict[str, tuple[Make, bool]] = {
 
 
 def run(size: Size = FULL) -> list[Result]:
-    """One table: for every skew and budget, what each policy served and loaded."""
+    """Return one table: for every skew, how much each policy served and loaded."""
     paths = tree_of(size.nodes * 10)
     draw = random.Random(0)
     ranks = {path: draw.choice(SIZES) for path in paths}
@@ -130,7 +130,7 @@ def run(size: Size = FULL) -> list[Result]:
 def replay(
     make: Make, flat: bool, asked: Sequence[str], sizes: dict[str, int], budget: float
 ) -> tuple[float, int]:
-    """The part of the requests that was served whole, and the bytes loaded."""
+    """Return the part of the requests whose whole lineage was cached, and the bytes loaded."""
     requests = [_request(path, sizes, flat) for path in asked]
     policy, used, served, loaded = make(requests), 0, 0, 0
     known: dict[Hashable, int] = {}
@@ -142,7 +142,7 @@ def replay(
             while used + nbytes > budget:
                 victim = policy.victim(lambda other, mine=mine: other not in mine)  # type: ignore[misc]
                 if victim is None:
-                    break  # a lineage larger than the budget is used and not kept
+                    break  # a lineage larger than the budget is used but not cached
                 used -= known.pop(victim)
                 policy.gone(victim)
             known[key] = nbytes
@@ -159,7 +159,7 @@ def _request(path: str, sizes: dict[str, int], flat: bool) -> Request:
 
 
 def tree_of(nodes: int) -> list[str]:
-    """So many paths, ten children each, four levels deep, depth-first."""
+    """Return the paths of a tree of ``nodes`` nodes, ten children each, depth-first."""
     found: list[str] = []
 
     def grow(path: str, depth: int) -> None:

@@ -1,8 +1,8 @@
 """The host's work to bring an adapter back to a device: from the host's tier to an active path.
 
     224 sites, rank 16, bf16; eleven paths in turn, and a device budget for six
-    time     of the processor, of `activate(path, mode="unmerged")` alone, no forward
-    device   more host memory: what is sent is a copy, and kernels are taken for there and not run
+    time     processor time of `activate(path, mode="unmerged")` alone, without a forward
+    device   host memory: sending is a copy, and kernels count as available but do not run
 
 On a GPU the transfer runs beside this work, and the path is active when both are done. Run it with
 ``python -m benchmarks.returning``.
@@ -29,7 +29,7 @@ KERNELS = ("segmented", "routed", "path_form", "unmerged")
 
 
 class Returned(HostLink):
-    """The link, and what was measured of the adapters that came back over it."""
+    """A link that records the times of the adapters that return over it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,17 +39,17 @@ class Returned(HostLink):
         self.begun = 0.0
 
     def send(self, adapter: lt.Adapter, again: lt.Adapter | None = None) -> Arrived:
-        """Copy a packed adapter, and note how much of the work came before."""
+        """Copy a packed adapter, and record the time from the call of `activate` to here."""
         self.before.append(time.process_time() - self.begun)
         return super().send(adapter, again)
 
 
 def returned(depth: int, *, sites: int = SITES, rounds: int = 3) -> Returned:
-    """Return what it took to bring each of the paths back, in turn.
+    """Bring each of the paths back in turn, and return the times.
 
     Args:
-        depth: adapters of a path; all of them come back.
-        sites: of the base.
+        depth: the number of adapters of a path; all of them come back.
+        sites: the number of the base's sites.
         rounds: how often each path comes back.
     """
     link = Returned()

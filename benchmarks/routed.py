@@ -1,7 +1,7 @@
 """Many paths in one batch: the time that each form and PEFT's mixed batch add to the bare base.
 
 PEFT is given the same paths flattened: one adapter of rank 3·r for each, chosen row by row with
-``adapter_names``. Rows are shuffled. "auto" is what `route` does by itself.
+``adapter_names``. Rows are shuffled. "auto" is what `route` chooses.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ BATCHES: list[tuple[int, int, int, tuple[int, ...], float | None]] = [
 
 
 def run(size: Size = FULL) -> list[Result]:
-    """A table for each hidden size and batch."""
+    """Return a table for each hidden size and batch."""
     return [
         result
         for hidden in (size.hidden // 2, size.hidden)
@@ -102,7 +102,7 @@ def _one(
 
     def enter(strategy: Strategy) -> None:
         stage.enter(attached.route(routed, strategy=strategy, batch_first=True))
-        ours()  # what is laid out for a batch is laid out once; the last case times that too
+        ours()  # a batch is laid out once, here; only the last case times that too
 
     cases = {"bare": Case(ours, stage.leave)}
     for strategy in get_args(Strategy):
@@ -131,7 +131,7 @@ def _one(
 def grown(
     model: Any, size: Size, leaves: int, middle: int, *, dtype: torch.dtype = torch.float32
 ) -> lt.AdapterTree:
-    """A tree 1 → middle → leaves over a base."""
+    """Return a tree 1 → middle → leaves over a base."""
     tree = lt.AdapterTree()
     tree.add("r", adapter=adapter(model, size, seed=0, dtype=dtype))
     for i in range(middle):

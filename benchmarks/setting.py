@@ -51,7 +51,7 @@ def base(size: Size, dtype: torch.dtype) -> Any:
 def adapter(
     model: Any, size: Size, *, seed: int, dtype: torch.dtype, scale: float = 1.0
 ) -> lt.Adapter:
-    """Random factors; ΔW a hundredth of the weights or so."""
+    """Return random factors whose ΔW is about a hundredth of the weights."""
     draw = torch.Generator().manual_seed(seed)
     modules = {}
     for layer in range(size.layers):
@@ -66,7 +66,7 @@ def adapter(
 
 
 def tree(model: Any, size: Size, *, dtype: torch.dtype, scale: float = 1.0) -> lt.AdapterTree:
-    """Three levels: siblings below a/b, a cousin below a/e."""
+    """Return a tree of three levels: siblings below a/b, a cousin below a/e."""
     grown = lt.AdapterTree()
     for seed, path in enumerate(PATHS):
         grown.add(path, adapter=adapter(model, size, seed=seed, dtype=dtype, scale=scale))

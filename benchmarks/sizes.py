@@ -1,7 +1,8 @@
-"""How large the base and the measurement are.
+"""The sizes of the base and of the measurement.
 
-Apart from the models themselves (`setting.py`), whose packages take seconds to import: a benchmark
-that starts processes of its own and needs no model is not to wait for them, nor count their memory.
+They are kept apart from the models (`setting.py`), whose packages take seconds to import. A
+benchmark that starts processes and needs no model should neither wait for these imports nor count
+their memory.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""A base of many small layers and adapters for it, where the host's work is measured and products
-should take no time.
+"""A base of many small layers and adapters for it, to measure the host's work.
+
+The layers are so small that their products take no time.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ SITES, WIDTH, RANK = 224, 32, 16
 
 
 def small_base(sites: int) -> nn.Sequential:
-    """Return a frozen base of so many linear layers, in bf16."""
+    """Return a frozen base of ``sites`` linear layers, in bf16."""
     base = nn.Sequential(*[nn.Linear(WIDTH, WIDTH) for _ in range(sites)])
     return base.to(torch.bfloat16).requires_grad_(False)
 
 
 def small_adapter(sites: int) -> lt.Adapter:
-    """Return an adapter of all its layers, in bf16."""
+    """Return an adapter of all layers of `small_base`, in bf16."""
     modules = {}
     for i in range(sites):
         A, B = torch.randn(RANK, WIDTH), torch.randn(WIDTH, RANK)

@@ -31,7 +31,7 @@ SETTINGS: list[tuple[str, torch.dtype, torch.dtype, float, float | None, float]]
 
 
 def run(size: Size = FULL) -> list[Result]:
-    """One table for each setting of `SETTINGS`."""
+    """Return one table for each of `SETTINGS`."""
     return [_one(size, *setting) for setting in SETTINGS]
 
 
@@ -110,7 +110,7 @@ def _merge_in_peft(wrapped: Any, adapters: lt.AdapterTree, path: str) -> None:
 
 
 def _floor(model: Any, adapters: lt.AdapterTree) -> tuple[Callable[[], None], Callable[[], None]]:
-    """Run the two stock operations over every touched weight; factors have the weights' dtype."""
+    """Return the two stock operations over every touched weight, with factors in its dtype."""
     flat = adapters.flatten(START)
     sites: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     for name, value in flat.modules.items():

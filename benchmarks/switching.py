@@ -1,12 +1,11 @@
-"""The host's work in a merged switch on a device: before the launch that writes the weights, and
-after it.
+"""The host's work in a merged switch on a device, before and after the launch that writes.
 
     224 sites in a Llama of 32 layers, paths three nodes deep, siblings in turn
-    time     of the processor, from `activate(path)` to the launch, and from there to its return
-    device   host memory: kernels are taken for there, and do nothing
+    time     processor time from `activate(path)` to the launch, and from there to its return
+    device   host memory: kernels count as available, and do nothing
     pristine copies beside the weights, or undo logs
 
-On a GPU the device waits for what comes before the launch, and works during what comes after it.
+On a GPU the device waits during the work before the launch, and runs during the work after it.
 Run it with ``python -m benchmarks.switching``.
 """
 
@@ -35,12 +34,12 @@ SIZE = replace(FULL, hidden=32, layers=32, repeats=50)
 
 @dataclass
 class Switched:
-    """Seconds of the processor, a number for each switch.
+    """Processor time in seconds, one number for each switch.
 
     Args:
         before: from the call to the launch.
         after: from the launch to the return.
-        laid_out: how many launches from copies were laid out; one that is kept runs again.
+        laid_out: how many launches from copies were laid out; a kept launch is run again instead.
     """
 
     before: list[float] = field(default_factory=list)
@@ -49,7 +48,7 @@ class Switched:
 
 
 class _NoLaunch:
-    """A launch that writes nothing, and notes when it was to run."""
+    """A launch that writes nothing, and records when it was called."""
 
     def __init__(self, note: Callable[[], None]) -> None:
         self._note = note
@@ -59,7 +58,7 @@ class _NoLaunch:
 
 
 class _NoKernel:
-    """A kernel of undo logs that writes nothing, and notes when it was to run."""
+    """A kernel of undo logs that writes nothing, and records when it was called."""
 
     def __init__(self, note: Callable[[], None]) -> None:
         self._note = note
@@ -69,19 +68,19 @@ class _NoKernel:
 
 
 def _no_samples(tensors: Sequence[Tensor], steps: Sequence[int]) -> Callable[[], Tensor]:
-    """Return what a sampler's place takes: it makes the same numbers every time."""
+    """Return a sampler that returns the same numbers every time."""
     return lambda: torch.zeros(64 * len(tensors), dtype=torch.int16)
 
 
 def switched(
     layers: int = SIZE.layers, *, repeats: int = SIZE.repeats, logged: bool = False
 ) -> Switched:
-    """Return what the switches between two siblings took.
+    """Switch between two siblings, and return the times.
 
     Args:
-        layers: of the base, with seven sites each.
+        layers: the number of the base's layers, with seven sites each.
         repeats: how many switches are counted.
-        logged: by undo logs, for which Triton has to be there, instead of copies.
+        logged: whether to use undo logs, which need Triton, instead of copies.
     """
     size = replace(SIZE, layers=layers)
     model = base(size, torch.bfloat16)
@@ -107,7 +106,7 @@ def switched(
             kernel = "lora_tree.engine.kernels.undo.rewrite_logged"
             stack.enter_context(mock.patch(kernel, _NoKernel(note)))
         attached = lt.attach(adapters, model, pristine="log" if logged else "auto")
-        # The copies are made, and what is kept of a switch.
+        # Make the copies, and everything that is kept between switches.
         for path in (START, SIBLING, START, SIBLING):
             attached.activate(path)
         for i in range(repeats):

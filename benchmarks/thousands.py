@@ -1,7 +1,6 @@
 """Ten thousand nodes on disk: opening them, the first use of a path, memory under traffic.
 
-What is said of memory is measured in a fresh process each: anonymous resident bytes, as Linux
-counts them.
+Each part is measured in a fresh process. Memory is anonymous resident bytes, as Linux counts them.
 """
 
 from __future__ import annotations
@@ -32,11 +31,11 @@ R = 8
 PART = 0.05
 SKEW = 1.0
 FIRST_USES = 40
-LEAST = 4 * 4  # nodes: two lineages, each laid out too
+LEAST = 4 * 4  # nodes: room for two lineages and their layouts
 
 
 def run(size: Size = FULL) -> list[Result]:
-    """Opening and first uses; then traffic."""
+    """Return a table of opening and first uses, and one of traffic."""
     with tempfile.TemporaryDirectory() as folder:
         zoo, small = Path(folder) / "zoo", Path(folder) / "small"
         _grow(zoo, size.nodes * 10)
@@ -74,10 +73,9 @@ def run(size: Size = FULL) -> list[Result]:
     return [result, second]
 
 
-# ---------------------------------------------------------------------- what is measured, in a
-# process of its own
+# ---------------------------------------------------------------------- in a separate process
 def opening(folder: str) -> dict[str, Any]:
-    """Seconds, and bytes above what the import left."""
+    """Return the seconds that opening takes, and the growth of memory."""
     before, start = _anonymous(), time.perf_counter()
     tree = lt.load(folder)
     seconds = time.perf_counter() - start
@@ -89,7 +87,8 @@ def opening(folder: str) -> dict[str, Any]:
 def first_uses(folder: str) -> dict[str, Any]:
     """Return the ms of activating paths for the first time, and of reading and hashing their files.
 
-    In memory that is new to the process; and in that of the path before, as in a full cache.
+    Both are measured in memory that is new to the process, and in the memory of the path before, as
+    in a full cache.
     """
     return {
         "new": _first_uses(folder, handed_on=False),
@@ -112,7 +111,7 @@ def _first_uses(folder: str, *, handed_on: bool) -> dict[str, list[float]]:
         for file in files:
             hashlib.sha256(file.read_bytes()).hexdigest()
         read_ms.append(1e3 * (time.perf_counter() - start))
-        model.cache._loader.tiers[0].clear()  # as if none of it had been used, nor hashed
+        model.cache._loader.tiers[0].clear()  # as if no node had been used or hashed
         for node in lineage:
             object.__setattr__(tree[node].source, "_hashed", None)
         if handed_on:
@@ -128,7 +127,7 @@ def _first_uses(folder: str, *, handed_on: bool) -> dict[str, list[float]]:
 
 @torch.no_grad()
 def traffic(folder: str, requests: int) -> dict[str, Any]:
-    """Make requests one after the other; return how far memory rose above that after the first."""
+    """Make requests one after the other; return how far memory grew after the first one."""
     tree = lt.load(folder)
     budget = int(max(PART * len(tree), LEAST) * _bytes_of_a_node())
     model, base_x = lt.attach(tree, (base := _base()), host_budget=budget), torch.randn(1, WIDTH)
@@ -177,7 +176,7 @@ def _bytes_of_a_node() -> int:
 
 
 def _grow(folder: Path, nodes: int) -> None:
-    """Write a folder of so many nodes, all with the same numbers, which do not matter here."""
+    """Write a folder of ``nodes`` nodes; all have the same numbers, which do not matter here."""
     value = lt.Adapter(
         {
             str(i): lt.LowRank(torch.randn(R, WIDTH) * 0.01, torch.randn(WIDTH, R) * 0.01)
@@ -191,7 +190,7 @@ def _grow(folder: Path, nodes: int) -> None:
 
 
 def _anonymous() -> int:
-    """Anonymous resident bytes of this process."""
+    """Return the anonymous resident bytes of this process."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
             return 1024 * int(line.split()[1])

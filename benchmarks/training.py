@@ -29,13 +29,13 @@ __all__ = ["joint", "run"]
 
 LEAVES = 8
 PARTS = 4
-# (rows a leaf, tokens a row; times faster than PEFT, at least; whether the C library keeps what is
-# freed)
+# (rows a leaf, tokens a row; times faster than PEFT, at least; whether the C library keeps freed
+# memory)
 BATCHES = [(1, 32, 1.5, False), (4, 32, 1.0, False), (16, 32, 1.0, False), (16, 32, 1.0, True)]
 
 
 def run(size: Size = FULL) -> list[Result]:
-    """Make a table for each number of rows, and one for frozen ancestors; on a GPU in bf16."""
+    """Return a table for each number of rows, and one for frozen ancestors; on a GPU in bf16."""
     size = replace(size, layers=min(size.layers, 2))
     dtype = torch.float32
     if torch.cuda.is_available() and size.hidden == FULL.hidden:
@@ -45,7 +45,7 @@ def run(size: Size = FULL) -> list[Result]:
 
 
 def joint(size: Size, dtype: torch.dtype, device: torch.device) -> list[Result]:
-    """A table for each number of rows a leaf."""
+    """Return a table for each number of rows a leaf."""
     tree = lt.AdapterTree()
     for i in range(LEAVES):
         tree.add(f"leaf{i}", adapter=adapter(base(size, dtype), size, seed=i, dtype=torch.float32))
@@ -115,7 +115,7 @@ def _ancestors(size: Size, dtype: torch.dtype, device: torch.device) -> Result:
         optimizers[path] = torch.optim.AdamW(groups, lr=1e-5)
         model.activate(path, mode="unmerged")
         model.follow(optimizers[path])
-        runs[path]()  # the optimiser's state, and what is laid out for a path, are made once
+        runs[path]()  # makes the optimiser's state and the path's layout, once
 
     for path in ("a/shallow", "a/b/c/deep"):
         runs[path] = lambda path=path: _step(model, optimizers[path], ids, None)  # type: ignore[misc]
@@ -155,7 +155,7 @@ def _step(
 def _step_in_parts(
     model: lt.TreeModel, optimizer: torch.optim.Optimizer, ids: Tensor, paths: list[str]
 ) -> None:
-    """The same step, its rows in micro-batches of every leaf."""
+    """Take the same step in micro-batches, each with rows of every leaf."""
     counts = lt.token_counts(model.tree, [(ids, paths)])
     for start in range(PARTS):
         part, of = ids[start::PARTS], paths[start::PARTS]
@@ -192,7 +192,7 @@ def _ids(rows: int, tokens: int, device: torch.device) -> Tensor:
 
 
 def _waited(run: Callable[[], object], device: torch.device) -> Callable[[], object]:
-    """``run``, and what it started on the device is done."""
+    """Return a function that runs ``run`` and waits for the device."""
     if device.type == "cpu":
         return run
 

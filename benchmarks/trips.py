@@ -1,7 +1,7 @@
 """The trip of one call through the code: its function calls, and its changes of file.
 
     calls    functions of the package that ran
-    moves    calls whose file is not that of the call before: a reader opens another file there
+    moves    calls whose file differs from that of the call before: a reader opens another file
 
 Counted with `sys.setprofile` on a model of two linear sites under a tree a, a/b, a/c, d; no time is
 taken, so the numbers are the same on every machine. Run it with ``python -m benchmarks.trips``;
@@ -39,13 +39,13 @@ class Trip:
 
     @property
     def moves(self) -> int:
-        """How often a call is in another file than the call before it."""
+        """The number of calls in another file than the call before."""
         files = [file for file, _ in self.calls]
         return sum(here != there for here, there in pairwise(files))
 
 
 def trips() -> list[Trip]:
-    """The four trips, on one model: a path's plan is there when it first runs unmerged."""
+    """Return the four trips, on one model; a path has its plan before it first runs unmerged."""
     x = torch.zeros(4, 5)
     model = _model()
     model.activate("a/b")
@@ -54,7 +54,7 @@ def trips() -> list[Trip]:
 
     beside = _followed("activate unmerged, first", lambda: model.activate("a/b", mode="unmerged"))
 
-    model.base(x)  # the first forward looks whether every side path runs
+    model.base(x)  # the first forward checks that every side path runs
     forward = _followed("forward unmerged, again", lambda: model.base(x))
 
     model.deactivate()
@@ -89,7 +89,7 @@ def _followed(name: str, act: Callable[[], object]) -> Trip:
         if event == "call" and file.startswith(PACKAGE):
             calls.append((file.removeprefix(PACKAGE), frame.f_code.co_name))
 
-    # A collection within the trip would run finalizers of earlier models, which are ours too.
+    # A garbage collection within the trip would run finalizers of earlier models and count them.
     gc.collect()
     gc.disable()
     sys.setprofile(note)

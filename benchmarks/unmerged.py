@@ -20,7 +20,7 @@ FEW = 10
 
 
 def run(size: Size = FULL) -> list[Result]:
-    """Switches, then forwards."""
+    """Return a table of switches, then tables of forwards."""
     return [_switches(size), _forward(size, torch.float32), _forward(size, torch.bfloat16)]
 
 
@@ -42,7 +42,7 @@ def _switches(size: Size) -> Result:
     ]
     copies: list[
         list[torch.Tensor]
-    ] = []  # kept, as a path's stacks are: fresh memory is what both have to fill
+    ] = []  # kept like a path's stacks, so that both fill fresh memory
     cases = {
         f"used before, {FEW} nodes": Case(lambda: small.activate(few_pair(), mode="unmerged")),
         f"used before, {size.nodes} nodes": Case(
@@ -61,7 +61,7 @@ def _switches(size: Size) -> Result:
 
 
 def _wide_tree(nodes: int, shared: list[lt.Adapter]) -> lt.AdapterTree:
-    """Make two inner nodes and leaves below them; factors are shared, weights differ by path."""
+    """Return a tree of two inner nodes and leaves; factors are shared, weights differ by path."""
     grown = lt.AdapterTree()
     grown.add("a", adapter=shared[0])
     grown.add("a/b", adapter=shared[1])

@@ -39,7 +39,7 @@ def _one_by_one(lines: Iterable[str]) -> Iterator[str]:
 
 
 def _fenced(lines: Iterable[str]) -> Iterator[str]:
-    """The lines, with a fence around each example: from ``>>>`` to the next empty line."""
+    """Yield the lines, with a fence around each example: from ``>>>`` to the next empty line."""
     margin: str | None = None
     for line in lines:
         if margin is None and line.lstrip().startswith(">>>"):

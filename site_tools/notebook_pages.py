@@ -1,12 +1,12 @@
 """A notebook as a page of the site.
 
     cell                         page
-    text                         as it is; a link to ../docs/ is one within the site
+    text                         unchanged; a link to ../docs/ becomes one within the site
     code                         a block of Python
     what it printed              a block without a language
     a picture that it showed     a file beside the page
 
-Nothing is run here: the outputs are those that the notebook is kept with.
+Nothing is run here: the outputs are those that the notebook's file holds.
 """
 
 from __future__ import annotations

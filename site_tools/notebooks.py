@@ -1,9 +1,9 @@
 """Run the notebooks of examples/ and keep their outputs: ``make notebooks``.
 
-    examples/*.ipynb  ──a kernel of its own, an empty folder──▶  the same cells, with outputs
+    examples/*.ipynb  ──a new kernel, an empty folder──▶  the same cells, with outputs
 
-What would differ from run to run and says nothing (the folder, times, a terminal's colours) is left
-out, so that a change of a notebook shows in a diff.
+Details that differ from run to run and mean nothing (the folder, times, a terminal's colours) are
+left out, so that a diff shows the changes of a notebook.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 LIMIT_S = 300
 """Seconds that one cell may take."""
 SETTINGS = {"COLUMNS": "110", "PYTHONWARNINGS": "ignore:::tqdm.auto"}
-"""What the kernel finds in its environment: how wide a terminal is, and that it has no widgets."""
+"""The kernel's environment variables: the width of a terminal, and no warnings or widgets."""
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
-"""What a terminal obeys, such as a colour; a page would show it as letters."""
+"""An escape sequence of a terminal, such as a colour; a page would show it as letters."""
 PROGRESS = re.compile(r"━ \d+/\d+")
-"""A bar, which a terminal wipes out at the end."""
+"""A progress bar, which a terminal erases at the end."""
 CELL = re.compile(r"^/\S+/ipykernel_\d+/\d+\.py:\d+: ", re.MULTILINE)
-"""The place of a warning in a cell, which is a file that is gone."""
+"""The place of a warning in a cell: a temporary file that no longer exists."""
 
 
 def executed(file: Path, place: Path) -> Any:
@@ -59,7 +59,7 @@ def executed(file: Path, place: Path) -> Any:
 
 
 def _as_read(text: str, place: Path) -> str:
-    """Return printed text as a reader should see it."""
+    """Return printed text without control sequences, bars and the folder's path."""
     text = CELL.sub("", CONTROL.sub("", text.replace("\r\n", "\n")))
     text = text.replace(str(place), "/data")
     lines = [line.rstrip() for line in text.splitlines() if not PROGRESS.search(line)]

@@ -1,10 +1,10 @@
-"""Pages of the site that are no files in docs/: a hook of mkdocs, named in mkdocs.yml.
+"""Pages of the site that are not files in docs/: a hook of mkdocs, named in mkdocs.yml.
 
     README.md, CONTRIBUTING.md, CHANGELOG.md      become pages; their links to docs/ become links
                                                   within the site
-    examples/*.ipynb                              become pages, with the outputs that are kept
-    what typer knows of the commands              commands.md
-    the public names                              python-*.md, filled by mkdocstrings
+    examples/*.ipynb                              become pages, with their stored outputs
+    typer's declarations of the commands          become commands.md
+    the public names                              become python-*.md, filled by mkdocstrings
     files of the repository that a page links to  are copied beside it
 
 Law: no text stands in the repository twice for the site's sake.
@@ -38,7 +38,7 @@ PAGES = {
 """Files at the top of the repository → their pages."""
 
 HIDDEN = re.compile(r"<!-- python\n.*?-->\n?", re.DOTALL)
-"""Code that the tests run before a snippet, and no reader wants to see."""
+"""Code that the tests run before a snippet, and that a page hides."""
 
 LINK = re.compile(r"\]\((?P<to>[^)\s#]+)(?P<anchor>#[^)\s]*)?\)")
 
@@ -90,12 +90,12 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Leave out what only tests read; what lies outside of docs/ lies beside the page here."""
+    """Leave out code that only tests read, and point links out of docs/ to copies at hand."""
     return HIDDEN.sub("", markdown).replace("](../", "](")
 
 
 def _inside(text: str) -> str:
-    """A page of the top folder, with the links that it has as a page of the site."""
+    """Return a page of the top folder with its links as they are within the site."""
 
     def moved(link: re.Match[str]) -> str:
         to = link["to"].removeprefix("docs/")
@@ -107,7 +107,7 @@ def _inside(text: str) -> str:
 
 
 def _linked_files(config: MkDocsConfig) -> Iterator[str]:
-    """The files outside of docs/ that its pages link to, as seen from the repository."""
+    """Yield the files outside of docs/ that its pages link to, relative to the repository."""
     for page in Path(config.docs_dir).glob("*.md"):
         for link in LINK.finditer(page.read_text(encoding="utf-8")):
             if link["to"].startswith("../") and not link["to"].endswith(".md"):
@@ -116,11 +116,11 @@ def _linked_files(config: MkDocsConfig) -> Iterator[str]:
 
 # ---------------------------------------------------------------------- commands
 def _commands() -> Iterator[str]:
-    """The page of all commands, from their own declarations."""
+    """Yield the page of all commands, from their declarations."""
     yield "# Commands\n"
     yield "Every command has `--help`. A folder of a tree is called `zoo/` here.\n"
     for name in COMMANDS:
-        # An application knows only the command that it is asked for, so that it starts quickly.
+        # An application imports only the command that it is asked for, so that it starts quickly.
         group: Any = typer.main.get_command(application([name]))
         command = group.commands[name]
         context = group.make_context("lora-tree", [name], resilient_parsing=True)
@@ -144,7 +144,7 @@ def _first(text: str | None) -> str:
 
 
 def _row(parameter: Any) -> str:
-    """A row of the table of options; empty for ``--help``, which all have."""
+    """Return a row of the table of options; empty for ``--help``, which every command has."""
     if "--help" in parameter.opts:
         return ""
     names = [*parameter.opts, *parameter.secondary_opts]
@@ -159,7 +159,7 @@ def _row(parameter: Any) -> str:
 
 # ---------------------------------------------------------------------- Python
 def _public_names() -> dict[str, list[tuple[str, str]]]:
-    """Page → (public name, where it is defined), in alphabetical order."""
+    """Return page → (public name, where it is defined), in alphabetical order."""
     found: dict[str, list[tuple[str, str]]] = {page: [] for page in TITLES}
     for name in sorted(lora_tree.__all__, key=str.lower):
         value = getattr(lora_tree, name)

@@ -29,7 +29,7 @@ RECORDED = (
     f"lora-tree export {ZOO} net/asyncio --rank 8 --out for-peft",
     f"lora-tree export {ZOO} asyncio --out for-peft",
 )
-"""The last one is wrong, so that a reader sees an error, too."""
+"""The commands of the session; the last one is wrong, so that a reader sees an error, too."""
 DARK = {
     tree_picture.PAPER: "#0d1117",
     tree_picture.INK: "#e6edf3",
@@ -63,7 +63,7 @@ def take(place: Path, programs: Path = PROGRAMS) -> dict[str, str]:
 
 
 def main() -> None:
-    """Write the pictures of the demo's tree; an argument names the folder that it lies in."""
+    """Write the pictures of the demo's tree; an argument names the folder of the tree."""
     with tempfile.TemporaryDirectory() as made:
         place = Path(sys.argv[1] if len(sys.argv) > 1 else made).resolve()
         if not (place / ZOO).is_dir():

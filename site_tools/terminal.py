@@ -1,9 +1,9 @@
-"""A shell session as a moving SVG: the lines of real commands appear one after the other.
+"""A shell session as an animated SVG: the lines of real commands appear one after the other.
 
     Shown("lora-tree show zoo/", output)  ×  n   ──▶   one document: dark, no script, no font
 
-The movement is CSS. A viewer that does not run it, or a reader who asked for less motion, sees the
-whole session at once.
+The animation is CSS. A viewer that does not run it, or whose settings ask for reduced motion, shows
+the whole session at once.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ PAPER, INK, DIM, PROMPT = "#0d1117", "#e6edf3", "#8b949e", "#7ee787"
 TYPED_S, THOUGHT_S, READ_S = 1.2, 0.5, 3.0
 """Seconds until a command is typed, until its output appears, and until the next one."""
 WORDS = re.compile(r"\S+(?: \S+)*")
-"""Pieces that are drawn at a place of their own. Columns are apart by more than one blank: each is
-put where a terminal has it, whatever the width of the viewer's font.
+"""Pieces of text that are drawn where a terminal has them, whatever the width of the viewer's font.
+More than one blank separates two columns, so each column is a piece.
 """
 
 
 @dataclass(frozen=True)
 class Shown:
-    """One command and what a terminal was sent while it ran, with its colours."""
+    """One command, and its output with the colours that a terminal got."""
 
     command: str
     output: str

@@ -1,4 +1,4 @@
-"""The laws on CUDA. Without a device nothing runs, and one line says so."""
+"""Tests of the laws on CUDA; without a device none runs, and one line says so."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(
     0, str(Path(__file__).parent.parent / "tests")
-)  # the contract is written there, for every device
+)  # the contract for every device is there
 
 import pytest
 import torch
@@ -19,13 +19,13 @@ NO_DEVICE = "no CUDA device here: the tests of tests_gpu need one, and were skip
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
-    """Nothing is collected where nothing can run."""
+    """Collect nothing without a device."""
     return None if torch.cuda.is_available() else True
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """No test was found: that is right without a device."""
+    """Exit with success although no test was found, if there is no device."""
     if not torch.cuda.is_available():
         session.exitstatus = pytest.ExitCode.OK
 

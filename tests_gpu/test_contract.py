@@ -1,7 +1,7 @@
 """The contract of every kind of site and of every form of a routed batch, on CUDA.
 
-The tests are those of the CPU, which compare with dense float64 algebra; here everything they make
-is on the device.
+The tests are those of the CPU, which compare with dense float64 algebra; here they make all tensors
+on the device.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ __all__ = [
     "test_unmerged_the_factors_have_the_gradients_of_the_dense_sum",
 ]
 
-# Torch says so in the thread of a first backward, and then sets the context by itself.
+# torch warns of this in the thread of a first backward, and then sets the context.
 pytestmark = pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS:UserWarning")
 
 
 @pytest.fixture(autouse=True)
 def on_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Make a test's tensors on the device; convolutions compute in fp32, not TF32, as the base."""
+    """Make a test's tensors on the device; convolutions compute in fp32 like the base, not TF32."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     with torch.device("cuda"):
         yield

@@ -25,8 +25,7 @@ RANKS = {"a": 4, "a/b": 16, "a/b/c": 3, "a/d": 24, "e": 1, "e/f": 8}
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 pytestmark = [
-    # what torch says of its own tools: the debug mode is a prototype, the compiler would rather use
-    # TF32
+    # torch's warnings about itself: its debug mode is a prototype, its compiler advises TF32
     pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning"),
     pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning"),
@@ -35,7 +34,7 @@ pytestmark = [
 
 
 class Conv1D(nn.Module):
-    """Stands for transformers' class of this name: (in, out)."""
+    """A stand-in for transformers' class of this name, with a weight of (in, out)."""
 
     def __init__(self, nf: int, nx: int) -> None:
         super().__init__()
@@ -54,7 +53,7 @@ class Experts(nn.Module):
 
 
 class Zoo(nn.Module):
-    """A site of every kind, aligned and not."""
+    """A model with a site of every kind, aligned and not."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -227,7 +226,7 @@ def test_a_full_device_sends_the_copies_to_the_host_and_the_bits_are_the_same() 
             with contextlib.suppress(torch.OutOfMemoryError):
                 while True:
                     held.append(torch.empty(nbytes, dtype=torch.uint8, device=CUDA))
-        del held[-16:]  # a MiB for what a switch itself needs; a copy of one weight takes eight
+        del held[-16:]  # a MiB for the switch itself; a copy of one weight takes eight
         model = lt.attach(tree, base, pristine="device")
         with pytest.warns(RuntimeWarning, match="no room on the device"):
             model.activate("a/b/c")
@@ -426,7 +425,7 @@ def test_threads_share_a_base_under_tight_budgets(tmp_path: Path) -> None:
 
 
 def _wide(width: int, rank: int, layers: int) -> tuple[nn.Sequential, lt.AdapterTree]:
-    """A base on the device, and a tree of four nodes in host memory."""
+    """Return a base on the device, and a tree of four nodes in host memory."""
     base = nn.Sequential(*[nn.Linear(width, width) for _ in range(layers)]).to(CUDA)
     tree = lt.AdapterTree()
     for i in range(4):
@@ -450,7 +449,7 @@ def test_what_is_read_from_files_is_page_locked_and_arrives_whole(tmp_path: Path
     tree.save(tmp_path / "zoo")
     opened = lt.load(tmp_path / "zoo")
     one = tree.adapter("n0").nbytes  # type: ignore[union-attr]
-    # The host's tier holds two: memory is unlocked, used again, and sent from while it is evicted.
+    # The host's tier holds two, so memory is unlocked, reused, and freed while a copy from it runs.
     model = lt.attach(opened, base, host_budget=2 * one + 8192, device_budget=2 * one)
     for path in [*opened.paths(), *opened.paths(), "n3", "n2"]:
         model.activate(path, mode="unmerged")

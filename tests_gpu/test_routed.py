@@ -1,6 +1,4 @@
-"""Batches of several paths by our own kernels on CUDA: against float64 by hand, compiled, in a
-graph.
-"""
+"""Batches of several paths by our kernels on CUDA: against float64, compiled, in a graph."""
 
 from __future__ import annotations
 
@@ -30,7 +28,7 @@ pytestmark = [
 
 
 def net(dtype: torch.dtype, into: int = 200, inner: int = 328) -> nn.Sequential:
-    """Return two linear layers whose sizes no tile divides."""
+    """Return two linear layers whose sizes are no multiples of a tile."""
     torch.manual_seed(0)
     layers = nn.Sequential(nn.Linear(into, inner), nn.Tanh(), nn.Linear(inner, into))
     return layers.to(CUDA, dtype).requires_grad_(False)

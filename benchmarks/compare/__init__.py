@@ -9,10 +9,10 @@
 
 Leaves are packages of the Python standard library, or manual pages by language and section if
 these are installed. The base is the demo's, trained on the library's top-level modules. Every
-system sees the same rows in the same order. Ranks are chosen so that either all systems train as
-many parameters, or all have the same rank on a path, which is what serving a leaf costs. As many
-settings are tried for each system, on all the data, on a seed and a part of the training text of
-their own. Held-out bits per byte decide.
+system sees the same rows in the same order. Ranks are chosen so that either all systems train the
+same number of parameters, or all have the same rank on a path, which is what serving a leaf costs.
+The same number of settings is tried for each system, on all the data, with a separate seed, and
+judged on a part of the training text. Held-out bits per byte decide.
 """
 
 from .decays import decay_rules

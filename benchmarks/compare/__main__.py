@@ -49,8 +49,9 @@ def main(
         typer.Option(help="A folder that keeps each run's result: a later command goes on there."),
     ] = None,
 ) -> None:
-    """Train everything and print the tables: packages and manuals, longer training, a late leaf,
-    rules for decay.
+    """Train everything and print the tables.
+
+    The parts are packages and manuals, longer training, a late leaf, rules for decay.
     """
     transformers.utils.logging.disable_progress_bar()
     say = Console(stderr=True, highlight=False).print

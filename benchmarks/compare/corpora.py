@@ -15,7 +15,7 @@ LANGUAGES = ("de", "fr", "it", "ja")
 
 
 def find_packages(leaves: int) -> list[Domain]:
-    """Return the packages whose group has more than one of them, at most so many."""
+    """Return at most ``leaves`` packages, of groups that have more than one."""
     _, found = find_corpus(children=3)
     groups = [_group(domain) for domain in found]
     crowded = {group for group in groups if groups.count(group) > 1}
@@ -23,9 +23,9 @@ def find_packages(leaves: int) -> list[Domain]:
 
 
 def find_manuals(leaves: int, folder: Path = MANUALS) -> list[Domain]:
-    """Return manual pages as leaves ``language/section``; none where they are not installed.
+    """Return manual pages as leaves ``language/section``; none if they are not installed.
 
-    They come with the packages that they describe, so machines differ in the pages they have.
+    The pages come with the packages that they describe, so machines differ in the pages they have.
     """
     found = []
     for language in LANGUAGES:

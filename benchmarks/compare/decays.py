@@ -12,8 +12,8 @@ geometric mean of n over the nodes of its depth.
     leaves by its root  √(m / n) for leaves, 1 for groups
     the other way       √(n / m)    if it does as well, the rules above say nothing
 
-Half of the leaves have a tenth of their data. Measured on a tenth of the training text that is not
-trained on, since rules are chosen by it.
+Half of the leaves have a tenth of their data. Rules are chosen here, so bits are measured on a
+tenth of the training text that is not trained on.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def shrinkages(streams: Mapping[str, Tensor], rule: Rule) -> dict[str, float]:
 
 
 def _split(text: Text) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return what is trained on, a tenth of it for every second leaf, and windows that are not."""
+    """Return training tokens, a tenth of them for every second leaf, and windows held back."""
     streams, held = {}, {}
     for i, (leaf, tokens) in enumerate(text.streams().items()):
         cut = len(tokens) * 9 // 10

@@ -3,9 +3,9 @@
     kept/base-3f2a….safetensors     the base, which every run reads
     kept/run-81c0….json             one run: its inputs and its result
 
-A run is named by the hash of all that its result depends on: the base's weights, the tokens that it
-trains on and is measured on, ranks, settings, seed. So runs of several commands share a folder, a
-run that was made is never made again, and one that was cut off leaves no file.
+A run is named by the hash of everything that its result depends on: the base's weights, the tokens
+that it trains on and is measured on, ranks, settings, seed. So runs of several commands share a
+folder, a finished run is never repeated, and an interrupted one leaves no file.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class Kept:
     folder: Path | None = None
 
     def result(self, about: Mapping[str, Any], make: Callable[[], Any]) -> Any:
-        """Return what ``make`` returns, as JSON has it: from its file, or made now and kept.
+        """Return the result of ``make``, as JSON: from its file, or made now and kept.
 
         Args:
-            about: all that the result depends on, as JSON has it.
+            about: everything that the result depends on, as JSON.
         """
         if self.folder is None:
             return make()
@@ -70,7 +70,7 @@ NOWHERE = Kept()
 
 
 def mark(tensors: Mapping[str, Tensor]) -> str:
-    """Return a hash of names and numbers."""
+    """Return a hash of the tensors' names and numbers."""
     hashed = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         hashed.update(f"{name} {tuple(tensor.shape)}".encode())

@@ -2,10 +2,10 @@
 
 parent          the group of the leaf, trained without it
 leaf            a new node on that group, of the rank that leaves have; all above it is frozen
-leaf, fitted    the same at the weight that does best on rows held back
+leaf, fitted    the same, at the weight that does best on held-back rows
 wide leaf       a new node of the rank that flat has, fitted likewise
-flat            an adapter of its own, from scratch
-pooled, on      the pooled adapter, trained on with the leaf's rows; the other leaves lose by it
+flat            a separate adapter, from scratch
+pooled, on      the pooled adapter, trained further with the leaf's rows; other leaves lose by it
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class LateLeaf:
     """One leaf that came late.
 
     Args:
-        share: of its data.
+        share: the share of its data.
         bits: system → bits per byte on the leaf.
-        others: what the other leaves lose to "pooled, on", the mean and the most.
+        others: the loss of the other leaves by "pooled, on": mean and maximum.
     """
 
     leaf: str
@@ -47,7 +47,7 @@ class LateLeaf:
 
 
 def late_leaf(size: Size = FULL, *, kept: Kept = NOWHERE, say: Say = quiet) -> list[LateLeaf]:
-    """Return what came out for the first leaf of every group, and every share of its data."""
+    """Return the results for the first leaf of every group, and every share of its data."""
     text = opened(size, kept=kept, say=say)
     systems = {system.name: system for system in SYSTEMS["equal rank on a path"]}
     settings = {name: best_setting(text, systems[name]) for name in ("pooled", "tree", "flat")}
@@ -175,7 +175,7 @@ def _on_the_tree(
 def _pooled_on(
     text: Text, tree: lt.AdapterTree, leaf: str, tokens: Tensor, setting: Setting
 ) -> dict[str, float]:
-    """Train the pooled adapter on with one leaf's rows, measure every leaf, and put it back."""
+    """Train the pooled adapter further with one leaf's rows, measure all, and restore it."""
     start: Any = tree.adapter("all")
     model = lt.attach(tree, text.base)
     _train(text, model, ["all"], {leaf: ("all", tokens)}, setting)

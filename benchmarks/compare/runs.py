@@ -1,4 +1,4 @@
-"""Training the systems on the same rows, and the bits per byte that come out."""
+"""Training of the systems on the same rows, and their bits per byte."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Text:
         return [leaf.path for leaf in self.leaves]
 
     def streams(self, part: int = 1) -> dict[str, Tensor]:
-        """Return what each leaf trains on: all of it, and of every second leaf a part."""
+        """Return each leaf's training tokens: all of them, and a part for every second leaf."""
         found = {}
         for i, leaf in enumerate(self.leaves):
             documents = leaf.train
@@ -93,7 +93,7 @@ def _one_row(documents: tuple[bytes, ...]) -> Tensor:
 
 
 def opened(size: Size, *, manuals: bool = False, kept: Kept = NOWHERE, say: Say = quiet) -> Text:
-    """Train the base, and find the leaves; no leaves if there are no manual pages."""
+    """Train the base and find the leaves; there are none without manual pages."""
     leaves = find_manuals(size.leaves) if manuals else find_packages(size.leaves)
     torch.manual_seed(0)
     base = new_base(hidden=size.hidden, layers=size.layers, window=size.length)
@@ -135,7 +135,7 @@ def trained(
     """Train a system, and return its tree and the bits per byte of every leaf.
 
     Args:
-        shrinkage_of: node → the part that decays in a step; None: by depth, as the setting says.
+        shrinkage_of: node → the part that decays in a step; None takes the setting's, by depth.
     """
     size = text.size
     torch.manual_seed(seed)
@@ -172,7 +172,7 @@ def measured(
     held_out: Mapping[str, Tensor] | None = None,
     shrinkage_of: Mapping[str, float] | None = None,
 ) -> tuple[list[float], int]:
-    """Return the bits per byte of every leaf of a trained system, and its parameters; kept."""
+    """Train a system unless its result is kept; return the bits of every leaf, and parameters."""
     held_out = held_out or text.held_out
 
     def run() -> dict[str, Any]:
@@ -205,14 +205,14 @@ def compare(
     kept: Kept = NOWHERE,
     say: Say = quiet,
 ) -> tuple[list[str], list[Outcome]]:
-    """Return the leaves, and what came out; the bare base first. No leaves: they are not there.
+    """Return the leaves and the outcomes, the bare base first; nothing if there are no leaves.
 
     Args:
-        size: how much is trained and measured.
+        size: the amount of training and measuring.
         manuals: the leaves are manual pages.
-        only: a part of a table's heading: the other tables are left out.
+        only: a part of a table's heading; other tables are left out.
         kept: where results of runs are kept.
-        say: is told what came out, line by line.
+        say: is called with each outcome, as a line.
     """
     text = opened(size, manuals=manuals, kept=kept, say=say)
     if not text.leaves:
@@ -226,7 +226,7 @@ def compare(
         if only not in f"{comparison}, {data}":
             continue
         for system in systems:
-            # A system of the same ranks may stand in both comparisons.
+            # A system of the same ranks may be in both comparisons.
             made = known.get((system, data))
             if made is None:
                 if system not in chosen:
@@ -243,9 +243,7 @@ def compare(
 def curve(
     size: Size = FULL, *, kept: Kept = NOWHERE, say: Say = quiet
 ) -> list[tuple[int, str, float]]:
-    """Return (steps, system, bits) of longer and longer training: equal rank on a path, one
-    seed.
-    """
+    """Return (steps, system, bits) of ever longer training: equal rank on a path, one seed."""
     text = opened(size, kept=kept, say=say)
     found = []
     for system in SYSTEMS["equal rank on a path"]:
@@ -259,7 +257,7 @@ def curve(
 
 
 def best_setting(text: Text, system: System) -> Setting:
-    """Return the setting that does best on a tenth of the training text that it did not see."""
+    """Return the setting that does best on a tenth of the training text, held back from it."""
     size = text.size
     tries = system.settings(size.rates)
     if len(tries) == 1:

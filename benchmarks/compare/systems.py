@@ -16,7 +16,7 @@ __all__ = ["FULL", "SMALL", "SYSTEMS", "Outcome", "Setting", "Size", "System", "
 
 @dataclass(frozen=True)
 class Size:
-    """How much is trained and measured."""
+    """The amount of training and measuring."""
 
     hidden: int
     layers: int
@@ -67,7 +67,7 @@ class Setting:
 
     @property
     def decay_by_depth(self) -> tuple[float, ...]:
-        """The same for AdamW, which takes rate · decay in a step."""
+        """The decays for AdamW, whose step takes rate · decay off a factor."""
         return tuple(part / self.rate for part in self.shrinkage)
 
 
@@ -76,7 +76,7 @@ class System:
     """One way to share adapters: the ranks of a root, of each group and of each leaf; 0: no node.
 
     Args:
-        over: what the loss is a mean over.
+        over: whether the loss is a mean over rows or paths.
         shrinkages: decays to try, by depth.
     """
 
@@ -88,16 +88,16 @@ class System:
     shrinkages: tuple[tuple[float, ...], ...] = ((0.0,), (0.008,))
 
     def parameters(self, groups: int, leaves: int) -> int:
-        """Trained parameters, in units of one rank of one adapter."""
+        """Return the trained parameters, in units of one rank of one adapter."""
         return self.root + groups * self.group + leaves * self.leaf
 
     @property
     def on_path(self) -> int:
-        """The rank that a leaf is served with."""
+        """The rank on the path of a leaf."""
         return self.root + self.group + self.leaf
 
     def settings(self, rates: Sequence[float]) -> list[Setting]:
-        """Return what is tried; as many for every system."""
+        """Return the settings to try; their number is the same for every system."""
         return [Setting(rate, parts) for rate, parts in product(rates, self.shrinkages)]
 
 

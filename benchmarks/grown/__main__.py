@@ -49,7 +49,7 @@ class Zoo:
         return Point(method, part, made.nbytes / whole, error, bits, made.cpu_s)
 
     def unshrunk(self) -> tuple[float, float]:
-        """Return the held-out bits of the bare base, and of the adapters as they are."""
+        """Return the held-out bits of the bare base, and of the unchanged adapters."""
         flat = lt.load(self.folder)
         whole = {path: flat.flatten(path) for path in flat.paths()}
         bare = {path: lt.Adapter({}) for path in whole}
@@ -89,7 +89,7 @@ def main(
 def _all_points(
     folder: Path, size: ZooSize, kind: Kind, say: Callable[[str], object]
 ) -> list[Point]:
-    """Return every method's figures at every budget; those in the folder are not measured again."""
+    """Return every method's figures at every budget; figures in the folder are reused."""
     leaves = texts(size)
     base = opened_base(folder / f"base-{size.hidden}", size)
     zoo = folder / f"{kind}-{size.leaves}"
@@ -114,7 +114,7 @@ def _all_points(
             point = here.measured(method, part)
             say(f"{zoo.name}: {point}")
             points.append(point)
-            # After each, so that a command that was cut off goes on behind it.
+            # Written after each figure, so that an interrupted command resumes there.
             file.write_text(json.dumps([asdict(each) for each in points], indent=1))
     return points
 

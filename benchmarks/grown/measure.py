@@ -1,4 +1,4 @@
-"""Measures of the adapters that come back: their error and their held-out bits.
+"""Measures of the shrunk adapters: their error and their held-out bits.
 
 error   √ mean over adapters of ‖ΔW' − ΔW‖² / ‖ΔW‖², from dense matrices
 bits    − mean log2 p(next byte), the mean over the adapters, each on its own held-out text
@@ -73,8 +73,9 @@ def held_out_bits(base: Any, found: Mapping[str, lt.Adapter], leaves: Sequence[L
 def input_moments(
     base: Any, modules: Iterable[str], leaves: Sequence[Leaf], length: int
 ) -> dict[str, Tensor]:
-    """Return E[x xᵀ], (in, in), of the inputs of some modules, over the beginnings of the leaves'
-    training texts.
+    """Return E[x xᵀ], (in, in), of the inputs of some modules.
+
+    The inputs come from the beginnings of the leaves' training texts.
 
     Args:
         length: of a row, in bytes.

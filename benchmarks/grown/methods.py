@@ -4,13 +4,13 @@
     by norm     the same, and an adapter of twice the norm counts four times
     bf16        the same by norm, and the factors are rounded to bfloat16
     moments     the same by norm, weighed by second moments of the inputs
-    compress    every adapter by itself, ranks chosen across all of them     lora_tree
+    compress    every adapter alone, ranks chosen across all of them     lora_tree
     vlora       one basis of flattened factors per module and side, a mean, and k numbers each
     lorashare   one basis of directions per module and side, and a (k, r) matrix each
 
 The two packages take a number of components; they get the largest one that fits the bytes. All
-begin with the PEFT folders on the disk and end with factors in memory; the CPU time of the process
-between the two is told.
+methods begin with the PEFT folders on disk and end with factors in memory; the CPU time of the
+process between the two is reported.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Shrunk:
     """The result of a method.
 
     Args:
-        adapters: name → the adapter that comes back.
-        nbytes: of everything that has to be kept.
+        adapters: name → the shrunk adapter.
+        nbytes: the bytes of everything that has to be kept.
         cpu_s: seconds of CPU time.
     """
 
@@ -154,7 +154,7 @@ def _like(old: lt.Adapter, A: Mapping[str, Any], B: Mapping[str, Any]) -> lt.Ada
 
 
 Method = Callable[[Path, int], Shrunk | None]
-"""A function of a zoo's folder and of bytes; None comes back where nothing fits."""
+"""A function of a zoo's folder and a number of bytes; it returns None if nothing fits."""
 
 
 def _quietly(method: Method) -> Method:
@@ -174,7 +174,7 @@ def methods(moments: Mapping[str, Tensor]) -> dict[str, Method]:
     """Return the methods by name.
 
     Args:
-        moments: module → (in, in), for the one that weighs by them.
+        moments: module → (in, in), for the method that weighs by them.
     """
     return {
         "grow": _grow,

@@ -12,12 +12,12 @@ LOSS = 0.01
 
 @dataclass(frozen=True)
 class Point:
-    """A method at a budget.
+    """The figures of a method at a budget.
 
     Args:
         method: its name.
         budget: a part of the flat adapters' bytes.
-        kept: the part that it took; None: nothing of the method fits.
+        kept: the part that it took; None if the method does not fit.
         error: of the increments, relative.
         bits: held out, per byte.
         cpu_s: seconds of CPU time.
@@ -34,7 +34,7 @@ class Point:
 def least_bytes(points: Sequence[Point], method: str) -> float | None:
     """Return the smallest part of the bytes at which a method loses at most 1 % of held-out bits.
 
-    Between two budgets the loss is taken to be straight. None: it loses more at all of them.
+    Between two budgets the loss is interpolated linearly. None means that it loses more at all.
     """
     flat = next(point.bits for point in points if point.method == "flat")
     assert flat is not None

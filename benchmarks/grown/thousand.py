@@ -1,10 +1,10 @@
 """``python -m benchmarks.grown.thousand FOLDER``: grow 1,000 adapters under a limit on memory.
 
-    rank 16 of each module  =  6 of all  +  4 of a group of 40  +  6 of its own
+    rank 16 of each module  =  6 shared by all  +  4 of a group of 40  +  6 of the adapter alone
 
-The adapters are drawn, not trained: what counts here is how many there are and how large they are.
-They are written once and kept in the folder; a command that was stopped goes on writing where it
-was, and grows from the beginning. The time and memory of each pass over the files are printed when
+The adapters are drawn, not trained: only their number and size count here. They are written once
+and kept in the folder; a command that was stopped goes on writing there, and grows from the
+beginning. The time and memory of each pass over the files are printed when
 it is done.
 """
 
@@ -31,13 +31,13 @@ from lora_tree.budget import parse_bytes
 __all__ = ["Grew", "ThousandSize", "adapter_of", "grew", "write_adapters"]
 
 GROUP = 40  # adapters
-RANKS = (6, 4, 6)  # of all, of a group, of an adapter by itself
-SIZES = (1.0, 0.7, 0.4)  # of the numbers in each of these
+RANKS = (6, 4, 6)  # shared by all, of a group, of an adapter alone
+SIZES = (1.0, 0.7, 0.4)  # scales of the numbers in each of these
 
 
 @dataclass(frozen=True)
 class ThousandSize:
-    """How many adapters there are, and how large.
+    """The number of the adapters, and their size.
 
     Args:
         adapters: how many.
@@ -58,7 +58,7 @@ class Grew:
         passes: how many times all modules were fitted, each at a few prices of a byte.
         cpu_s: seconds of CPU time of `grow` alone.
         peak_bytes: the most resident memory of the process, the import of torch included.
-        bytes_before, bytes_after: of the flat adapters and of the tree.
+        bytes_before, bytes_after: the bytes of the flat adapters and of the tree.
         relative_error: of the increments.
         shared: how many shared nodes there are.
     """
@@ -138,7 +138,7 @@ def grew(folder: Path, max_error: float, working_bytes: int | str = "2GiB") -> G
 
 
 def _peak_bytes() -> int:
-    """The most memory that this process ever had resident; Linux counts it in KiB."""
+    """Return the most memory that this process ever had resident; Linux counts it in KiB."""
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 

@@ -1,8 +1,8 @@
-"""A base and many small adapters over it, each trained on a text of its own.
+"""A base and many small adapters over it, each trained on another text.
 
     known      trained as a tree of three levels (all, the package, the file), then flattened,
                so the shared parts are known
-    unknown    every adapter trained by itself, from its own random factors
+    unknown    every adapter trained alone, from other random factors
 
 The texts are the largest files of the Python standard library. The last fifth of each is held out.
 """
@@ -27,11 +27,11 @@ from lora_tree.demo.learning import as_one_row, evenly_spread, train_base, train
 
 __all__ = ["Kind", "Leaf", "ZooSize", "opened_base", "opened_zoo", "texts"]
 
-LARGEST = 40_000  # bytes of a file that are read; longer ones would only train for longer
+LARGEST = 40_000  # bytes read of a file; more would only lengthen the training
 
 
 class Kind(StrEnum):
-    """How the adapters were trained."""
+    """A way in which the adapters were trained."""
 
     known = "known"
     unknown = "unknown"
@@ -39,14 +39,14 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True)
 class ZooSize:
-    """How much is trained and measured.
+    """The amount of training and measuring.
 
     Args:
-        leaves: adapters.
-        hidden, layers, base_steps: of the base.
-        rows: that each adapter trains on, of ``length`` bytes.
-        windows: held out of each text.
-        ranks: of the nodes of a known tree, by depth; of an adapter trained by itself their sum.
+        leaves: the number of adapters.
+        hidden, layers, base_steps: size and training of the base.
+        rows: rows that each adapter trains on, of ``length`` bytes.
+        windows: windows held out of each text.
+        ranks: ranks of a known tree's nodes, by depth; an adapter trained alone has their sum.
     """
 
     leaves: int
@@ -70,7 +70,7 @@ class Leaf:
 
     @property
     def name(self) -> str:
-        """Its path as the name of a flat adapter."""
+        """The path, written as the name of a flat adapter."""
         return self.path.replace("/", "-")
 
 
@@ -97,7 +97,7 @@ def texts(size: ZooSize) -> list[Leaf]:
 
 
 def opened_base(folder: Path, size: ZooSize, tick: Callable[[], object] = lambda: None) -> Any:
-    """Return the base in a folder; it is trained there first where it is not there yet."""
+    """Return the base in a folder; train it first if it is missing."""
     if not folder.is_dir():
         torch.manual_seed(0)
         model = new_base(hidden=size.hidden, layers=size.layers, window=size.length)
@@ -124,7 +124,7 @@ def opened_zoo(
     size: ZooSize,
     tick: Callable[[], object] = lambda: None,
 ) -> lt.AdapterTree:
-    """Return the flat adapters in a folder; they are trained first where they are not there yet."""
+    """Return the flat adapters in a folder; train them first if they are missing."""
     if not folder.is_dir():
         flat = _trained(kind, base, leaves, size, tick)
         _appear(folder, flat.save)
@@ -168,7 +168,7 @@ def _trained(
 
 
 def _appear(folder: Path, write: Callable[[Path], object]) -> None:
-    """Write a folder under another name first, so that one that was cut off is not taken."""
+    """Write a folder under another name and rename it, so that it appears only when complete."""
     stage = folder.with_name(folder.name + ".part")
     shutil.rmtree(stage, ignore_errors=True)
     write(stage)
