@@ -22,7 +22,7 @@ __all__ = ["Join", "average_linkage", "groups", "leaf_order"]
 
 @dataclass(frozen=True)
 class Join:
-    """Two clusters become one. Items are 0 … n − 1, the cluster of join number i is n + i."""
+    """A step that joins two clusters. Items are 0 … n − 1; join number i makes cluster n + i."""
 
     left: int
     right: int

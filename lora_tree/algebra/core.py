@@ -24,7 +24,7 @@ from ..lowrank import LowRank, same_place
 __all__ = ["Joint", "angles", "effective_rank", "energy", "joint", "spectrum"]
 
 _NEGLIGIBLE = 1e-6
-"""Singular values below this part of the largest count as zero: fp32 rounds by as much."""
+"""Singular values below this fraction of the largest count as zero: fp32 rounds by as much."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,8 +117,8 @@ def spectrum(value: LowRank) -> Tensor:
 def effective_rank(values: Tensor) -> float:
     """Return exp of the entropy of singular values taken as shares (Roy & Vetterli, EUSIPCO 2007).
 
-    It is the number of directions that carry an increment: r where all are alike, 1 where one
-    carries everything, 0 for no increment at all. The matrices of a batch count together.
+    It is a soft count of the directions of an increment: r if all singular values are equal, 1 if
+    only one is not zero, 0 for a zero increment. The matrices of a batch count together.
 
     >>> effective_rank(torch.tensor([1.0, 1.0])), effective_rank(torch.tensor([1.0, 0.0]))
     (2.0, 1.0)
@@ -132,8 +132,7 @@ def effective_rank(values: Tensor) -> float:
 
 
 def energy(values: Tensor, rank: int) -> float:
-    """Return the part of ‖ΔW‖² that the best value of a rank keeps, 1 where there is nothing to
-    keep.
+    """Return the fraction of ‖ΔW‖² that the best approximation of a rank keeps; 1 if ΔW is zero.
 
     Args:
         values: (\\*batch, n) singular values, largest first.

@@ -1,4 +1,4 @@
-"""Deviation: how far an adapter is from the one that it stands for, module by module.
+"""Deviation: the distance of an adapter from the one that it replaces, module by module.
 
     error     √ Σ ‖ΔW − ΔW'‖²      over all modules, in the Frobenius norm
     relative  error / √ Σ ‖ΔW‖²

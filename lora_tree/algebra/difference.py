@@ -64,7 +64,7 @@ class ModuleDiff:
 
 @dataclass(frozen=True)
 class Diff:
-    """Two adapters compared; `b` less `a`.
+    """The comparison of two adapters; differences are b − a.
 
     Args:
         a, b: the names of the two, for messages and tables.
@@ -140,7 +140,7 @@ class Diff:
 
 @dataclass(frozen=True)
 class TreeDiff:
-    """Two trees compared: which nodes one of them lacks, and the nodes of both.
+    """The comparison of two trees: the nodes that only one has, and the diffs of those of both.
 
     Args:
         only_a, only_b: paths of one tree alone.

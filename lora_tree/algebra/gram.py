@@ -6,7 +6,7 @@
 The exact method multiplies every rank with every other one: 10¹³ multiplications for a thousand
 adapters. A sketch (Johnson–Lindenstrauss on both sides, https://arxiv.org/abs/1411.4357 §2) costs
 one small product per adapter and reads each adapter once, so the adapters are never in memory
-together. Norms are exact in both.
+together. Norms are computed from the factors in both.
 
 Law: neither result depends on the order of the adapters, nor on the gauge (B R) (R⁻¹ A) of their
 factors.
@@ -60,7 +60,7 @@ class Gram:
 
     @property
     def cosines(self) -> Tensor:
-        """(n, n): 1 on the diagonal, 0 beside an adapter that is zero."""
+        """(n, n): 1 on the diagonal, 0 between a zero adapter and any other."""
         lengths = self.norms[:, None] * self.norms[None, :]
         found = torch.where(lengths > 0, self.inner / lengths.clamp(min=1e-300), 0.0)
         found = found.clamp(-1.0, 1.0)

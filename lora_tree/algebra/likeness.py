@@ -35,7 +35,7 @@ class Likeness:
 
     Args:
         names: of the adapters, in the order of rows and columns.
-        cosines: (n, n) in float64; 1 on the diagonal, 0 beside an adapter that is zero.
+        cosines: (n, n) in float64; 1 on the diagonal, 0 between a zero adapter and any other.
         norms: (n,) ‖ΔW‖ over all modules.
         joins: the clusters, as `lora_tree.algebra.clusters.average_linkage` gives them.
         error: the standard error of a cosine; 0 where they are exact.

@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 NEAR = 0.02
-"""‖rest‖ / ‖increments‖ below which a mistake explains a checkpoint."""
+"""The largest ‖rest‖ / ‖increments‖ at which a mistake explains a checkpoint."""
 SAME = 0.03
 """A multiple this near to 1 or 0 counts as that."""
 

@@ -95,7 +95,7 @@ class MergedCheck:
         return all(tensor.verdict != "other" for tensor in self.tensors)
 
     def count(self, verdict: Verdict) -> int:
-        """Return how many tensors have a verdict."""
+        """Return the number of tensors with a verdict."""
         return sum(tensor.verdict == verdict for tensor in self.tensors)
 
 

@@ -201,7 +201,7 @@ def open_checkpoint(folder: Path, *, inside: Inside | None = None) -> Checkpoint
 
     Raises:
         FormatError: there is none, or a file is missing, broken, or not what the index says.
-        FolderError: a file lies where it may not.
+        FolderError: a file lies elsewhere.
     """
     # transformers (5) takes the single file if both exist, so the index would be an old one
     if is_file(folder / SINGLE):

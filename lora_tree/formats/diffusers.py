@@ -1,4 +1,4 @@
-"""diffusers' files of LoRA factors: ``pytorch_lora_weights.safetensors``, in and out.
+"""Read and write diffusers' LoRA files, ``pytorch_lora_weights.safetensors``.
 
     unet.….to_q.lora_A.weight                     since 0.22; lora_B.bias with lora_bias
     unet.….proj_in.lora.down.weight               before, also ….lora_linear_layer.down.weight

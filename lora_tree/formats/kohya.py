@@ -1,4 +1,4 @@
-"""kohya's single ``.safetensors`` file, which most trainers of image models write, in and out.
+"""Read and write kohya's single ``.safetensors`` file, which most trainers of image models use.
 
     in the file     lora_unet_mid_block_attentions_0_proj_in.lora_down.weight
                     └ component └ path of the module, dots as underscores

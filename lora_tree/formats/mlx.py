@@ -1,5 +1,4 @@
-"""mlx-lm's adapters: ``adapters.safetensors`` and ``adapter_config.json`` in one folder, in and
-out.
+"""Read and write mlx-lm's adapters: ``adapters.safetensors`` and ``adapter_config.json``.
 
     model.layers.0.self_attn.q_proj.lora_a    (in, r)       A transposed
     model.layers.0.self_attn.q_proj.lora_b    (r, out)      B transposed

@@ -1,4 +1,4 @@
-"""PEFT adapter folders, in and out: ``adapter_config.json`` and ``adapter_model.safetensors``.
+"""Read and write PEFT folders: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
     read_adapter(config_file, weights_file, where=folder) → Adapter
     render(adapter) → {file name: its bytes};  peft_form(adapter): the same checks, no bytes

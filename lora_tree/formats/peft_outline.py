@@ -141,7 +141,7 @@ class _Registered:
 
 
 class _OutlineMaker:
-    """Makes the outline of one config and one header; `outline` is called once."""
+    """The work from one config and one header to an outline; `outline` is called once."""
 
     def __init__(self, config: PeftConfig, where: str, header: Header) -> None:
         self._config = config

@@ -18,7 +18,7 @@ __all__ = ["Renaming"]
 
 
 class Renaming:
-    """Converts adapters to the names and factors of one base.
+    """The conversion of adapters to the names and factors of one base.
 
     Args:
         base: the model, possibly on the meta device.
