@@ -10,8 +10,8 @@ core ─ deviation ─ sums ─┬─ difference                            what
                                   ├─ absorbing                    absorb
                                   └─ compression                  compress
 
-Law: nothing here builds an (out, in) matrix, except `merge` with ``space="dense"``; and every
-result states its error.
+Law: nothing here builds an (out, in) matrix, except with ``space="dense"``; and every result states
+its error.
 """
 
 from .absorbing import Absorbed, absorb

@@ -77,9 +77,9 @@ def absorb(
         relative to the adapter's norm.
 
     Raises:
-        PathError: ``under`` is not there, or ``name`` is no valid name of one node.
+        PathError: ``under`` does not exist, or ``name`` is not a valid name of one node.
         TreeError: the path exists.
-        SpecError: the adapter adds nothing, or is not finite; or a bound makes no sense.
+        SpecError: the adapter adds nothing, or is not finite; or a bound is not valid.
         ShapeMismatch, BaseMismatch: the adapter is of another base than the tree's nodes.
         FormatError: the remainder can't be saved as one adapter; names the node and the module.
 

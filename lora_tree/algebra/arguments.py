@@ -20,7 +20,7 @@ FACTOR_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def check_tree(given: object, what: str = "tree") -> None:
-    """Refuse a value that is no tree.
+    """Refuse a value that is not a tree.
 
     Args:
         what: the argument, for the error.
@@ -32,7 +32,7 @@ def check_tree(given: object, what: str = "tree") -> None:
 
 
 def check_adapter(given: object, what: str = "adapter") -> None:
-    """Refuse a value that is no adapter.
+    """Refuse a value that is not an adapter.
 
     Args:
         what: the argument, for the error.

@@ -51,7 +51,7 @@ class Compressed:
         ranks: node → module → its rank now; modules that were left out have none.
         bytes_before, bytes_after: of all factors of these nodes.
         error, relative_error: √ Σ c_n² ‖ΔW_n − ΔW'_n‖², and as a part of √ Σ c_n² ‖ΔW_n‖²; weighted
-            by second moments where these were given.
+            by second moments if given.
     """
 
     edited: Edited
@@ -106,7 +106,7 @@ def compress(
     Raises:
         PathError: a path or pattern matches no node.
         SpecError: not one of ``rank``, ``max_error`` and ``budget_bytes`` was given, or it makes no
-            sense; or a factor has no finite numbers.
+            sense; or a factor is not finite.
         BudgetError: one rank in one module of every node takes more than the budget.
         ShapeMismatch: a moment does not have the size of its module's input; names it.
         TreeError: a model is using a node.

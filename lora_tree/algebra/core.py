@@ -103,7 +103,7 @@ def spectrum(value: LowRank) -> Tensor:
     """Return the singular values of ΔW, (\\*batch, ≤ r) in float64, largest first.
 
     Raises:
-        SpecError: the factors have no finite numbers.
+        SpecError: a factor is not finite.
 
     >>> x = LowRank(torch.eye(2, 4), torch.diag(torch.tensor([3.0, 1.0])))
     >>> spectrum(x).tolist()
@@ -159,7 +159,7 @@ def angles(x: LowRank, y: LowRank) -> tuple[Tensor, Tensor]:
 
     Raises:
         ShapeMismatch: they are not increments of one weight.
-        SpecError: the factors have no finite numbers.
+        SpecError: a factor is not finite.
     """
     same_place(x, y)
     found: tuple[list[Tensor], list[Tensor]] = ([], [])

@@ -61,9 +61,9 @@ def squash(
         base: a model, if nodes name one module in two ways.
 
     Raises:
-        PathError: a node, or the one above ``to``, is not there.
+        PathError: a node, or the one above ``to``, does not exist.
         TreeError: ``to`` exists.
-        SpecError: the blend adds nothing to the parent of ``to``; or a bound makes no sense.
+        SpecError: the blend adds nothing to the parent of ``to``; or a bound is not valid.
         ShapeMismatch, BaseMismatch: two nodes do not add up; names them.
         FormatError: the sum can't be saved as one adapter; names the module.
 
@@ -114,7 +114,7 @@ def split(
             like ``"*.mlp.*"``.
 
     Raises:
-        PathError: the node is not there, or ``to`` is no child of it.
+        PathError: the node does not exist, or ``to`` is not a child of it.
         TreeError: ``to`` exists; or the node is a group; or a model is using one of the nodes.
         SpecError: not one of ``rank`` and ``modules`` was given; or nothing would move, or all.
     """

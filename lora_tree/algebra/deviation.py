@@ -85,7 +85,7 @@ def deviation(wanted: Adapter, got: Adapter) -> Deviation:
 
     Raises:
         ShapeMismatch: they change one module in different shapes; names it.
-        SpecError: a factor has no finite numbers; names the module.
+        SpecError: a factor is not finite; names the module.
     """
     check_adapter(wanted, "wanted")
     check_adapter(got, "got")
@@ -120,7 +120,7 @@ def norm(value: LowRank) -> float:
     """Return ‖ΔW‖ with the bias as one more column.
 
     Raises:
-        SpecError: the factors have no finite numbers.
+        SpecError: a factor is not finite.
     """
     # The bias needs no place in the QR: the norm of core and bias together is the same.
     alone = joint([value])
@@ -176,7 +176,7 @@ class Shortening:
         """Return an adapter cut and rounded, and the error of both.
 
         Raises:
-            SpecError: a bound makes no sense, or both can't be met; names the module.
+            SpecError: a bound is not valid, or both can't be met; names the module.
         """
         got = adapter
         if self.is_cut:

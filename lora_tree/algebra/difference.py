@@ -183,7 +183,7 @@ def diff(a: Adapter, b: Adapter, *, names: tuple[str, str] = ("a", "b")) -> Diff
     Raises:
         ShapeMismatch: they change one module in different shapes; names it.
         BaseMismatch: they name one module in two ways.
-        SpecError: a factor has no finite numbers; names the module.
+        SpecError: a factor is not finite; names the module.
 
     >>> x = LowRank(torch.eye(1, 4), torch.eye(3, 1))
     >>> found = diff(Adapter({"q": x}), Adapter({"q": x.scaled(2.0)}))
@@ -236,7 +236,7 @@ def diff_paths(tree: AdapterTree, a: Blend, b: Blend, *, base: nn.Module | None 
         base: a model, if nodes name one module in two ways.
 
     Raises:
-        PathError: a node is not there.
+        PathError: a node does not exist.
         ShapeMismatch, BaseMismatch: two nodes do not add up.
         FolderError, FormatError: a node's files are gone or broken; names the node.
     """

@@ -72,7 +72,7 @@ def changeable(tree: AdapterTree, paths: Iterable[str]) -> None:
     """Refuse nodes that an attached model is using, before anything is computed or changed.
 
     Raises:
-        PathError: a node is not there.
+        PathError: a node does not exist.
         TreeError: a model is using one.
     """
     for path in paths:

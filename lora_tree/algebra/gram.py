@@ -85,7 +85,7 @@ def gram(
     Raises:
         ShapeMismatch: two adapters change one module in different shapes; names both and the
             module.
-        SpecError: a factor has no finite numbers; names the adapter and the module.
+        SpecError: a factor is not finite; names the adapter and the module.
     """
     outlines: dict[str, dict[str, Outline]] = {}
     for name in names:

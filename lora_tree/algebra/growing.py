@@ -53,7 +53,7 @@ class Grown:
         edited: the shared nodes, the leaves' new paths, and each leaf's measured error.
         bytes_before, bytes_after: of the flat adapters, and of all nodes that replace them.
         relative_error: the root mean square of the leaves' relative errors; by norm, the error of
-            all leaves as a part of the norm of all; weighted by moments where these were given.
+            all leaves as a part of the norm of all; weighted by moments if given.
     """
 
     edited: Edited

@@ -117,7 +117,7 @@ def similar(
     Raises:
         PathError: a path or pattern matches no node.
         ShapeMismatch, BaseMismatch: the adapters are not of one base; names them and the module.
-        SpecError: a factor has no finite numbers; names the adapter and the module.
+        SpecError: a factor is not finite; names the adapter and the module.
         FolderError, FormatError: a node's files are gone or broken; names the node.
 
     >>> from lora_tree import LowRank

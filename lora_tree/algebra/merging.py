@@ -88,7 +88,7 @@ def merge(
         names: what to call the adapters in errors.
 
     Raises:
-        SpecError: an argument makes no sense; or a weight is too large for ``dense``.
+        SpecError: an argument is not valid; or a weight is too large for ``dense``.
         ShapeMismatch, BaseMismatch: the adapters are not of one base; names them and the module.
 
     >>> x = LowRank(torch.eye(1, 4), torch.eye(3, 1))
@@ -145,7 +145,7 @@ def merge_paths(
         weights, method, density, space, rank, max_error, seed: as `merge`.
 
     Raises:
-        PathError: a node, or the one above ``to``, is not there.
+        PathError: a node, or the one above ``to``, does not exist.
         TreeError: ``to`` exists.
         SpecError, ShapeMismatch, BaseMismatch: as `merge`.
         FormatError: the merge can't be saved as one adapter; names the module.
@@ -201,7 +201,7 @@ class Recipe:
         """Merge the increments of one module; None is zero. The result is in float64.
 
         Raises:
-            SpecError: a factor has no finite numbers, or the weight is too large for ``dense``.
+            SpecError: a factor is not finite, or the weight is too large for ``dense``.
         """
         # Each module's seed comes from its name, so the result doesn't depend on other modules.
         digest = hashlib.sha256(f"{self.seed} {name}".encode()).digest()

@@ -31,7 +31,7 @@ def moment_inside(Q: Tensor | None, moment: Tensor, size: int) -> Tensor:
 
     Raises:
         ShapeMismatch: the moment does not have the size of the input.
-        SpecError: it is no tensor, or has numbers that are not finite, or a mean square below zero.
+        SpecError: it is not a tensor, or has infinities, NaN or a negative mean square.
     """
     if not isinstance(unchecked(moment), Tensor):
         raise SpecError(f"moments: expected a tensor, got {type(moment).__name__}")

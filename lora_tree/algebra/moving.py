@@ -59,7 +59,7 @@ def pick(tree: AdapterTree, path: str, *, to: str) -> Edited:
         to: the new node.
 
     Raises:
-        PathError: ``path``, or the node above ``to``, is not there.
+        PathError: ``path``, or the node above ``to``, does not exist.
         TreeError: ``to`` exists, or ``path`` is a group.
         SpecError: ``path`` is fresh.
     """
@@ -85,7 +85,7 @@ def graft(tree: AdapterTree, path: str, other: AdapterTree) -> Edited:
         other: a tree over the same base. Its fresh nodes keep that tree's defaults.
 
     Raises:
-        PathError: the node above ``path`` is not there, or a path gets too deep.
+        PathError: the node above ``path`` does not exist, or a path gets too deep.
         TreeError: one of the new nodes exists, or one that differs only by case does.
         BaseMismatch: the two trees name different bases.
     """
@@ -146,7 +146,7 @@ def rebase(
         ones. All effective weights below it change by the node's weight times that.
 
     Raises:
-        PathError: ``path``, or the node above ``to``, is not there.
+        PathError: ``path``, or the node above ``to``, does not exist.
         TreeError: ``to`` exists or lies below ``path``; or a model is using a node.
         SpecError: the node is fresh; or its weight is 0, so that its increments have no effect.
         ShapeMismatch, BaseMismatch: two nodes do not add up; names them.
@@ -206,7 +206,7 @@ def rebase_all(
         base: a model, if nodes name one module in two ways.
 
     Raises:
-        PathError: the node is not there.
+        PathError: the node does not exist.
         TreeError: a model is using one of the nodes.
         SpecError: nothing has changed; or a child's weight is 0.
         ShapeMismatch, BaseMismatch: two adapters do not add up; names them.

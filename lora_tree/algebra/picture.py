@@ -26,7 +26,7 @@ def heat_map(names: Sequence[str], cosines: Tensor, error: float = 0.0) -> str:
     Args:
         names: of rows and columns; written only if no two adapters share a cell.
         cosines: (n, n).
-        error: the standard error of a cosine, told below the map.
+        error: the standard error of a cosine, written below the map.
     """
     count = len(names)
     side = min(count, _MOST_CELLS)

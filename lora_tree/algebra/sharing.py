@@ -91,10 +91,10 @@ def hoist(
         to the norm of its own increments. Apart from rounding it is 0 unless ``leaf_rank`` cuts.
 
     Raises:
-        PathError: a node is not there, or ``siblings`` are not the parent's children.
+        PathError: a node does not exist, or ``siblings`` are not the parent's children.
         TreeError: ``into`` exists; or a sibling is a group; or other children would change; or a
             model is using a node.
-        SpecError: a node is fresh, or has the weight 0; or a rank makes no sense; or ``leaf_rank``
+        SpecError: a node is fresh, or has the weight 0; or a rank is not valid; or ``leaf_rank``
             and ``method`` are mixed.
         ShapeMismatch, BaseMismatch: the siblings are not of one base; names them and the module.
         FormatError: a node's new increments can't be saved as one adapter; names both.

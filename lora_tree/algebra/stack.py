@@ -107,7 +107,7 @@ def stack_of(values: Sequence[LowRank | None], moment: Tensor | None = None) -> 
         moment: E[x xᵀ] of the module's inputs, as `moment_inside` takes it.
 
     Raises:
-        SpecError: a factor or the moment has numbers that are not finite; or it is no moment.
+        SpecError: a factor or the moment has numbers that are not finite; or it is not a moment.
         ShapeMismatch: the moment does not have the size of the input.
     """
     there = [value for value in values if value is not None]

@@ -58,7 +58,7 @@ def less(
         kept: the overrides of the node below, to which the difference is added.
 
     Raises:
-        PathError: a node is not there.
+        PathError: a node does not exist.
         SpecError: a weight is not finite; or an override would be subtracted, which no increment
             can undo.
         FolderError, FormatError: a node's files are gone or broken; names the node.

@@ -58,7 +58,7 @@ def beside_weights(folder: Path, checkpoint: Checkpoint, *, with_code: bool = Fa
         with_code: copy code as well.
 
     Raises:
-        FolderError: a file that would be written is a link out of the folder, or no plain file;
+        FolderError: a file that would be written is a link out of the folder, or not a plain file;
             names it.
     """
     inside = own_files(folder)

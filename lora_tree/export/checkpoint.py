@@ -87,7 +87,7 @@ def export_model(
         trust_remote_code: run the base's own Python code if its class is defined there.
 
     Raises:
-        PathError: a node is not there.
+        PathError: a node does not exist.
         SpecError: no base is known; or it is quantised; or transformers can't read its config; or
             its class is the base's own code, and the caller did not allow it to run.
         FormatError: the base has no whole safetensors checkpoint.

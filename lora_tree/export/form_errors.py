@@ -38,7 +38,7 @@ class FormErrors:
     """The relative errors of an adapter's modules.
 
     Args:
-        by_module: module → its error; 0.0 where nothing was cut or rounded.
+        by_module: module → its error; 0.0 if nothing was cut or rounded.
         overall: the error over all modules together.
     """
 

@@ -121,7 +121,7 @@ def check_merged(
         trust_remote_code: run the base's own Python code.
 
     Raises:
-        PathError: a node is not there.
+        PathError: a node does not exist.
         SpecError: no base is known, or transformers can't read its config.
         FormatError: a folder has no whole safetensors checkpoint.
         BaseMismatch: the path does not fit the base.

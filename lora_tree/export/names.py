@@ -36,7 +36,7 @@ class TensorGroup:
     Args:
         first: the parameter that transformers files them under.
         parts: the tensors in the order in which they are loaded, each with the pattern of its name.
-        converter: transformers' own object that makes the parameters; None where the one tensor is
+        converter: transformers' own object that makes the parameters; None if the one tensor is
             the one parameter.
     """
 

@@ -49,7 +49,7 @@ class Portable:
         path: the path or blend in its canonical spelling.
         adapter: the adapter to save.
         rank: the one rank of all its modules, as PEFT counts it.
-        errors: module → ‖ΔW − ΔW'‖ / ‖ΔW‖; 0.0 where nothing was cut or rounded.
+        errors: module → ‖ΔW − ΔW'‖ / ‖ΔW‖; 0.0 if nothing was cut or rounded.
         error: the same over all modules together.
         added: modules with zero factors, which were added to complete a group.
         incomplete: modules that are missing in a group (q, k, v or gate, up) and were not added.
@@ -107,7 +107,7 @@ def portable(
 
     Raises:
         PathError, ShapeMismatch, BaseMismatch: as `AdapterTree.flatten`.
-        SpecError: the bounds can't be met; names the module. Or a shape makes no sense.
+        SpecError: the bounds can't be met; names the module. Or a shape is not valid.
         FormatError: the form can't hold a module's increment (it has a bias), or its group can't be
             completed.
 

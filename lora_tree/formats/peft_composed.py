@@ -158,7 +158,7 @@ def _common(kind: str, tensors: Mapping[str, Tensor], where: str) -> list[Tensor
     """Return the tensors that all modules share.
 
     Raises:
-        FormatError: one is missing, or no matrix of floating numbers.
+        FormatError: one is missing, or not a floating point matrix.
         UnsupportedAdapter: VeRA's are not in the file.
     """
     found = []
