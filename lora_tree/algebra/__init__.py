@@ -10,7 +10,7 @@ core ─ deviation ─ sums ─┬─ difference                            what
                                   ├─ absorbing                    absorb
                                   └─ compression                  compress
 
-Law: nothing here builds an (out, in) matrix but `merge` where it is told to, and every result says
+Law: nothing here builds an (out, in) matrix, except with ``space="dense"``; and every result states
 its error.
 """
 

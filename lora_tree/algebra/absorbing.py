@@ -1,8 +1,9 @@
-"""Absorb: a new flat adapter finds its place in a tree, as what its parent does not have yet.
+"""Absorb: add a flat adapter to a tree as a child that holds only what its parent lacks.
 
-    child = ΔW − Σ lineage of the parent        where the least is left of it
+    child = ΔW − Σ lineage of the parent        for the parent that leaves the smallest remainder
 
-The norm of what is left is known for every node from inner products of factors alone:
+Inner products of factors alone give the norm of this remainder for every node p, with W_p the sum
+over its lineage:
 
     ‖ΔW − W_p‖² = ‖ΔW‖² − 2 ⟨ΔW, W_p⟩ + ‖W_p‖²
 """
@@ -27,7 +28,8 @@ from .sums import added_up, aligned, less, read_apart
 __all__ = ["Absorbed", "absorb"]
 
 _TRIED = 5
-"""How many of the nearest nodes are tried with the cut, which may favour another one."""
+"""The number of nearest nodes that are tried as parents: after the cut to a rank, a node that was
+not the nearest may leave the smaller error."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,8 @@ class Absorbed:
 
     Args:
         edited: the new node, and how far its effective weight is from the adapter.
-        parent: the node that it stands on; "" is the root.
-        left: node → ‖ΔW − W_p‖ / ‖ΔW‖, nearest first; "" is the root, which leaves all.
+        parent: the parent that was chosen; "" is the root.
+        left: node → ‖ΔW − W_p‖ / ‖ΔW‖, nearest first; "" is the root, whose value is 1.
     """
 
     edited: Edited
@@ -59,7 +61,7 @@ def absorb(
     max_error: float | None = None,
     dtype: torch.dtype | None = None,
 ) -> Absorbed:
-    """Add a flat adapter below the node that leaves least of it.
+    """Add a flat adapter below the node whose lineage is nearest to it, as the remainder.
 
     Args:
         tree: changed in memory: one node more.
@@ -67,19 +69,19 @@ def absorb(
         adapter: a flat one, of the tree's base.
         under: only this node and those below it are considered.
         rank: the largest rank in any module; None keeps the sum exact.
-        max_error: the largest relative error in any module, as a part of what is left there.
+        max_error: the largest error in any module, relative to the norm of the remainder there.
         dtype: round the factors to it.
 
     Returns:
-        where it is, and its error: how far the effective weight is from the adapter, as a part of
-        the adapter.
+        the new node's place and its error: how far the effective weight is from the adapter,
+        relative to the adapter's norm.
 
     Raises:
-        PathError: ``under`` is not there, or ``name`` is no valid name of one node.
+        PathError: ``under`` does not exist, or ``name`` is not a valid name of one node.
         TreeError: the path exists.
-        SpecError: the adapter adds nothing, or is not finite; or a bound makes no sense.
+        SpecError: the adapter adds nothing, or is not finite; or a bound is not valid.
         ShapeMismatch, BaseMismatch: the adapter is of another base than the tree's nodes.
-        FormatError: no save takes what is left of the adapter there; names the node and the module.
+        FormatError: the remainder can't be saved as one adapter; names the node and the module.
 
     >>> from lora_tree import LowRank
     >>> tree = AdapterTree()
@@ -99,15 +101,16 @@ def absorb(
     left = _left(tree, name, adapter, under)
     how = Shortening(rank, max_error, dtype)
     best: tuple[float, int, str, Adapter, Deviation] | None = None
-    # Below a node that replaces what the adapter does not, nothing makes it the adapter's model.
+    # Below a lineage with an override that the adapter lacks, no increments restore the base's
+    # tensor. Such parents are tried only if there is no other.
     able = [parent for parent in left if _gives_back(tree, parent, adapter)]
     for parent in (able or list(left))[:_TRIED]:
-        # The terms of the parent's lineage, negative, and the adapter beside them.
+        # The remainder: the terms of the parent's lineage with a minus sign, plus the adapter.
         above = less(tree, "", parent, kept=adapter.overrides)
         terms = [*above, (name, 1.0, adapter)]
         short, lost = call_named(name, how.of, added_up(terms))
         found = (lost.error, short.nbytes, parent, short, lost)
-        # With an error that is asked for, all are within it and the bytes decide.
+        # With max_error=, every candidate is within it, so the one with the fewest bytes wins.
         if best is None or _key(found, max_error) < _key(best, max_error):
             best = found
     assert best is not None
@@ -122,7 +125,7 @@ def absorb(
 
 
 def _gives_back(tree: AdapterTree, parent: str, adapter: Adapter) -> bool:
-    """Return whether an adapter replaces all that the lineage above it replaces."""
+    """Return whether the adapter replaces, as a whole, every tensor that the lineage replaces."""
     for node in tree.lineage(parent):
         outline = tree.outline(node)
         for tensor in outline.overrides if outline is not None else ():
@@ -141,7 +144,7 @@ def _key(
 
 
 def _left(tree: AdapterTree, name: str, adapter: Adapter, under: str) -> dict[str, float]:
-    """Return the part of the adapter that is left below each node, nearest first."""
+    """Return node → ‖remainder‖ / ‖ΔW‖ if the node were the parent, nearest first."""
     own_squares: list[float] = []
     for module, value in adapter.modules.items():
         own_squares.append(call_named(f"{name}: {module}", norm, value) ** 2)
@@ -153,7 +156,7 @@ def _left(tree: AdapterTree, name: str, adapter: Adapter, under: str) -> dict[st
     squares: dict[str, float] = {}
     # For each lineage, its inner product with the adapter and its own squared norm.
     sums: dict[str, tuple[float, float]] = {"": (0.0, 0.0)}
-    held: dict[str, Adapter] = {}  # the nodes of the lineage at hand, and no others
+    held: dict[str, Adapter] = {}  # only the adapters of the current lineage stay in memory
     for path in ["", *tree.paths()]:
         if path:
             *above, _ = tree.lineage(path)
@@ -176,7 +179,7 @@ def _with_own(
     above: Mapping[str, Adapter],
     sums: tuple[float, float],
 ) -> tuple[float, float]:
-    """The sums of a lineage, from those of the one above and the node's own increments."""
+    """Return the two sums of a node's lineage, from its parent's sums and its own increments."""
     product, square = sums
     own, new = aligned([mine, adapter])
     product += _product(path, own, new)

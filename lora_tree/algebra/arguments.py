@@ -1,6 +1,7 @@
-"""Refuse what is neither a tree nor an adapter nor a dtype of factors, where a verb takes one.
+"""Check a verb's arguments: that a tree is a tree, an adapter an adapter, a dtype one for factors.
 
-A folder is the usual mistake: a verb takes what `lora_tree.load` and `Adapter.load` return.
+The usual mistake is to pass a folder's path: a verb takes the values that `lora_tree.load` and
+`Adapter.load` return.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ FACTOR_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def check_tree(given: object, what: str = "tree") -> None:
-    """Refuse a value that is no tree.
+    """Refuse a value that is not a tree.
 
     Args:
         what: the argument, for the error.
@@ -31,7 +32,7 @@ def check_tree(given: object, what: str = "tree") -> None:
 
 
 def check_adapter(given: object, what: str = "adapter") -> None:
-    """Refuse a value that is no adapter.
+    """Refuse a value that is not an adapter.
 
     Args:
         what: the argument, for the error.
@@ -43,10 +44,10 @@ def check_adapter(given: object, what: str = "adapter") -> None:
 
 
 def check_factor_dtype(dtype: object) -> None:
-    """Refuse a dtype in which factors can't be saved; None is none.
+    """Refuse a dtype in which factors can't be saved; None is allowed.
 
     Raises:
-        SpecError: it is another one, or no dtype.
+        SpecError: it is not in `FACTOR_DTYPES`, or is not a dtype.
     """
     check_dtype(dtype)
     if dtype is not None and dtype not in FACTOR_DTYPES:

@@ -22,7 +22,7 @@ __all__ = ["Join", "average_linkage", "groups", "leaf_order"]
 
 @dataclass(frozen=True)
 class Join:
-    """Two clusters become one. Items are 0 … n − 1, the cluster of join number i is n + i."""
+    """A step that joins two clusters. Items are 0 … n − 1; join number i makes cluster n + i."""
 
     left: int
     right: int
@@ -57,8 +57,8 @@ def average_linkage(distances: Tensor) -> list[Join]:
             here = walk[-1]
             row = apart[here]
             near = int(row.argmin())
-            # On a tie with the cluster we came from, stay with it: otherwise the walk could go
-            # round.
+            # If the cluster that we came from is as near as the nearest, choose it: otherwise the
+            # walk could cycle.
             if len(walk) > 1 and float(row[walk[-2]]) <= float(row[near]):
                 near = walk[-2]
                 break
@@ -81,7 +81,7 @@ def average_linkage(distances: Tensor) -> list[Join]:
 
 
 def groups(joins: list[Join], count: int, distance: float) -> list[list[int]]:
-    """Return the clusters that are left where joins above a distance are not made, largest first.
+    """Return the clusters after all joins up to a distance, largest first.
 
     >>> apart = torch.tensor([[0.0, 1.0, 4.0], [1.0, 0.0, 6.0], [4.0, 6.0, 0.0]])
     >>> groups(average_linkage(apart), 3, 2.0)
@@ -95,10 +95,10 @@ def groups(joins: list[Join], count: int, distance: float) -> list[list[int]]:
 
 
 def leaf_order(joins: list[Join], count: int) -> list[int]:
-    """Return the items so that every cluster's items stand side by side."""
+    """Return the items in an order in which every cluster's items are adjacent."""
     members: dict[int, list[int]] = {i: [i] for i in range(count)}
     for i, join in enumerate(joins):
-        # The side with the smallest item comes first, so that the order has no accident in it.
+        # The side with the smallest item comes first, which makes the order deterministic.
         first, second = sorted((members.pop(join.left), members.pop(join.right)))
         members[count + i] = first + second
     return list(chain.from_iterable(sorted(members.values())))
@@ -109,8 +109,8 @@ def _numbered(found: list[tuple[float, int, int]], count: int) -> list[Join]:
     joins: list[Join] = []
     cluster = list(range(count))  # item → the cluster that it is the first item of
     sizes = dict.fromkeys(range(count), 1)
-    # The chain finds joins out of order; a stable sort keeps a cluster behind those that it is made
-    # of.
+    # The chain finds joins out of order. The sort is stable, so at equal distances a cluster still
+    # comes after the ones that it is made of.
     for distance, keep, gone in sorted(found, key=lambda each: each[0]):
         one, other = sorted((_top(cluster, keep), _top(cluster, gone)))
         made = count + len(joins)
@@ -122,7 +122,7 @@ def _numbered(found: list[tuple[float, int, int]], count: int) -> list[Join]:
 
 
 def _top(cluster: list[int], item: int) -> int:
-    """The largest cluster so far that holds an item; shortens the way there for the next call."""
+    """Return the largest cluster so far that holds an item (union-find with path compression)."""
     way = [item]
     while cluster[way[-1]] != way[-1]:
         way.append(cluster[way[-1]])

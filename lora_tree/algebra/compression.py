@@ -1,15 +1,16 @@
-"""Compress: all nodes of a tree to a rank, an error or a number of bytes.
+"""Compress: cut all nodes of a tree to a rank, an error or a number of bytes.
 
     minimise  Σ c_n² ‖(ΔW_n − ΔW'_n) C^½‖²     with   Σ bytes ≤ budget
 
 One more rank in a module lowers the error by a singular value squared and costs (out + in) numbers.
-The ranks of a module fall in value, so taking the best value for its bytes, again and again over
-all nodes and modules, gives the least error that those bytes allow (a knapsack whose items can be
-sorted). Only the last bytes, too few for the next rank in line, go to ranks that still fit.
+The ranks of a module are taken in order of falling singular values. So a greedy choice, always the
+rank with the largest gain per byte over all nodes and modules, gives the least error that those
+bytes allow. If the next rank in line no longer fits the budget, the bytes left go to smaller ranks
+that still do.
 
-C is the second moment E[x xᵀ] of a module's inputs, where it is given: then an error counts by what
-it does to outputs. The best factors of a rank are then B U, (Uᵀ B) A with U from the (r, r) core of
-ΔW C ΔWᵀ.
+C is the second moment E[x xᵀ] of a module's inputs, if the caller gives it: then an error is
+measured by its effect on the outputs. The best factors of a rank are then U and Uᵀ ΔW, with U the
+leading eigenvectors of ΔW C ΔWᵀ, which are found from its (r, r) core.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class Compressed:
         ranks: node → module → its rank now; modules that were left out have none.
         bytes_before, bytes_after: of all factors of these nodes.
         error, relative_error: √ Σ c_n² ‖ΔW_n − ΔW'_n‖², and as a part of √ Σ c_n² ‖ΔW_n‖²; weighted
-            by second moments where these were given.
+            by second moments if given.
     """
 
     edited: Edited
@@ -82,29 +83,30 @@ def compress(
     dtype: torch.dtype | None = None,
     moments: Mapping[str, Tensor] | None = None,
 ) -> Compressed:
-    """Cut the nodes of a tree; which ranks go is decided across all of them together.
+    """Cut the nodes of a tree, and choose the ranks to drop across all of them together.
 
-    A node's error counts by its weight and once for every leaf below it, because each of those has
-    it. Modules may be left out; a node keeps one at least, of rank 1.
+    A node's error is weighted by the node's weight and counted once for every leaf below it,
+    because each of these leaves inherits it. A module may lose all its ranks and is then left out,
+    but every node keeps at least one module of rank 1.
 
     Args:
-        tree: changed in memory. Nodes that are cut no longer fit what their descendants were
-            trained on, so those become stale with the next save.
-        paths: which nodes, as paths or patterns; all with an adapter where None.
+        tree: changed in memory. Descendants were trained on the nodes as they were before the cut,
+            so the next save marks them stale.
+        paths: which nodes, as paths or patterns; None: all that have an adapter.
         rank: the largest rank in any module.
-        max_error: the largest relative error over all of these nodes together; as few bytes as that
-            takes.
+        max_error: the largest relative error over all of these nodes together; the result has as
+            few bytes as it allows.
         budget_bytes: of all factors and overrides of these nodes together: a number, or
             ``"512MiB"``. Overrides are kept as they are.
         dtype: of the factors; None keeps each module's own.
         moments: module → E[x xᵀ] of its inputs: (in, in); or its diagonal, (in,); or rows of
-            inputs, (rows, in) with more rows than one. Modules without count as if their inputs
-            were white.
+            inputs, (rows, in) with more rows than one. A module that is not in the mapping counts
+            as if its inputs were white (C = identity).
 
     Raises:
         PathError: a path or pattern matches no node.
         SpecError: not one of ``rank``, ``max_error`` and ``budget_bytes`` was given, or it makes no
-            sense; or a factor has no finite numbers.
+            sense; or a factor is not finite.
         BudgetError: one rank in one module of every node takes more than the budget.
         ShapeMismatch: a moment does not have the size of its module's input; names it.
         TreeError: a model is using a node.
@@ -123,7 +125,7 @@ def compress(
     adapters: dict[str, Adapter] = {}
     for path in tree.paths() if paths is None else tree.matching(paths):
         if tree[path].has_adapter:
-            # A model that uses one of them refuses the change, so it is asked before all the work.
+            # A model that uses one of them would refuse the change: find out before the work.
             changeable(tree, [path])
             adapters[path] = tree.adapter(path) or Adapter({})
     if not adapters:
@@ -145,16 +147,16 @@ def compress(
 
 @dataclass(frozen=True, eq=False)
 class Cut:
-    """How one module can be cut.
+    """One module, with all that is needed to cut it to any rank.
 
     Args:
-        value: as it is.
-        gains: (r,) what each further rank lowers the squared error by, largest first.
+        value: the module before the cut.
+        gains: (r,) how much each further rank lowers the squared error, largest first.
         unit: bytes of one rank.
-        fixed: bytes of the bias, which a module has at any rank.
-        dtype: of the factors afterwards; None keeps those that they have.
-        basis: (\\*batch, out, r): the columns that B is cut to.
-        rows: (\\*batch, r, in): those of A that go with them.
+        fixed: bytes of the bias, which do not depend on the rank.
+        dtype: of the factors afterwards; None keeps their own.
+        basis: (\\*batch, out, r): the leading columns become B.
+        rows: (\\*batch, r, in): the rows of A for these columns.
     """
 
     value: LowRank
@@ -166,7 +168,7 @@ class Cut:
     rows: Tensor
 
     def at(self, rank: int) -> LowRank:
-        """Return the module at a rank; itself where nothing is cut and nothing rounded."""
+        """Return the module at a rank; the value itself if it is neither cut nor rounded."""
         if rank >= self.value.rank:
             return self.value if self.dtype is None else self.value.to(dtype=self.dtype)
         both = LowRank(
@@ -174,14 +176,15 @@ class Cut:
             self.basis[..., :rank].contiguous(),
             layout=self.value.layout,
         )
-        # B has orthonormal columns and A carries the sizes, which a narrow dtype would round worse.
+        # B has orthonormal columns and A all of the magnitude. Balanced, both round less in a
+        # narrow dtype.
         short = _balanced(both)
         bias = None if self.value.bias is None else self.value.bias.double() * self.value.scale
         return replace(short, bias=bias).to(dtype=self.dtype or self.value.dtype)
 
 
 def _leaves(tree: AdapterTree, path: str) -> int:
-    """How many leaves have a node's error; a node without children is the one that has its own."""
+    """Return how many leaves inherit a node's error; 1 for a node without children, itself."""
     leaves = [node for node in tree.paths(path) if not tree.children(node)]
     return max(1, len(leaves))
 
@@ -226,7 +229,7 @@ def _cut(value: LowRank, dtype: torch.dtype | None, moment: Tensor | None) -> Cu
 def _chosen(
     cuts: Mapping[Place, Cut], budget: int | None, max_error: float | None
 ) -> dict[Place, int]:
-    """The rank of every module: the best value for its bytes first."""
+    """Return the rank of every module, chosen greedily by gain per byte."""
     ranks = dict.fromkeys(cuts, 0)
     spent = 0
     for place in _first_of_each_node(cuts):
@@ -243,7 +246,7 @@ def _chosen(
         whole += float(cut.gains.sum())
         left += float(cut.gains[ranks[place] :].sum())
         heapq.heappush(queue, _offer(cut, place, ranks[place]))
-    # Without a bound on the error the bytes alone say where to stop.
+    # Without a bound on the error only the budget ends the loop: no error is below −1.
     allowed = -1.0 if max_error is None else whole * max_error**2
     while queue:
         value, place = heapq.heappop(queue)
@@ -262,26 +265,28 @@ def _chosen(
 
 
 def _first_of_each_node(cuts: Mapping[Place, Cut]) -> list[Place]:
-    """The modules that are never left out: in every node the one whose first rank is worth most."""
+    """Return the modules that are never left out: in each node the one whose first rank gains most,
+    and every module with a bias.
+    """
     best: dict[str, Place] = {}
     for place, cut in cuts.items():
         known = best.get(place[0])
         if known is None or float(cut.gains[0]) > float(cuts[known].gains[0]):
             best[place[0]] = place
-    # A bias is no part of any rank: a module that has one stays, so that the bias does.
+    # A bias belongs to no rank. Its module stays, because the bias would be lost with it.
     biased = [place for place, cut in cuts.items() if cut.fixed]
     return list(dict.fromkeys([*best.values(), *biased]))
 
 
 def _offer(cut: Cut, place: Place, rank: int) -> tuple[float, Place]:
-    """The value of the next rank for its bytes; negative, for a heap gives the smallest first."""
+    """Return the next rank's gain per byte, negated because heapq pops the smallest first."""
     if rank >= len(cut.gains):
         return 0.0, place
     return -float(cut.gains[rank]) / cut.unit, place
 
 
 def _balanced(value: LowRank) -> LowRank:
-    """The same value with factors of like size, which lose least when they are rounded."""
+    """Return the same value with factors of equal magnitude, which lose least by rounding."""
     half = value.A.norm(dim=-1, keepdim=True).sqrt()  # (k, 1); the columns of B have length 1
     safe = torch.where(half > 0, half, 1.0)
     return replace(value, A=value.A / safe, B=value.B * safe.mT)
@@ -302,7 +307,7 @@ def _cut_down(
         norms: dict[str, float] = {}
         for name, value in adapter.modules.items():
             rank = ranks[path, name]
-            # A module of rank 0 is left out: it is zero in the sum all the same.
+            # A module of rank 0 is left out: a missing module adds zero.
             if rank:
                 modules[name] = cuts[path, name].at(rank)
             far[name], norms[name] = measured(value, modules.get(name))
@@ -314,7 +319,7 @@ def _cut_down(
         lost += float(cut.gains[ranks[place] :].sum())
     changed: dict[str, Deviation] = {}
     for path, adapter in made.items():
-        # A node of which nothing was cut keeps its files, and with them what it was trained on.
+        # A node that was not cut keeps its files, and with them the record of its training lineage.
         if dict(adapter.modules) != dict(adapters[path].modules):
             put_adapter(tree, path, adapter)
             changed[path] = errors[path]

@@ -2,11 +2,11 @@
 
     ΔW_i = Q_B · M_i · Q_Aᵀ        Q_B: (out, k)    M_i: (k, l)    Q_A: (in, l)    k, l ≤ Σ r_i
 
-Every question about the increments alone (norms, angles, means, the best value of a rank) is asked
-of the small cores M_i, because orthonormal bases change neither norms nor angles. A core does not
-change either when the factors of an increment are written otherwise, (B R) (R⁻¹ A).
+Everything about the increments alone (norms, angles, means, the best approximation of a rank) is
+computed from the small cores M_i, because orthonormal bases change neither norms nor angles. Nor
+does it depend on the gauge: (B R) (R⁻¹ A) has the same product as B A.
 
-Law: nothing here builds an (out, in) matrix, and all sums run in float64.
+Law: nothing here builds an (out, in) matrix, and all sums are taken in float64.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ..lowrank import LowRank, same_place
 __all__ = ["Joint", "angles", "effective_rank", "energy", "joint", "spectrum"]
 
 _NEGLIGIBLE = 1e-6
-"""Singular values below this part of the largest count as zero: fp32 rounds by as much."""
+"""Singular values below this fraction of the largest count as zero: fp32 rounds by as much."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,8 +34,8 @@ class Joint:
     Args:
         Q_B: (\\*batch, out, k), orthonormal columns.
         Q_A: (\\*batch, in, l), orthonormal columns.
-        cores: one (\\*batch, k, l) for each increment, with its scale in it.
-        biases: one (out,) or None for each increment, with its scale in it.
+        cores: one (\\*batch, k, l) for each increment, multiplied by its scale.
+        biases: one (out,) or None for each increment, multiplied by its scale.
         like: the first increment; results get its layout, its device and at least its dtype.
     """
 
@@ -67,7 +67,7 @@ def joint(values: Sequence[LowRank]) -> Joint:
 
     Raises:
         ShapeMismatch: two are not increments of one weight.
-        SpecError: there are none, or one has no finite numbers, or only a part of them.
+        SpecError: there are none; or one is not finite, is sharded, or is on the meta device.
 
     >>> x = LowRank(torch.ones(1, 4), torch.ones(2, 1))
     >>> both = joint([x, x.scaled(-1.0)])
@@ -87,14 +87,13 @@ def joint(values: Sequence[LowRank]) -> Joint:
     cores: list[Tensor] = []
     start = 0
     for value in values:
-        # The columns of R that belong to one increment multiply to its core; the others' don't
-        # touch it.
+        # An increment's core is the product of its own columns of R_B and R_A.
         mine = slice(start, start + value.rank)
         cores.append((R_B[..., mine] @ R_A[..., mine].mT) * value.scale)
         start += value.rank
     for value, core in zip(values, cores, strict=True):
         if not core.isfinite().all():
-            value.core()  # says which of the two it is: the factors, or their product
+            value.core()  # raises here if the factors themselves are not finite
             raise SpecError("the product of the factors is too large for float64")
     biases = tuple(_scaled_bias(value, first) for value in values)
     return Joint(Q_B, Q_A, tuple(cores), biases, first)
@@ -104,7 +103,7 @@ def spectrum(value: LowRank) -> Tensor:
     """Return the singular values of ΔW, (\\*batch, ≤ r) in float64, largest first.
 
     Raises:
-        SpecError: the factors have no finite numbers.
+        SpecError: a factor is not finite.
 
     >>> x = LowRank(torch.eye(2, 4), torch.diag(torch.tensor([3.0, 1.0])))
     >>> spectrum(x).tolist()
@@ -118,8 +117,8 @@ def spectrum(value: LowRank) -> Tensor:
 def effective_rank(values: Tensor) -> float:
     """Return exp of the entropy of singular values taken as shares (Roy & Vetterli, EUSIPCO 2007).
 
-    It is the number of directions that carry an increment: r where all are alike, 1 where one
-    carries everything, 0 for no increment at all. The matrices of a batch count together.
+    It is a soft count of the directions of an increment: r if all singular values are equal, 1 if
+    only one is not zero, 0 for a zero increment. The matrices of a batch count together.
 
     >>> effective_rank(torch.tensor([1.0, 1.0])), effective_rank(torch.tensor([1.0, 0.0]))
     (2.0, 1.0)
@@ -133,8 +132,7 @@ def effective_rank(values: Tensor) -> float:
 
 
 def energy(values: Tensor, rank: int) -> float:
-    """Return the part of ‖ΔW‖² that the best value of a rank keeps, 1 where there is nothing to
-    keep.
+    """Return the fraction of ‖ΔW‖² that the best approximation of a rank keeps; 1 if ΔW is zero.
 
     Args:
         values: (\\*batch, n) singular values, largest first.
@@ -152,16 +150,16 @@ def angles(x: LowRank, y: LowRank) -> tuple[Tensor, Tensor]:
     """Return the principal angles between the column spaces of two increments, and between their
     row spaces.
 
-    Angles are in radians, smallest first, one for each direction that the smaller of the two has: 0
-    is a shared direction, π/2 one that the other does not touch. Those of a batch follow one
-    another. Directions that an increment has in its factors but not in its product do not count.
+    Angles are in radians, smallest first, as many as the smaller space has dimensions: 0 is a
+    shared direction, π/2 one that is orthogonal to the other space. The angles of a batch's
+    matrices are concatenated. The spaces are those of the product, not of the factors.
 
     Returns:
         (between the column spaces, in the output; between the row spaces, in the input).
 
     Raises:
         ShapeMismatch: they are not increments of one weight.
-        SpecError: the factors have no finite numbers.
+        SpecError: a factor is not finite.
     """
     same_place(x, y)
     found: tuple[list[Tensor], list[Tensor]] = ([], [])
@@ -173,10 +171,10 @@ def angles(x: LowRank, y: LowRank) -> tuple[Tensor, Tensor]:
 
 
 def check_readable(value: LowRank) -> None:
-    """Refuse a value whose numbers are not all here.
+    """Refuse a value whose numbers are not all in this process.
 
     Raises:
-        SpecError: every rank of a run holds a part of it, or it is on the meta device.
+        SpecError: it is sharded over the ranks of a run, or is on the meta device.
     """
     if value.is_sharded:
         raise SpecError(
@@ -198,7 +196,7 @@ def _scaled_bias(value: LowRank, first: LowRank) -> Tensor | None:
 
 
 def _directions(value: LowRank) -> list[tuple[Tensor, Tensor]]:
-    """For each matrix of the batch, orthonormal bases of its column space and of its row space."""
+    """Return orthonormal bases of the column and the row space of each matrix of the batch."""
     check_readable(value)
     Q_B, M, Q_A = value.core()
     U, S, Vh = torch.linalg.svd(M)
@@ -207,7 +205,7 @@ def _directions(value: LowRank) -> list[tuple[Tensor, Tensor]]:
     found = []
     matrices = (each.reshape(-1, *each.shape[-2:]) for each in (U, V))
     for u, v, s in zip(*matrices, S.reshape(-1, S.shape[-1]), strict=True):
-        # Each matrix of a batch has a rank of its own, so the batch can't be done in one product.
+        # The matrices of a batch differ in rank, so their bases can't be one tensor.
         kept = int((s > s.max() * _NEGLIGIBLE).sum()) if s.max() > 0 else 0
         found.append((u[:, :kept], v[:, :kept]))
     return found
@@ -219,6 +217,6 @@ def _between(one: Tensor, other: Tensor) -> Tensor:
     smaller, larger = (one, other) if one.shape[1] <= other.shape[1] else (other, one)
     inside = larger.mT @ smaller  # (larger, smaller)
     cosines = torch.linalg.svdvals(inside).clamp(max=1.0)
-    # acos is blind near 1, where it loses half of the digits; there the sine tells the angle.
+    # Near 1 acos loses half of the digits, so small angles are computed from their sine.
     sines = torch.linalg.svdvals(smaller - larger @ inside).flip(0).clamp(max=1.0)
     return torch.where(cosines > 0.7, sines.asin(), cosines.acos())

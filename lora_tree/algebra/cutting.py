@@ -53,19 +53,19 @@ def squash(
 
     Args:
         tree: changed in memory.
-        blend: a path or a blend; its nodes stay as they are.
-        to: the new node. It lies on its own parent's lineage, so that is taken off the sum.
+        blend: a path or a blend; its nodes do not change.
+        to: the new node. It inherits its parent's lineage, so that lineage is subtracted.
         rank: the largest rank in any module; None keeps the sum exact, at rank Σr.
         max_error: the largest relative error in any module.
         dtype: round the factors to it.
         base: a model, if nodes name one module in two ways.
 
     Raises:
-        PathError: a node, or the one above ``to``, is not there.
+        PathError: a node, or the one above ``to``, does not exist.
         TreeError: ``to`` exists.
-        SpecError: the blend adds nothing to the parent of ``to``; or a bound makes no sense.
+        SpecError: the blend adds nothing to the parent of ``to``; or a bound is not valid.
         ShapeMismatch, BaseMismatch: two nodes do not add up; names them.
-        FormatError: no save takes the sum as one adapter; names the module.
+        FormatError: the sum can't be saved as one adapter; names the module.
 
     >>> x = LowRank(torch.ones(1, 4), torch.ones(2, 1))
     >>> tree = AdapterTree()
@@ -76,10 +76,10 @@ def squash(
     1.0
     """
     check_tree(tree)
-    # A name that is taken is refused before the adapters are read.
+    # Refuse a name that is taken before any adapter is read.
     free(tree, to)
     terms = less(tree, blend, to.rpartition("/")[0], base=base)
-    # A weight per module may leave nothing of a node that is there.
+    # Weights per module may switch off every module of a node, and leave an empty adapter.
     if not any(adapter for _, _, adapter in terms):
         raise SpecError(
             f"{spelled(blend) or 'the base'}: it adds nothing to what lies above {to}",
@@ -100,21 +100,21 @@ def split(
     rank: int | None = None,
     modules: Iterable[str] | None = None,
 ) -> Edited:
-    """Move a part of a node into a new child of it, and the children that it had below that.
+    """Move a part of a node into a new child, and the node's children below that child.
 
-    Every child, and the new one, has the effective weight that it had, or that the node had. The
-    node itself keeps the part that stays.
+    All these children keep their effective weights, and the new child has the node's former one.
+    The node itself keeps only the part that stays.
 
     Args:
         tree: changed in memory.
         path: the node.
         to: the new child.
-        rank: keep the best value of this rank in the node, in every module; the rest moves.
+        rank: keep the best approximation of this rank in the node, in every module; the rest moves.
         modules: move these modules: full names, ends of names as PEFT's target_modules, or patterns
             like ``"*.mlp.*"``.
 
     Raises:
-        PathError: the node is not there, or ``to`` is no child of it.
+        PathError: the node does not exist, or ``to`` is not a child of it.
         TreeError: ``to`` exists; or the node is a group; or a model is using one of the nodes.
         SpecError: not one of ``rank`` and ``modules`` was given; or nothing would move, or all.
     """
@@ -141,7 +141,7 @@ def split(
     notes = stale_notes(tree, [path])
     told = deviation(whole, added_up([("", 1.0, stays), ("", 1.0, moves)]))
     children = tree.children(path)
-    # The new child first: only its name can be refused, and then nothing has changed yet.
+    # The new child comes first: only this step can fail, and nothing has changed before it.
     tree.add(to, adapter=moves, weight=weight_within(weight, moves.module_names))
     for child in children:
         tree.move(child, to + child[len(path) :])
@@ -156,7 +156,7 @@ def _by_rank(whole: Adapter, rank: int) -> tuple[Adapter, Adapter]:
     moves: dict[str, LowRank] = {}
     for name, value in whole.modules.items():
         if rank >= value.rank:
-            # Nothing to take off: the value stays as it is, to the bit.
+            # The rank is not cut, so the value stays bit for bit.
             stays[name] = value
         else:
             stays[name], moves[name] = call_named(name, _parts, value, rank)
@@ -164,13 +164,14 @@ def _by_rank(whole: Adapter, rank: int) -> tuple[Adapter, Adapter]:
 
 
 def _parts(value: LowRank, rank: int) -> tuple[LowRank, LowRank]:
-    """The best value of a rank, with the bias, and the rest, both from one decomposition."""
+    """Return the best approximation of a rank, with the bias, and the rest, from one SVD."""
     alone = joint([value])
     U, S, Vh = torch.linalg.svd(alone.cores[0], full_matrices=False)
     dtype = torch.promote_types(value.dtype, torch.float32)
     found = []
     for some in (slice(None, rank), slice(rank, value.rank)):
-        # The root of each singular value in either factor: both are of like size, and round alike.
+        # Each factor gets the root of every singular value, so both have the same magnitude and
+        # round alike.
         root = S[..., some].sqrt()
         B = alone.Q_B @ (U[..., some] * root[..., None, :])
         A = (root[..., :, None] * Vh[..., some, :]) @ alone.Q_A.mT
@@ -185,7 +186,7 @@ def _by_name(whole: Adapter, modules: Iterable[str]) -> tuple[Adapter, Adapter]:
     moves: dict[str, LowRank] = {}
     for pattern in patterns:
         hits = {n: v for n, v in whole.modules.items() if glob_means(pattern, n)}
-        # A pattern without a module is a typing error, not a wish to move nothing.
+        # A pattern that matches no module is a typo, not a request to move nothing.
         if not hits:
             raise SpecError(
                 f"{pattern!r} names no module", f"there are: {', '.join(whole.modules)}"
@@ -196,6 +197,6 @@ def _by_name(whole: Adapter, modules: Iterable[str]) -> tuple[Adapter, Adapter]:
 
 
 def _only(whole: Adapter, modules: dict[str, LowRank]) -> Adapter:
-    """Some modules as an adapter of their own; the other part carries the base's tensors."""
-    # Overrides stay where they are: what moves is below them, and adds to them as before.
+    """Return an adapter of these modules alone; the part that stays keeps the carried tensors."""
+    # Overrides stay in the node. The new child lies below it, so its increments still add to them.
     return replace(whole, modules=modules, unchanged={}, errors={}, overrides={})

@@ -1,11 +1,10 @@
-"""Deviation: how far an adapter is from the one that it stands for, module by module.
+"""Deviation: the distance of an adapter from the one that it replaces, module by module.
 
     error     √ Σ ‖ΔW − ΔW'‖²      over all modules, in the Frobenius norm
     relative  error / √ Σ ‖ΔW‖²
 
-Every verb of this room that cuts, rounds or merges returns one. A value that nothing was cut from
-has an error of 0: adding up factors is exact but for the rounding of a scale (see
-`lora_tree.concat`).
+Every verb of this room that cuts, rounds or merges returns one. Without a cut the error is 0:
+adding up factors is exact except for the rounding of scales (see `lora_tree.concat`).
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ class Deviation:
 
     Args:
         errors: module → ‖ΔW − ΔW'‖; modules without an error may be left out.
-        norms: module → ‖ΔW‖, of what was wanted.
+        norms: module → ‖ΔW‖ of the wanted adapter.
 
     >>> told = Deviation({"q": 3.0}, {"q": 5.0, "v": 12.0})
     >>> told.error, told.norm, round(told.relative_error, 4), told.relative
@@ -57,12 +56,12 @@ class Deviation:
 
     @property
     def relative_error(self) -> float:
-        """`error` as a part of `norm`; infinite where something stands for nothing."""
+        """`error` / `norm`; infinite if the norm is 0 and the error is not."""
         return _ratio(self.error, self.norm)
 
     @property
     def relative(self) -> dict[str, float]:
-        """Module → its error as a part of its own norm."""
+        """Module → its error relative to its own norm."""
         names = sorted({*self.errors, *self.norms})
         return {n: _ratio(self.errors.get(n, 0.0), self.norms.get(n, 0.0)) for n in names}
 
@@ -86,7 +85,7 @@ def deviation(wanted: Adapter, got: Adapter) -> Deviation:
 
     Raises:
         ShapeMismatch: they change one module in different shapes; names it.
-        SpecError: a factor has no finite numbers; names the module.
+        SpecError: a factor is not finite; names the module.
     """
     check_adapter(wanted, "wanted")
     check_adapter(got, "got")
@@ -110,31 +109,32 @@ def measured(wanted: LowRank | None, got: LowRank | None) -> tuple[float, float]
     if got is None or got is wanted:
         whole = norm(wanted)
         return whole if got is None else 0.0, whole
-    # In joint bases the difference is that of two cores; as values it would have both their ranks.
+    # In joint bases the difference is one of two small cores. As a LowRank it would have the sum
+    # of the ranks.
     both = joint([wanted, got])
     moved = [both.cores[0] - both.cores[1], minus(*both.biases)]
     return length(moved), length([both.cores[0], both.biases[0]])
 
 
 def norm(value: LowRank) -> float:
-    """‖ΔW‖ with its bias, as if that were one more column.
+    """Return ‖ΔW‖ with the bias as one more column.
 
     Raises:
-        SpecError: the factors have no finite numbers.
+        SpecError: a factor is not finite.
     """
-    # One more column would change the QR; the length of a core and a bias together is the same.
+    # The bias needs no place in the QR: the norm of core and bias together is the same.
     alone = joint([value])
     return length([alone.cores[0], alone.biases[0]])
 
 
 def length(parts: Iterable[Tensor | None]) -> float:
-    """√ Σ x² over all numbers of some tensors."""
-    # hypot and not a sum of squares: those overflow where the length itself does not.
+    """Return √ Σ x² over all numbers of some tensors."""
+    # hypot instead of a sum of squares, which can overflow although its root would not.
     return math.hypot(*(float(torch.linalg.vector_norm(p)) for p in parts if p is not None))
 
 
 def minus(one: Tensor | None, other: Tensor | None) -> Tensor | None:
-    """The difference of two biases, where None is zero."""
+    """Return the difference of two biases; None is zero."""
     if other is None:
         return one
     return -other if one is None else one - other
@@ -142,11 +142,11 @@ def minus(one: Tensor | None, other: Tensor | None) -> Tensor | None:
 
 @dataclass(frozen=True)
 class Shortening:
-    """How short a result has to be: a rank, an error and a dtype; by default it stays as it is.
+    """The bounds on a result: a rank, an error and a dtype. By default nothing is cut or rounded.
 
     Args:
         rank, max_error: as `lora_tree.Adapter.truncate`.
-        dtype: of the result's factors; None keeps what truncation gives.
+        dtype: of the result's factors; None keeps the dtype that truncation returns.
 
     Raises:
         SpecError: factors can't be saved in the dtype.
@@ -164,19 +164,19 @@ class Shortening:
 
     @property
     def is_cut(self) -> bool:
-        """A rank or an error is asked for."""
+        """Return whether a rank or an error bounds the result."""
         return self.rank is not None or self.max_error is not None
 
     @property
     def asks_nothing(self) -> bool:
-        """An adapter would come back as it is."""
+        """Return whether `of` is a no-op."""
         return not self.is_cut and self.dtype is None
 
     def of(self, adapter: Adapter) -> tuple[Adapter, Deviation]:
-        """Return an adapter cut and rounded, and what both cost.
+        """Return an adapter cut and rounded, and the error of both.
 
         Raises:
-            SpecError: a bound makes no sense, or both can't be met; names the module.
+            SpecError: a bound is not valid, or both can't be met; names the module.
         """
         got = adapter
         if self.is_cut:
@@ -186,14 +186,14 @@ class Shortening:
         norms = {name: call_named(name, norm, v) for name, v in adapter.modules.items()}
         errors = {}
         for name, value in adapter.modules.items():
-            # Measured on the factors as they are in the end: their rounding is a part of the error.
+            # Measured on the final factors, so that their rounding is a part of the error.
             if value is not got.modules[name]:
                 errors[name] = call_named(name, measured, value, got.modules[name])[0]
         return got, Deviation(errors, norms)
 
 
 def call_named(name: str, call: Callable[..., T], *arguments: object) -> T:
-    """Call, and put a module's or a node's name before the first line of an error."""
+    """Call a function; prefix an error that it raises with a module's or a node's name."""
     try:
         return call(*arguments)
     except LoraTreeError as error:

@@ -1,12 +1,12 @@
-"""Diff: in what two adapters, paths or trees differ, module by module.
+"""Diff: compare two adapters, paths or trees, module by module.
 
     moved        ‖ΔW_b − ΔW_a‖
     cosine       ⟨ΔW_a, ΔW_b⟩ / ‖ΔW_a‖ ‖ΔW_b‖
     share        the part of Σ moved² over all modules that lies in this one
     angles       between the column spaces (what they write to) and the row spaces (what they read)
-    rank         how many directions carry each of them, see `lora_tree.algebra.core.effective_rank`
+    rank         the effective rank of each, see `lora_tree.algebra.core.effective_rank`
 
-Law: a value does not differ from itself, however its factors are written.
+Law: the diff of a value with itself is nothing, in any gauge of its factors.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from .sums import Term, added_up, check_spelling, read_terms, replaces
 __all__ = ["Diff", "ModuleDiff", "TreeDiff", "diff", "diff_paths", "diff_trees"]
 
 _ROUNDING = 1e-12
-"""Moves below this part of the norms are rounding of float64, in which all of this is computed."""
+"""A `moved` below this fraction of the two norms is rounding in float64, and counts as 0."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ class ModuleDiff:
         norm_a, norm_b: ‖ΔW‖, biases included; 0 where an adapter lacks the module.
         moved: ‖ΔW_b − ΔW_a‖.
         cosine: of the angle between the two as vectors; None where one of them is zero.
-        rank_a, rank_b: the effective rank.
-        angles_out, angles_in: principal angles in degrees between what they write to and what they
-            read from, smallest first; empty where one of them is zero.
+        rank_a, rank_b: the effective ranks.
+        angles_out, angles_in: principal angles in degrees between the column spaces and between the
+            row spaces, smallest first; empty where one of the two is zero.
         share: the part of the whole moved² that is this module's.
     """
 
@@ -64,7 +64,7 @@ class ModuleDiff:
 
 @dataclass(frozen=True)
 class Diff:
-    """Two adapters compared; `b` less `a`.
+    """The comparison of two adapters; differences are b − a.
 
     Args:
         a, b: the names of the two, for messages and tables.
@@ -105,7 +105,7 @@ class Diff:
             # A module that one of the two lacks adds nothing to their inner product.
             if module.cosine is not None:
                 inner += module.cosine * module.norm_a * module.norm_b
-        # Rounding may carry it past 1, where acos has no value.
+        # Rounding may push it past ±1.
         return max(-1.0, min(1.0, inner / lengths))
 
     def _whole(self, figure: str) -> float:
@@ -114,12 +114,12 @@ class Diff:
 
     @property
     def is_nothing(self) -> bool:
-        """The two are one value: no module moved, and no carried or replaced tensor differs."""
+        """Return whether the two are equal in every module and every carried or replaced tensor."""
         return self.moved == 0.0 and not self.carried and not self.overrides
 
     @property
     def add_nothing(self) -> bool:
-        """Neither side adds anything, though there are factors, or will be: none has trained."""
+        """Return whether both sides have factors, or fresh nodes, that add zero: untrained ones."""
         return bool(self.fresh or self.modules) and self.norm_a == self.norm_b == 0.0
 
     def as_dict(self) -> dict[str, object]:
@@ -140,7 +140,7 @@ class Diff:
 
 @dataclass(frozen=True)
 class TreeDiff:
-    """Two trees compared: which nodes one of them lacks, and the nodes of both.
+    """The comparison of two trees: the nodes that only one has, and the diffs of those of both.
 
     Args:
         only_a, only_b: paths of one tree alone.
@@ -158,7 +158,7 @@ class TreeDiff:
 
     @property
     def is_nothing(self) -> bool:
-        """The two trees say the same."""
+        """Return whether the two trees have the same nodes, weights, increments and base."""
         alike = all(node.is_nothing for node in self.nodes.values())
         return alike and not (self.only_a or self.only_b or self.weights or self.base)
 
@@ -183,7 +183,7 @@ def diff(a: Adapter, b: Adapter, *, names: tuple[str, str] = ("a", "b")) -> Diff
     Raises:
         ShapeMismatch: they change one module in different shapes; names it.
         BaseMismatch: they name one module in two ways.
-        SpecError: a factor has no finite numbers; names the module.
+        SpecError: a factor is not finite; names the module.
 
     >>> x = LowRank(torch.eye(1, 4), torch.eye(3, 1))
     >>> found = diff(Adapter({"q": x}), Adapter({"q": x.scaled(2.0)}))
@@ -202,12 +202,12 @@ def diff(a: Adapter, b: Adapter, *, names: tuple[str, str] = ("a", "b")) -> Diff
         found[name] = call_named(name, _module, a.modules.get(name), b.modules.get(name))
     whole = math.fsum(module.moved**2 for module in found.values())
     if whole:
-        # A share is known only once every module has moved.
+        # Shares need the sum over all modules, so they are filled in afterwards.
         for name, module in found.items():
             found[name] = replace(module, share=module.moved**2 / whole)
     carried = []
     for name in sorted(a.unchanged.keys() & b.unchanged.keys()):
-        # Loaded in two dtypes, one stored tensor differs in its bits and is the same all the same.
+        # Not by bits: one stored tensor that was loaded in two dtypes is still the same tensor.
         if not is_same_tensor(a.unchanged[name], b.unchanged[name]):
             carried.append(name)
     return Diff(*names, found, tuple(carried), _replaced_otherwise(a, b))
@@ -224,11 +224,11 @@ def _replaced_otherwise(a: Adapter, b: Adapter) -> tuple[str, ...]:
 
 
 def diff_paths(tree: AdapterTree, a: Blend, b: Blend, *, base: nn.Module | None = None) -> Diff:
-    """Compare what two paths or blends of a tree add to the base; nodes that both have cost
-    nothing.
+    """Compare the increments that two paths or blends of a tree add to the base.
 
-    The difference is that of the effective weights. Norms, cosines and angles are those of the two
-    sums without the nodes that both have with one coefficient, for those would hide what differs.
+    `Diff.moved` is the difference of the effective weights. Nodes with the same coefficient on both
+    sides cancel: they are not read, and norms, cosines and angles are of the two sums without them.
+    With them, a large shared part would hide the difference.
 
     Args:
         tree: both are its paths.
@@ -236,18 +236,18 @@ def diff_paths(tree: AdapterTree, a: Blend, b: Blend, *, base: nn.Module | None 
         base: a model, if nodes name one module in two ways.
 
     Raises:
-        PathError: a node is not there.
+        PathError: a node does not exist.
         ShapeMismatch, BaseMismatch: two nodes do not add up.
         FolderError, FormatError: a node's files are gone or broken; names the node.
     """
     check_tree(tree)
     ours, theirs = tree.coefficients(a), tree.coefficients(b)
-    # A node that both have with one coefficient would hide what differs, and need not be read.
+    # Nodes with the same coefficient on both sides cancel, so they need not be read.
     shared = {node for node, c in ours.items() if theirs.get(node) == c}
     own_terms = (_terms_without(tree, blend, shared, base) for blend in (a, b))
     if any(replaces(tree, node) for node in {*ours, *theirs}):
-        # An override may drop increments of a shared node on one side alone. Only shared nodes of
-        # which the same counts on both sides cancel.
+        # An override may drop some increments of a shared node on one side only. Such a node does
+        # not cancel; only shared nodes with the same modules left on both sides do.
         both = tree.terms(a, base=base), tree.terms(b, base=base)
         own_terms = (_less_shared(both[i], both[1 - i], shared) for i in (0, 1))
     sides = [added_up(terms, base=base) for terms in own_terms]
@@ -277,13 +277,13 @@ def _less_shared(terms: list[Term], others: list[Term], shared: Set[str]) -> lis
 
 
 def _holds_same(one: Adapter, other: Adapter) -> bool:
-    # By names: one node's values differ between two paths only by the parts that an override drops.
+    # Names suffice: the terms of one node on two paths differ only by what an override drops.
     same_modules = one.modules.keys() == other.modules.keys()
     return same_modules and one.overrides.keys() == other.overrides.keys()
 
 
 def diff_trees(a: AdapterTree, b: AdapterTree) -> TreeDiff:
-    """Compare two trees node by node: which are there, their weights, and their own increments.
+    """Compare two trees node by node: which nodes exist, their weights and their own increments.
 
     Raises:
         ShapeMismatch, BaseMismatch, SpecError: as `diff`; names the node.
@@ -298,7 +298,7 @@ def diff_trees(a: AdapterTree, b: AdapterTree) -> TreeDiff:
         if a[path].weight != b[path].weight:
             weights[path] = (a[path].weight, b[path].weight)
         if a[path].has_adapter or b[path].has_adapter:
-            # A group stands for no increments, so a group beside an adapter is a difference.
+            # A group has no increments, so a group compared with an adapter is a difference.
             ours = a.adapter(path) or Adapter({})
             theirs = b.adapter(path) or Adapter({})
             nodes[path] = call_named(path, diff, ours, theirs)
@@ -311,7 +311,7 @@ def diff_trees(a: AdapterTree, b: AdapterTree) -> TreeDiff:
 
 def _module(a: LowRank | None, b: LowRank | None) -> ModuleDiff:
     present = [value for value in (a, b) if value is not None]
-    # Both in one pair of bases: subtracting two dense matrices would cancel digits, and be dense.
+    # The difference is taken in joint bases, which avoids two dense matrices and cancellation.
     both = joint(present)
     one = (both.cores[0], both.biases[0])
     other = (both.cores[-1], both.biases[-1])

@@ -1,12 +1,12 @@
 """Edited: the result of a verb on a tree, and the steps that all verbs share.
 
-A verb computes every adapter first and changes the tree last, in this order: the step that the tree
-may refuse (a name that is taken, a node that is in use), then the steps that can't fail. So a tree
-is never left half changed. Nor is it left with an adapter that no save takes: PEFT's files can't
-hold everything that two nodes hold apart (`check_savable`).
+A verb first computes every adapter, and then changes the tree in this order: the step that the tree
+may refuse (a name that is taken, a node that is in use), then the steps that can't fail. So no
+error leaves a tree half changed. Nor does a verb leave an adapter that can't be saved: what fits
+into the PEFT files of two nodes may not fit into those of one (`check_savable`).
 
-A node whose effective weight a verb keeps still fits its lineage, though the lineage is another one
-now. `still_fits` says so to the next save, which would otherwise mark the node stale.
+If a verb keeps a node's effective weight, the node still fits its lineage, although that lineage
+has changed. `still_fits` records this, because the next save would otherwise mark the node stale.
 """
 
 from __future__ import annotations
@@ -40,9 +40,10 @@ class Edited:
     Args:
         added: new nodes.
         changed: nodes with another adapter than before.
-        moved: old path → new path, of the nodes that have another one.
-        errors: node → how far its increments are from those that would keep every effective weight.
-        notes: sentences about what a user should know.
+        moved: old path → new path, of the nodes that moved.
+        errors: node → how far its increments are from the exact ones, which would keep every
+            effective weight.
+        notes: sentences to show to the user.
     """
 
     added: tuple[str, ...] = ()
@@ -71,23 +72,24 @@ def changeable(tree: AdapterTree, paths: Iterable[str]) -> None:
     """Refuse nodes that an attached model is using, before anything is computed or changed.
 
     Raises:
-        PathError: a node is not there.
+        PathError: a node does not exist.
         TreeError: a model is using one.
     """
     for path in paths:
-        # Giving a node the weight that it has changes nothing, and asks every model.
+        # Setting a node's own weight again is a no-op, but every attached model must allow it.
         tree.update(path, weight=tree[path].weight)
 
 
 def check_savable(tree: AdapterTree, made: Mapping[str, Adapter], of: Iterable[str]) -> None:
     """Refuse new adapters that a save of the tree would refuse, before the tree is changed.
 
-    If the tree can't be saved as it is, nothing is refused: such a tree is used in memory alone.
+    If the tree could not be saved even before the verb, nothing is refused: such a tree is only
+    used in memory.
 
     Args:
-        tree: as it is before the verb.
+        tree: not changed yet.
         made: node → its new adapter.
-        of: the nodes that these are made of, for the error.
+        of: the nodes that these adapters are computed from, for the error.
 
     Raises:
         FormatError: PEFT's files can't hold one; names the node, the module and the reason.
@@ -108,7 +110,7 @@ def check_savable(tree: AdapterTree, made: Mapping[str, Adapter], of: Iterable[s
 
 
 def _is_savable(tree: AdapterTree) -> bool:
-    """Return whether PEFT's files can hold every node; of files only headers are read."""
+    """Return whether PEFT's files can hold every node; reads only the headers of files."""
     for path in tree.paths():
         try:
             outline = tree.outline(path)
@@ -120,9 +122,9 @@ def _is_savable(tree: AdapterTree) -> bool:
 
 
 def put_adapter(tree: AdapterTree, path: str, adapter: Adapter) -> None:
-    """Give a node another adapter; its weight loses the patterns that match no module of that.
+    """Give a node another adapter, and drop the patterns of its weight that match no module of it.
 
-    Those had an effect only on modules that are gone, so no effective weight depends on them.
+    These patterns had an effect only on modules that are gone, and would be an error now.
     """
     tree.update(
         path, adapter=adapter, weight=weight_within(tree[path].weight, adapter.module_names)
@@ -130,25 +132,25 @@ def put_adapter(tree: AdapterTree, path: str, adapter: Adapter) -> None:
 
 
 def still_fits(tree: AdapterTree, paths: Iterable[str]) -> None:
-    """Say to the next save that these nodes fit the lineages that they have now.
+    """Record for the next save that these nodes fit their present lineages.
 
-    A node that was stale before stays stale: the reason for it is still there.
+    A node that was stale before stays stale: its cause has not gone away.
     """
     for path in paths:
         node = tree[path]
-        # Only a source out of a locked folder knows what it was trained on; others fit anything.
+        # Only a source from a locked folder records its training lineage; others fit any lineage.
         trained = getattr(node.source, "trained", None)
         if node.source is None or node.stale is not None or trained is None:
             continue
         if node.home is None and (node.loaded is None or node.rereadable):
-            # Its user named a folder elsewhere: only the name is written, and its files stay there.
+            # The user named a folder outside the tree's own: a save writes its name, not its files.
             tree.update(path, adapter=node.source.where)
         else:
             tree.update(path, adapter=tree.adapter(path))
 
 
 def made(tree: AdapterTree, path: str) -> None:
-    """Refuse a fresh node, whose adapter is made when the tree is attached.
+    """Refuse a fresh node, whose adapter does not exist before the tree is attached.
 
     Raises:
         SpecError: it is fresh.
@@ -177,18 +179,18 @@ def own(tree: AdapterTree, path: str) -> None:
 
 
 def stale_notes(tree: AdapterTree, paths: Iterable[str]) -> tuple[str, ...]:
-    """A sentence for every node among these that no longer fits its lineage."""
+    """Return a sentence for each of these nodes that is stale."""
     return tuple(f"stale: {tree[path].stale}" for path in paths if tree[path].stale is not None)
 
 
 def free(tree: AdapterTree, path: str) -> None:
-    """Refuse a place for a new node early, in the words of `AdapterTree.add`.
+    """Refuse a path at which no new node can be added, with the errors of `AdapterTree.add`.
 
     Raises:
         PathError: the name is not valid, or the node above is missing.
         TreeError: the node exists, or one that differs only by case does.
     """
     check_path(path)
-    # The tree itself knows which names it takes; a group that comes and goes leaves no trace.
+    # The tree decides: adding a group and removing it again leaves no trace.
     tree.add(path, group=True)
     tree.remove(path)

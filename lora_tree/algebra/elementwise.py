@@ -1,4 +1,4 @@
-"""Merging of tensors, number by number: what the methods of the literature mean.
+"""The merge methods of the literature, as elementwise operations on tensors.
 
     linear             Σ w x                                     task arithmetic, arXiv 2212.04089
     magnitude_prune    the same over the largest numbers of each
@@ -7,9 +7,8 @@
     dare_ties          drop at random, rescale, then as ties
     sce                select by variance, weigh by energy, erase minorities    arXiv 2408.07990
 
-Law: the first five are PEFT's `merge_utils` and the last is mergekit's ``sce``, number for number.
-    The
-tensors may be dense weights, or cores in bases of their own: the definitions are the same.
+Law: the first five give the numbers of PEFT's `merge_utils`, the last those of mergekit's ``sce``.
+The tensors may be dense weights or cores: the definitions are the same.
 """
 
 from __future__ import annotations
@@ -31,10 +30,10 @@ METHODS: tuple[str, ...] = get_args(Method)
 
 
 def check_method(method: str, density: float) -> None:
-    """Refuse a method or a density that there is not.
+    """Refuse an unknown method or a density outside (0, 1].
 
     Raises:
-        SpecError: one of them makes no sense.
+        SpecError: one of them is not valid.
     """
     if method not in METHODS:
         raise SpecError(
@@ -60,10 +59,11 @@ def merged(
 
     Args:
         tensors: at least one.
-        weights: one for each tensor; ``sce`` finds its own and multiplies these.
+        weights: one for each tensor; ``sce`` multiplies each tensor by it first, and then computes
+            its own weights.
         method: see above.
-        density: the part of the numbers that is kept of each tensor; ``linear`` keeps all.
-        draw: for the methods that drop at random; None is torch's own generator.
+        density: the fraction of each tensor's numbers that is kept; ``linear`` keeps all.
+        draw: for the methods that drop at random; None uses torch's default generator.
 
     >>> one, other = torch.tensor([3.0, -1.0]), torch.tensor([1.0, 2.0])
     >>> merged([one, other], [1.0, 1.0], method="ties")
@@ -84,13 +84,13 @@ def merged(
     if method not in ("ties", "dare_ties"):
         return (stacked * factors).sum(0)
     agree = _majority(stacked)
-    # The unweighted tensors elect the sign; the weights are applied after that.
+    # As in PEFT, the unweighted tensors elect the sign, and the weights are applied afterwards.
     return (stacked * factors * agree).sum(0) / agree.sum(0).clamp(min=1.0)
 
 
 def _largest(tensor: Tensor, density: float) -> Tensor:
-    """The tensor with all but its largest numbers set to zero."""
-    # A count and not a threshold: of numbers that are alike, exactly as many stay as PEFT keeps.
+    """Return the tensor with all but its largest numbers set to zero."""
+    # A count instead of a threshold: among equal numbers, as many stay as PEFT keeps.
     keep = int(density * tensor.numel())
     best = tensor.abs().flatten().topk(keep).indices
     mask = torch.zeros_like(tensor).flatten()
@@ -99,14 +99,14 @@ def _largest(tensor: Tensor, density: float) -> Tensor:
 
 
 def _dropped(tensor: Tensor, density: float, draw: torch.Generator | None) -> Tensor:
-    """The tensor with numbers dropped at random, and the others enlarged by as much."""
+    """Return the tensor with numbers dropped at random, and the others divided by the density."""
     # The mask is drawn as PEFT draws it, so that one seed gives the same numbers in both.
     chance = torch.full_like(tensor, density)
     return tensor * torch.bernoulli(chance, generator=draw) / density
 
 
 def _majority(stacked: Tensor) -> Tensor:
-    """1 where a number has the sign of the sum over all tensors, else 0; the sign of 0 is none."""
+    """Return 1 where a number has the sign of the sum over all tensors, else 0; also 0 for a 0."""
     sign = torch.where(stacked.sum(0) >= 0, 1.0, -1.0).to(stacked.dtype)
     return (stacked.sign() == sign).to(stacked.dtype)
 
@@ -125,5 +125,5 @@ def _sce(stacked: Tensor, density: float) -> Tensor:
     shares = (energy / total).reshape(-1, *[1] * (stacked.ndim - 1))
     weighed = shares * _majority(stacked)
     divisor = weighed.sum(0)
-    # Where no tensor has the majority's sign, all are zero, and so is the merge.
+    # Where no tensor has the majority's sign, all numbers are zero, and so is the result.
     return (stacked * weighed).sum(0) / torch.where(divisor == 0, 1.0, divisor)

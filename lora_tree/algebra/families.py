@@ -1,4 +1,4 @@
-"""Families: which shared nodes a tree of flat adapters gets, from a clustering.
+"""Families: choose the shared nodes of a tree over flat adapters, from a clustering of them.
 
     joins of average linkage                       families
     ┌──────── 0.91                                 shared 0: all leaves
@@ -9,8 +9,8 @@
              └ e
 
 A join becomes a shared node if its members are clearly nearer to each other than those of the
-nearest shared node above it. Whether a shared node pays is not decided here: the fit gives those
-that do not pay the rank 0, and they are left out.
+closest shared node above it (`NEARER`). Whether a shared node saves bytes is decided later: the fit
+gives one that does not the rank 0, and `grow` leaves it out.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .clusters import Join
 __all__ = ["Families", "families_of"]
 
 NEARER = 0.85
-"""A shared node's mean distance is at most this part of that of the shared node above it."""
+"""A shared node's mean distance is at most this fraction of that of the shared node above it."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Families:
     Args:
         order: the leaves' numbers in the clustering, in depth-first order.
         above: for each shared node, the shared node above it, or −1; nodes above come first.
-        spans: for each shared node, the first and the one past the last of its leaves.
+        spans: for each shared node, its leaves as (first, last + 1) in depth-first order.
         homes: for each leaf, the deepest shared node above it.
     """
 
@@ -77,7 +77,7 @@ def families_of(joins: Sequence[Join], count: int, depth: int) -> Families:
     firsts = list(range(count))  # item → its leaf with the smallest number
     for join in joins:
         firsts.append(min(firsts[join.left], firsts[join.right]))
-    # A stack in place of recursion: a chain of a thousand joins is deeper than Python's own.
+    # A stack instead of recursion: a chain of a thousand joins would exceed Python's limit.
     todo: list[tuple[str, int, int]] = [("open", count + len(joins) - 1, -1)]
     begun: list[int] = []
     while todo:
@@ -94,7 +94,7 @@ def families_of(joins: Sequence[Join], count: int, depth: int) -> Families:
                 home = len(above) - 1
                 begun.append(len(order))
                 todo.append(("close", item, home))
-            # The side with the first leaf comes first, so that the order has no accident in it.
+            # The side with the smallest leaf comes first, which makes the order deterministic.
             sides = sorted((join.left, join.right), key=firsts.__getitem__)
             todo += [("open", side, home) for side in reversed(sides)]
     ordered = tuple(spans[shared] for shared in range(len(above)))
@@ -111,11 +111,11 @@ def _chosen(joins: Sequence[Join], count: int, depth: int) -> set[int]:
         if item < count:
             continue
         join = joins[item - count]
-        # The top one is always tried: many leaves that have little in common may still share it.
+        # The top join is always kept: many leaves with little in common may still share something.
         nearer = join.distance <= NEARER * distance
         if item == top or nearer:
             level, distance = level + 1, join.distance
             kept[item] = (level, distance)
         todo += [(join.left, level, distance), (join.right, level, distance)]
-    # Where the levels are too many, the deepest ones go: they have the fewest leaves.
+    # If there are too many levels, drop the deepest ones, which have the fewest leaves.
     return {item for item, (level, _) in kept.items() if level <= depth}

@@ -1,7 +1,8 @@
-"""Flat adapters of a tree, module by module, in the memory that there is for them.
+"""Flat adapters of a tree, read module by module within a bound on memory.
 
-The fit of one module needs that module of every adapter, and an adapter is one file. Where all of
-them take too much memory in float64, the files are read again for every few modules.
+The fit of one module needs that module of every adapter, but each adapter is one file. If all
+modules together need too much memory in float64, they are split into groups, and every pass reads
+all files once for each group.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ __all__ = ["FlatAdapters", "FlatModule", "smallest_module"]
 
 
 def smallest_module(outline: Adapter) -> str:
-    """Return the module that an adapter of zeros keeps."""
+    """Return the module with the fewest numbers per rank, which an adapter of zeros keeps."""
     modules = outline.modules
     return min(modules, key=lambda name: (modules[name].numel // modules[name].rank, name))
 
@@ -40,8 +41,8 @@ class FlatModule:
 
     Args:
         name: of the module.
-        values: the adapters' increments, depth first; None where one has none.
-        problem: to be fitted.
+        values: the adapters' increments, depth first; None where an adapter lacks the module.
+        problem: the fit of their shared parts.
     """
 
     name: str
@@ -50,15 +51,15 @@ class FlatModule:
 
 
 class FlatAdapters:
-    """The flat adapters of some nodes, read as often as the memory for them demands.
+    """The flat adapters of some nodes; files are read again if not all modules fit into memory.
 
     Args:
-        tree: has them.
+        tree: the tree of the nodes.
         names: the nodes, depth first.
         families: which of them share a node.
         weights: (n,) how much each one's squared error counts.
         moments: module → second moments of its inputs, see `moment_inside`.
-        working_bytes: for the problems of modules.
+        working_bytes: the memory for the modules that are fitted together.
         dtype: of the factors that are made; None: the widest of the adapters' own.
     """
 
@@ -78,14 +79,15 @@ class FlatAdapters:
         outlines = [tree.outline(name) or Adapter({}) for name in names]
         self.nbytes = sum(outline.nbytes for outline in outlines)
         self.outlines = aligned(outlines)
-        self.numbers: dict[str, int] = {}  # module → its numbers, over all leaves and in any rank
+        self.numbers: dict[str, int] = {}  # module → the size of its factors, over all leaves
         widths: dict[str, int] = {}
         self._means: dict[str, int] = {}  # module → the numbers of a mean, at most
         widest: torch.dtype | None = None
         for name, outline in zip(names, self.outlines, strict=True):
             weight = tree[name].weight
             for module, value in outline.modules.items():
-                # Where a weight is 0 the leaf adds nothing, and no leaf may be left to fit.
+                # A leaf with the weight 0 at a module adds nothing there. If all have, there is
+                # nothing to fit.
                 if weight_at(weight, module) == 0.0:
                     continue
                 self.numbers[module] = self.numbers.get(module, 0) + value.numel
@@ -102,7 +104,7 @@ class FlatAdapters:
         # module → the bytes of one rank
         self.rank_bytes = {name: width * self.dtype.itemsize for name, width in widths.items()}
         for module, numbers in self.numbers.items():
-            # In joint bases a mean has no more rows and columns than there are ranks.
+            # In joint bases a mean has at most as many rows and columns as there are ranks.
             self._means[module] = min(self._means[module], numbers)
         self._refuse_replaced()
         self._groups = list(self._grouped(working_bytes))
@@ -112,7 +114,7 @@ class FlatAdapters:
         return len(self.numbers)
 
     def _refuse_replaced(self) -> None:
-        """Refuse an override of a module that would get a shared part: the part would not count.
+        """Refuse an override of a tensor of a fitted module: it would hide the shared part above.
 
         Raises:
             SpecError: an adapter replaces such a tensor; names both.
@@ -127,11 +129,11 @@ class FlatAdapters:
 
     @property
     def are_kept(self) -> bool:
-        """All modules fit into the memory there is, so going through them again reads nothing."""
+        """Return whether all modules stay in memory, so that another pass reads no files."""
         return len(self._groups) == 1
 
     def modules(self) -> Iterator[FlatModule]:
-        """Each module; a few are in memory at once."""
+        """Yield each module; only one group of them is in memory at a time."""
         for group in self._groups:
             if not self._kept.keys() >= set(group):
                 self._kept = self._read(group)
@@ -142,7 +144,7 @@ class FlatAdapters:
         group: list[str] = []
         size = 0
         for module, numbers in sorted(self.numbers.items()):
-            # The values as they are read, their triplets in float64, and a mean for each node.
+            # The values in their own dtype, their triplets in float64, and a mean per shared node.
             mine = numbers * (8 + self.dtype.itemsize)
             mine += 8 * len(self.families.above) * self._means[module]
             if group and size + mine > working_bytes:
@@ -155,13 +157,13 @@ class FlatAdapters:
 
     def _read(self, group: Sequence[str]) -> dict[str, FlatModule]:
         values: dict[str, list[LowRank | None]] = {module: [] for module in group}
-        self._kept = {}  # before the next ones are read, so that both are never in memory
+        self._kept = {}  # free the last group first, so that two are never in memory
         for name, outline in zip(self.names, self.outlines, strict=True):
             adapter = read_apart(self.tree, name).weighed(self.tree[name].weight)
             adapter = adapter.renested(outline.nesting)
             for module in group:
                 value = adapter.modules.get(module)
-                # A copy: a view would keep all of the adapter's other modules in memory.
+                # Clone: a view would keep the adapter's whole buffer in memory.
                 values[module].append(None if value is None else value.with_tensors(torch.clone))
         return {module: self._problem(module, each) for module, each in values.items()}
 

@@ -1,15 +1,15 @@
 """Gram: the inner products of all pairs of many adapters, from their factors.
 
     exact      ⟨ΔW_x, ΔW_y⟩ = Σ (B_xᵀ B_y) ∘ (A_x A_yᵀ)    all pairs in two products of (Σr, Σr)
-    sketched   ⟨S ΔW_x T, S ΔW_y T⟩    S: (k, out)   T: (in, k)   Gaussian, drawn by the name
+    sketched   ⟨S ΔW_x T, S ΔW_y T⟩    S: (k, out)   T: (in, k)   Gaussian, seeded by module
 
-The exact way multiplies every rank with every other one: with a thousand adapters that is 10¹³
-steps. A sketch (Johnson–Lindenstrauss on both sides, https://arxiv.org/abs/1411.4357 §2) costs one
-small product an adapter and reads each adapter once, so the adapters need never be in memory
-together. Norms are not estimated.
+The exact method multiplies every rank with every other one: 10¹³ multiplications for a thousand
+adapters. A sketch (Johnson–Lindenstrauss on both sides, https://arxiv.org/abs/1411.4357 §2) costs
+one small product per adapter and reads each adapter once, so the adapters are never in memory
+together. Norms are computed from the factors in both.
 
-Law: neither way changes with the order of adapters or with the gauge of their factors, (B R) (R⁻¹
-    A).
+Law: neither result depends on the order of the adapters, nor on the gauge (B R) (R⁻¹ A) of their
+factors.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from .deviation import call_named
 __all__ = ["Gram", "gram"]
 
 EXACT_STEPS = 5e10
-"""Multiplications of the exact way above which the sketch is used: seconds on a few cores."""
+"""The sketch is used if the exact method needs more multiplications (seconds on a few cores)."""
 
 _MOST_SIDE = 64
-_SKETCH_NUMBERS = 250_000_000  # of all adapters together: 1 GB in fp32
+_SKETCH_NUMBERS = 250_000_000  # in the sketches of all adapters together: 1 GB in fp32
 _CHUNK = 64  # adapters whose products with all others are in memory at once
 
 Outline = tuple[tuple[int, ...], int]
-"""(shape, rank) of a module, which a header tells."""
+"""(shape, rank) of a module, as its file's header states them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +60,7 @@ class Gram:
 
     @property
     def cosines(self) -> Tensor:
-        """(n, n): 1 on the diagonal, 0 beside an adapter that is zero."""
+        """(n, n): 1 on the diagonal, 0 between a zero adapter and any other."""
         lengths = self.norms[:, None] * self.norms[None, :]
         found = torch.where(lengths > 0, self.inner / lengths.clamp(min=1e-300), 0.0)
         found = found.clamp(-1.0, 1.0)
@@ -78,20 +78,20 @@ def gram(
 
     Args:
         names: the adapters' names; the result keeps their order.
-        read: name → adapter. Sketched, it is called once a name, and nothing of it is kept.
-        outline: name → adapter, whose numbers may be missing.
-        exact: True or False; None takes the exact way where that takes some seconds at most.
+        read: name → adapter. For sketches it is called once per name, and no adapter is kept.
+        outline: name → adapter, possibly without numbers (on the meta device).
+        exact: True or False; None: exact if that takes at most a few seconds.
 
     Raises:
         ShapeMismatch: two adapters change one module in different shapes; names both and the
             module.
-        SpecError: a factor has no finite numbers; names the adapter and the module.
+        SpecError: a factor is not finite; names the adapter and the module.
     """
     outlines: dict[str, dict[str, Outline]] = {}
     for name in names:
         modules = outline(name).modules
         outlines[name] = {module: (value.shape, value.rank) for module, value in modules.items()}
-    # Shapes are compared before a number is read: a zoo of two bases is refused at once.
+    # Shapes are compared before any numbers are read, so adapters of two bases fail at once.
     places = _places(outlines)
     if exact is None:
         exact = _steps(outlines) <= EXACT_STEPS
@@ -99,7 +99,7 @@ def gram(
 
 
 def _places(outlines: Mapping[str, Mapping[str, Outline]]) -> dict[str, tuple[int, ...]]:
-    """Module → its shape, which all adapters must agree on."""
+    """Return module → its shape, which all adapters must agree on."""
     whose: dict[str, str] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for adapter, modules in outlines.items():
@@ -115,7 +115,7 @@ def _places(outlines: Mapping[str, Mapping[str, Outline]]) -> dict[str, tuple[in
 
 
 def _steps(outlines: Mapping[str, Mapping[str, Outline]]) -> float:
-    """The multiplications of the exact way."""
+    """Return the number of multiplications of the exact method."""
     ranks: dict[str, int] = {}
     widths: dict[str, int] = {}
     for modules in outlines.values():
@@ -140,11 +140,11 @@ def _exact(names: Sequence[str], read: Callable[[str], Adapter]) -> Gram:
     for module, rows in sorted(having.items()):
         values = [adapters[i].modules[module] for i in rows]
         for value in values[1:]:
-            # Layouts too: outlines were compared by shape alone.
+            # `_places` compared shapes only; this compares the layouts as well.
             call_named(module, same_place, values[0], value)
         at = torch.tensor(rows)
         inner[at[:, None], at[None, :]] += _products(values)
-    # Rounding may leave a square of zero slightly below it.
+    # Rounding may leave a squared norm slightly below zero.
     norms = inner.diagonal().clamp(min=0.0).sqrt()
     broken = [names[i] for i in (~norms.isfinite()).nonzero().flatten().tolist()]
     if broken:
@@ -168,7 +168,7 @@ def _products(values: Sequence[LowRank]) -> Tensor:
     for first in range(0, len(values), _CHUNK):
         last = min(first + _CHUNK, len(values))
         some = slice(ends[first - 1] if first else 0, ends[last - 1])
-        # The upper triangle is enough: what lies below the diagonal is its mirror image.
+        # The upper triangle is enough: the matrix is symmetric.
         rest = slice(some.start, None)
         both = left[..., some].mT @ left[..., rest]
         both *= right[..., some, :] @ right[..., rest, :].mT
@@ -195,7 +195,7 @@ def _biases(values: Sequence[LowRank]) -> Tensor:
 
 
 def _bias(value: LowRank) -> Tensor:
-    """(out,) with the scale in it; zeros where there is none."""
+    """Return the bias (out,) times its scale; zeros if there is none."""
     if value.bias is None:
         return torch.zeros(math.prod(value.B.shape[:-1]), dtype=torch.float64)
     return value.bias.detach().cpu().double() * value.scale
@@ -216,7 +216,7 @@ def _sketched(
     starts: dict[str, int] = {}
     width = 0
     for name, shape in places.items():
-        # A module's sketch has its own place in the row, zero for adapters that lack the module.
+        # Each module's sketch has a fixed slice of the row, zero for adapters that lack the module.
         S, T = maps[name] = _map(name, shape, side)
         starts[name] = width
         width += S.shape[-2] * T.shape[-2]
@@ -224,7 +224,7 @@ def _sketched(
     norms = torch.zeros(len(names), dtype=torch.float64)  # squared, without biases
     biases: dict[str, dict[int, Tensor]] = {}
     for i, name in enumerate(names):
-        # One adapter at a time: a zoo may be larger than memory, and its sketches are not.
+        # One adapter at a time: all of them may be larger than memory, their sketches are not.
         adapter = read(name)
         _check([name], [adapter])
         squares = []
@@ -239,9 +239,9 @@ def _sketched(
         norms[i] = math.fsum(squares)
     inner = (sketches @ sketches.mT).double()
     error = _standard_error(inner.diagonal(), norms)
-    inner.diagonal().copy_(norms)  # these are known, so nothing is estimated here
+    inner.diagonal().copy_(norms)  # the squared norms are known exactly
     for having in biases.values():
-        # Biases are short and few adapters have any, so their products are exact.
+        # Biases are short and rare, so their products are computed exactly.
         stacked = torch.stack(list(having.values()))
         at = torch.tensor(list(having))
         inner[at[:, None], at[None, :]] += stacked @ stacked.mT
@@ -249,7 +249,7 @@ def _sketched(
 
 
 def _standard_error(sketched: Tensor, known: Tensor) -> float:
-    """The root mean square of what the sketch makes of known squares, relative to these."""
+    """Return the root mean square of the sketch's relative errors in the known squared norms."""
     there = known > 0
     if not bool(there.any()):
         return 0.0
@@ -257,23 +257,23 @@ def _standard_error(sketched: Tensor, known: Tensor) -> float:
 
 
 def _side(adapters: int, modules: int) -> int:
-    """How many rows a sketch of one module gets, so that all sketches fit into memory."""
+    """Return the number of rows of one module's sketch, so that all sketches fit into memory."""
     room = _SKETCH_NUMBERS / max(1, adapters * modules)
     return max(4, min(_MOST_SIDE, int(math.sqrt(room))))
 
 
 def _map(name: str, shape: tuple[int, ...], side: int) -> tuple[Tensor, Tensor]:
-    """S (batch, k, out) and T (batch, k, in) of a module; the identity where that is no larger.
+    """Return S (batch, k, out) and T (batch, k, in) of a module; the identity if that is no larger.
 
-    They are drawn from the module's name alone, so that another run, or another set of adapters,
-    gets the same ones.
+    They are seeded by the module's name and shape alone, so another run, or another set of
+    adapters, gets the same ones.
     """
     seed = int.from_bytes(hashlib.sha256(f"{name} {shape}".encode()).digest()[:7], "big")
     draw = torch.Generator().manual_seed(seed)
     batch, out, into = math.prod(shape[:-2]), shape[-2], shape[-1]
     maps = []
     for size in (out, into):
-        # A batch is summed up in one sketch: with identities its matrices would run together.
+        # A batch is summed into one sketch: with identities its matrices could not be told apart.
         if size <= side and batch == 1:
             maps.append(torch.eye(size)[None])
         else:
@@ -282,7 +282,7 @@ def _map(name: str, shape: tuple[int, ...], side: int) -> tuple[Tensor, Tensor]:
 
 
 def _small(value: LowRank, S: Tensor, T: Tensor) -> tuple[Tensor, float]:
-    """(k, k): S ΔW T; and ‖ΔW‖², biases not included."""
+    """Return S ΔW Tᵀ (k, k), and ‖ΔW‖² without the bias."""
     batch = math.prod(value.shape[:-2])
     B = value.B.detach().cpu().float().reshape(batch, *value.B.shape[-2:])
     A = value.A.detach().cpu().float().reshape(batch, *value.A.shape[-2:])

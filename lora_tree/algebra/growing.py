@@ -1,17 +1,18 @@
-"""Grow: a folder of flat adapters becomes a tree that takes fewer bytes.
+"""Grow: turn flat adapters into a tree with shared nodes, which takes fewer bytes.
 
     similar ──▶ families ──▶ fit, module by module, at a price per byte ──▶ nodes, each leaf's error
                                  ▲                    │
                                  └── another price ◀──┘    until the bytes or the error are met
 
 The adapters are clustered by the cosines of their increments, so nothing depends on the gauge of
-their factors. Each shared node holds what is best held once for all leaves below it; one price per
-byte decides every rank in every node and module (see `shared_fit`), which is the rule of `compress`
-with shared nodes in it. Every adapter counts alike, whatever its norm, or by its norm:
+their factors. Each shared node holds the part that costs fewer bytes once than in every leaf below.
+One price per byte decides every rank in every node and module (see `shared_fit`): the rule of
+`compress`, extended to shared nodes. Every adapter counts the same (w_i = 1 / ‖ΔW_i‖²), or by its
+norm (w_i = 1):
 
-    relative error = √ Σ_i w_i ‖ΔW_i − ΔW'_i‖² / Σ_i w_i ‖ΔW_i‖²        w_i = 1 / ‖ΔW_i‖², or 1
+    relative error = √ Σ_i w_i ‖ΔW_i − ΔW'_i‖² / Σ_i w_i ‖ΔW_i‖²
 
-Law: each leaf's error is measured on the factors that the tree holds in the end.
+Law: each leaf's error is measured on the factors that the tree finally holds.
 """
 
 from __future__ import annotations
@@ -49,10 +50,10 @@ class Grown:
     """The outcome of `grow`.
 
     Args:
-        edited: the shared nodes, where the leaves went, and each leaf's error: the certificate.
-        bytes_before, bytes_after: of the flat adapters, and of all nodes that stand for them.
+        edited: the shared nodes, the leaves' new paths, and each leaf's measured error.
+        bytes_before, bytes_after: of the flat adapters, and of all nodes that replace them.
         relative_error: the root mean square of the leaves' relative errors; by norm, the error of
-            all leaves as a part of the norm of all; weighted by moments where these were given.
+            all leaves as a part of the norm of all; weighted by moments if given.
     """
 
     edited: Edited
@@ -87,24 +88,24 @@ def grow(
 
     Args:
         tree: changed in memory. Its chosen nodes move below the shared ones, get the weight 1 and
-            hold what is left of them.
-        paths: nodes right below the root and without children, as paths or patterns; all such nodes
-            with an adapter and a weight where None.
-        max_error: the largest relative error, over all adapters together; as few bytes as that
-            takes.
-        budget_bytes: of all nodes that come of these adapters: a number, or ``"512MiB"``; as
-            little error as that allows.
+            keep the remainder.
+        paths: children of the root without children of their own, as paths or patterns; None: all
+            of these that have an adapter and a weight other than 0.
+        max_error: the largest relative error over all adapters together; the tree has as few bytes
+            as it allows.
+        budget_bytes: the size of all nodes that replace these adapters: a number, or ``"512MiB"``;
+            the tree has as little error as it allows.
         depth: the most shared nodes above a leaf.
         dtype: of the factors; None keeps the widest of the adapters' own.
-        by_norm: an adapter of twice the norm counts four times, as for `compress`. That is best for
-            the loss over all adapters where they were trained alike. Without it their relative
-            errors count alike, so that none is given up because it is small.
-        moments: module → second moments of its inputs, as `compress` takes them: an error counts by
-            what it does to outputs.
-        working_bytes: for the numbers of some modules in float64. Adapters that take more are read
-            again for every few prices, a few modules at a time. The prices are others then, so the
-            result is too; it keeps the bound as well.
-        progress: called with (modules fitted, modules there are) for every price that is tried.
+        by_norm: weight errors absolutely, as `compress` does: an adapter of twice the norm counts
+            four times. That suits adapters that were trained alike. Without it their relative
+            errors count the same, so that no adapter is given up because it is small.
+        moments: module → second moments of its inputs, as `compress` takes them: an error is then
+            measured by its effect on the outputs.
+        working_bytes: memory for modules in float64. If the adapters need more, their files are
+            read again for every few prices, a group of modules at a time. Other prices are tried
+            then, so the result differs; it keeps the bound as well.
+        progress: called with (modules fitted, all modules) for every price that is tried.
 
     Raises:
         PathError: a path or pattern matches no node, or names one that is not right below the root;
@@ -116,7 +117,7 @@ def grow(
         BudgetError: the budget has no room for one rank in one module of every adapter.
         ShapeMismatch, BaseMismatch: the adapters are not of one base; names them and the module.
             Or a moment does not have the size of its module's input.
-        FormatError: no save takes what a node would hold as one adapter; names both.
+        FormatError: a node's part can't be saved as one adapter; names the node and the module.
 
     >>> def part(seed, rank):
     ...     g = torch.Generator().manual_seed(seed)
@@ -143,7 +144,7 @@ def grow(
     families = families_of(alike.joins, len(names), depth)
     names = [names[i] for i in families.order]
     squares = alike.norms[list(families.order)].double().square()
-    # An adapter that is zero is as good as any other at being so.
+    # An adapter that is zero gets the weight 1: its norm can't be divided by.
     some = squares.mean().clamp(min=1e-300) if by_norm else squares.clamp(min=1e-300)
     weights = torch.where(squares > 0, 1.0 / some, 1.0)
     flat = FlatAdapters(
@@ -161,14 +162,14 @@ def grow(
     edited = _installed(tree, names, families, made)
     error = found.error
     if not moments:
-        # Measured again, so that the rounding of the factors is a part of it.
+        # Computed from the measured errors, which include the rounding of the factors.
         lost = torch.tensor([each.error for each in made.errors], dtype=torch.float64).square()
         error = relative_error(weights, lost, squares)
     return Grown(edited, flat.nbytes, made.nbytes, error)
 
 
 def _chosen(tree: AdapterTree, paths: Iterable[str] | None) -> list[str]:
-    """The flat nodes that take part.
+    """Return the flat nodes that take part.
 
     Raises:
         PathError, TreeError, SpecError: as `grow`.
@@ -176,7 +177,7 @@ def _chosen(tree: AdapterTree, paths: Iterable[str] | None) -> list[str]:
     top = tree.children("")
     if paths is None:
         flat = [p for p in top if tree[p].has_adapter and not tree.children(p)]
-        # A node that is switched off stays as it is: here it would get the weight 1 and zeros.
+        # A node of weight 0 is left alone: here it would become zeros of weight 1.
         chosen = [p for p in flat if tree[p].weight != 0.0]
     else:
         chosen = tree.matching(paths)
@@ -207,10 +208,10 @@ def _chosen(tree: AdapterTree, paths: Iterable[str] | None) -> list[str]:
 # ---------------------------------------------------------------------- the nodes
 @dataclass(frozen=True, eq=False)
 class _Nodes:
-    """The nodes' adapters, computed and not yet in a tree.
+    """The nodes' adapters, computed but not yet in the tree.
 
     Args:
-        shared: for each shared node; None where it has nothing.
+        shared: for each shared node; None where it is empty.
         leaves: for each leaf.
         errors: of each leaf.
     """
@@ -227,7 +228,7 @@ class _Nodes:
 
 
 def _nodes(flat: FlatAdapters, found: PricedFit) -> _Nodes:
-    """Take every module's fit again, and measure what comes of it in the dtype of the factors."""
+    """Make the nodes' adapters from the fits, and measure the errors in the factors' dtype."""
     families = flat.families
     shared: list[dict[str, LowRank]] = [{} for _ in families.above]
     leaves: list[dict[str, LowRank]] = [{} for _ in flat.names]
@@ -254,8 +255,9 @@ def _nodes(flat: FlatAdapters, found: PricedFit) -> _Nodes:
         tops.append(Adapter(modules, base=base, nesting=mine) if modules else None)
     bottoms: list[Adapter] = []
     for outline, modules, name in zip(flat.outlines, leaves, flat.names, strict=True):
-        # Tensors that an adapter carries or replaces stay in it; an outline has none of them. Those
-        # that its weight switches off do not: its weight is 1 from now on.
+        # Carried tensors and overrides stay in their adapter, which has to be read: an outline has
+        # no numbers. `weighed` drops overrides that the old weight switched off, because the new
+        # weight of 1 would switch them on.
         carries = outline.unchanged or outline.overrides
         whole = outline
         if carries:
@@ -277,7 +279,7 @@ def _put(
     own: LowRank | None,
     dtype: torch.dtype,
 ) -> None:
-    """Add a pair to a node's modules; a leaf keeps its bias, which shared nodes have no part of."""
+    """Add a pair to a node's modules. A leaf keeps its whole bias; shared nodes get none."""
     left, right = pair
     bias = None if own is None or own.bias is None else own.bias.detach().double() * own.scale
     if left.shape[-1] == 0:
@@ -288,7 +290,7 @@ def _put(
 
 
 def _nothing(outline: Adapter, dtype: torch.dtype) -> dict[str, LowRank]:
-    """One module of zeros: files without a module can't be written, and the node has to stay."""
+    """Return one module of zeros, for a leaf that would be empty: PEFT's files need a module."""
     name = smallest_module(outline)
     value = outline.modules[name]
     *batch, out, into = value.shape
@@ -304,7 +306,7 @@ def _nesting(outlines: Sequence[Adapter]) -> dict[str, tuple[str, ...]]:
 
 
 def _check_room(made: _Nodes, goal: Goal) -> None:
-    """Refuse what no longer fits the budget, because empty leaves keep one module of zeros.
+    """Refuse nodes that exceed the budget, because every empty leaf keeps one module of zeros.
 
     Raises:
         BudgetError: as `grow`.
@@ -319,7 +321,7 @@ def _check_room(made: _Nodes, goal: Goal) -> None:
 
 # ---------------------------------------------------------------------- the tree
 def _installed(tree: AdapterTree, names: Sequence[str], families: Families, made: _Nodes) -> Edited:
-    """Change the tree: nothing here can fail any more but the names, which are tried first."""
+    """Change the tree. Only the names can still be refused, so they are checked first."""
     places = _places(tree, names, families, made)
     moved: dict[str, str] = {}
     for leaf, name in enumerate(names):
@@ -366,7 +368,8 @@ def _places(
         of_all = last - first == len(names)
         label = _label(names[first:last]) or ("shared" if of_all else "group")
         path, number = f"{parent}{label}", 1
-        # Leaves get names below a shared node too, and files tell no capitals apart everywhere.
+        # Compared in lower case, because some file systems ignore case; and with the leaves' names,
+        # because leaves may move below this parent.
         inside = {f"{parent}{name}".lower() for name in names}
         while path.lower() in taken or path.lower() in inside:
             number += 1
@@ -385,7 +388,8 @@ def _label(names: Sequence[str]) -> str:
     begin = least[:same]
     rest = [name[same : same + 1] for name in names]
     if any(each.isalpha() for each in rest) and begin[-1:].isalpha():
-        # The names part within a word, which says nothing: fr-legal and fr-loan share "fr".
+        # The names diverge within a word, so its common letters are dropped: fr-legal and fr-loan
+        # share "fr", not "fr-l".
         begin = re.sub(r"[A-Za-z]+\Z", "", begin)
     label = begin.rstrip("-_.0123456789")
     return label if len(label) > 1 else ""  # one letter says nothing

@@ -1,7 +1,7 @@
-"""Similar: which nodes, or which of many flat adapters, are alike.
+"""Similar: find the nodes, or the flat adapters, that are alike.
 
-All pairs by the cosine of the angle between their increments (`gram`), clustered by average linkage
-over 1 − cosine (`clusters`), as figures, as JSON, or as a picture.
+All pairs are compared by the cosine of the angle between their increments (`gram`) and clustered by
+average linkage over 1 − cosine (`clusters`). The result is figures, JSON, or a picture.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ Of: TypeAlias = Literal["own", "lineage"]
 
 @dataclass(frozen=True, eq=False)
 class Likeness:
-    """How alike some adapters are.
+    """The cosines of all pairs of some adapters, and their clusters.
 
     Args:
         names: of the adapters, in the order of rows and columns.
-        cosines: (n, n) in float64; 1 on the diagonal, 0 beside an adapter that is zero.
+        cosines: (n, n) in float64; 1 on the diagonal, 0 between a zero adapter and any other.
         norms: (n,) ‖ΔW‖ over all modules.
         joins: the clusters, as `lora_tree.algebra.clusters.average_linkage` gives them.
         error: the standard error of a cosine; 0 where they are exact.
@@ -67,11 +67,11 @@ class Likeness:
         return [self.names[i] for i in leaf_order(list(self.joins), len(self.names))]
 
     def nearest(self, most: int = 10) -> list[tuple[str, str, float]]:
-        """Return the pairs of the largest cosines, largest first."""
+        """Return the pairs with the largest cosines, largest first."""
         count = len(self.names)
         if count < 2:
             return []
-        # The matrix is symmetric, and its diagonal says nothing: the part above it is all pairs.
+        # The matrix is symmetric: the part above the diagonal has every pair once.
         upper = torch.triu_indices(count, count, 1)
         values = self.cosines[upper[0], upper[1]]
         best = values.topk(min(most, len(values))).indices
@@ -109,16 +109,15 @@ def similar(
 
     Args:
         among: a tree, whose adapters are read one after the other and not kept; or name → adapter.
-        paths: which nodes, as paths or patterns; all that have an adapter where None.
-        of: ``own`` compares the nodes' own increments, ``lineage`` all that a path adds to the
-            base.
-        exact: True multiplies all factors with each other, False sketches them; None takes the
-            exact way where that takes some seconds at most.
+        paths: which nodes, as paths or patterns; None: all that have an adapter.
+        of: ``own`` compares the nodes' own increments, ``lineage`` the sums over their lineages.
+        exact: True multiplies all factors with each other, False sketches them; None: exact if that
+            takes at most a few seconds.
 
     Raises:
         PathError: a path or pattern matches no node.
         ShapeMismatch, BaseMismatch: the adapters are not of one base; names them and the module.
-        SpecError: a factor has no finite numbers; names the adapter and the module.
+        SpecError: a factor is not finite; names the adapter and the module.
         FolderError, FormatError: a node's files are gone or broken; names the node.
 
     >>> from lora_tree import LowRank
@@ -151,7 +150,7 @@ def _of_tree(
         return _alike(
             chosen, lambda path: read_apart(tree, path), lambda path: _outline(tree, path), exact
         )
-    # A lineage has the modules and at most the ranks of all its nodes, which their headers tell.
+    # A lineage has the modules of all its nodes, which their headers state.
     return _alike(chosen, tree.flatten, lambda path: _lineage_outline(tree, path), exact)
 
 

@@ -1,13 +1,13 @@
-"""Merge: several adapters become one, by the methods of `elementwise`, in one of three spaces.
+"""Merge several adapters into one, by the methods of `elementwise`, in one of three spaces.
 
     core     M_i = U_Bᵀ ΔW_i U_A    (k, l), k, l ≤ Σr: in the singular bases of all increments
     knots    V_i = Σ⁻¹ U_Bᵀ ΔW_i    (k, in): their rows in those bases (KnOTS, arXiv 2410.19735)
     dense    ΔW_i                   (out, in): the definition, for weights that are small enough
 
-Which numbers are large, and which signs agree, depends on the basis. The singular bases of [ΔW_1 …
-ΔW_n] and of its transposed twin are those of the increments alone, so neither their order nor the
-gauge of their factors changes a merge (columns may change their sign, which turns all tensors
-alike).
+Which numbers are large, and which signs agree, depends on the basis. The singular bases of
+[ΔW_1 … ΔW_n] and of [ΔW_1ᵀ … ΔW_nᵀ] depend on the increments alone, so neither the adapters' order
+nor the gauge of their factors changes a merge. (A basis vector may change its sign, but that flips
+the same numbers in all tensors.)
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Space: TypeAlias = Literal["core", "knots", "dense"]
 SPACES = ("core", "knots", "dense")
 
 MOST_DENSE = 2**24
-"""Numbers in a dense weight above which merging in ``dense`` is refused: 128 MiB in float64."""
+"""The largest weight, in numbers, that ``dense`` merges: 128 MiB in float64."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,9 @@ class Merged:
     """The outcome of `merge`.
 
     Args:
-        adapter: the merged one.
-        cut: the relative error of the cut to a rank, against the merge at its full rank.
-        distances: for each of the adapters ‖merged − it‖ / ‖it‖.
+        adapter: the merged adapter.
+        cut: the error of the cut to a rank, compared with the merge at its full rank.
+        distances: ‖merged − ΔW_i‖ / ‖ΔW_i‖ for each of the adapters.
     """
 
     adapter: Adapter
@@ -76,18 +76,19 @@ def merge(
 
     Args:
         adapters: at least one. A module that one of them lacks is zero there.
-        weights: one for each, a number or a number for each module; 1 where None.
+        weights: one for each, a number or a number for each module; None: 1 for all.
         method: ``linear``, ``magnitude_prune``, ``ties``, ``dare_linear``, ``dare_ties`` or
             ``sce``.
-        density: the part of the numbers that is kept of each adapter.
+        density: the fraction of each adapter's numbers that is kept.
         space: ``core`` and ``knots`` never build an (out, in) matrix; ``dense`` does.
-        rank: the largest rank in any module; needed in ``dense``, whose results have every rank.
-        max_error: the largest relative error in any module, of the cut.
-        seed: of the methods that drop at random.
+        rank: the largest rank in any module. ``dense`` needs it or ``max_error``, because its
+            results have full rank.
+        max_error: the largest relative error of the cut in any module.
+        seed: for the methods that drop at random.
         names: what to call the adapters in errors.
 
     Raises:
-        SpecError: an argument makes no sense; or a weight is too large for ``dense``.
+        SpecError: an argument is not valid; or a weight is too large for ``dense``.
         ShapeMismatch, BaseMismatch: the adapters are not of one base; names them and the module.
 
     >>> x = LowRank(torch.eye(1, 4), torch.eye(3, 1))
@@ -103,7 +104,8 @@ def merge(
         raise SpecError("space='dense': the result has every rank", "give rank= or max_error=")
     refuse_overrides(zip(names, adapters, strict=True), "merged")
     check_spelling([(name, 1.0, each) for name, each in zip(names, adapters, strict=True)])
-    # The sum says whether they fit together, and has the base, the config and what they carry.
+    # The plain sum refuses adapters that don't fit together, and has the result's base, config and
+    # carried tensors.
     whole = combine(list(zip(adapters, given, strict=True)), names=names)
     several = aligned(adapters)
     values: dict[str, LowRank] = {}
@@ -113,7 +115,7 @@ def merge(
         values[name] = call_named(name, recipe.module, name, parts, numbers)
     full = replace(whole, modules=values, errors={}, rounded=frozenset())
     short, told = Shortening(rank, max_error, widest(whole)).of(full)
-    # The merge ran in float64; its dtype is not one that a caller's factors were rounded from.
+    # The merge ran in float64, so none of the caller's own factors was rounded.
     short = replace(short, rounded=frozenset())
     distances = tuple(deviation(adapter, short).relative_error for adapter in several)
     return Merged(short, told, distances)
@@ -134,24 +136,24 @@ def merge_paths(
 ) -> tuple[Edited, Merged]:
     """Add a node that merges what some paths add to the parent of the new node.
 
-    To make a parent of siblings, which keep their effective weights, see `lora_tree.hoist`.
+    `lora_tree.hoist` makes a parent of siblings instead, and keeps their effective weights.
 
     Args:
         tree: changed in memory.
-        paths: siblings of the new node, as a rule; any paths will do.
+        paths: usually siblings of the new node, but any paths will do.
         to: the new node.
         weights, method, density, space, rank, max_error, seed: as `merge`.
 
     Raises:
-        PathError: a node, or the one above ``to``, is not there.
+        PathError: a node, or the one above ``to``, does not exist.
         TreeError: ``to`` exists.
         SpecError, ShapeMismatch, BaseMismatch: as `merge`.
-        FormatError: no save takes the merge as one adapter; names the module.
+        FormatError: the merge can't be saved as one adapter; names the module.
     """
     check_tree(tree)
     free(tree, to)
     parent = to.rpartition("/")[0]
-    # Each as it stands below the new node's parent, so that the merge adds up with that.
+    # Each path less the new node's parent, because the new node inherits that.
     several = [added_up(less(tree, path, parent)) for path in paths]
     found = merge(
         several,
@@ -177,7 +179,7 @@ def merge_paths(
 
 @dataclass(frozen=True)
 class Recipe:
-    """How adapters are merged, checked when it is made.
+    """The arguments of a merge, checked by the constructor.
 
     Args:
         method, density, space, seed: as `merge`.
@@ -199,15 +201,14 @@ class Recipe:
         """Merge the increments of one module; None is zero. The result is in float64.
 
         Raises:
-            SpecError: a factor has no finite numbers, or the weight is too large for ``dense``.
+            SpecError: a factor is not finite, or the weight is too large for ``dense``.
         """
-        # Each module draws by its own name, so a merge doesn't depend on what other modules there
-        # are.
+        # Each module's seed comes from its name, so the result doesn't depend on other modules.
         digest = hashlib.sha256(f"{self.seed} {name}".encode()).digest()
         draw = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
         both = joint([part for part in parts if part is not None])
         cores, biases = spread(both, parts)
-        # The bias is drawn for first, so that its numbers don't depend on the space.
+        # The bias draws its random numbers first, so they are the same in every space.
         bias = None
         if any(own is not None for own in both.biases):
             bias = self._merged(list(biases), weights, draw)
@@ -215,7 +216,7 @@ class Recipe:
             return self._dense(both, cores, weights, draw, bias)
         U, S = _left(torch.cat(list(cores), dim=-1))  # (k, m) (m,)
         if self.space == "knots":
-            # The singular values go to B, so that all rows are of one size when they are compared.
+            # The singular values go to B, so that all rows have comparable magnitudes.
             rows = _knot(U, S, cores) @ both.Q_A.mT  # (n, *batch, m, in)
             A = self._merged(list(rows), weights, draw)
             B = both.Q_B @ (U * S[..., None, :])
@@ -257,7 +258,7 @@ def spread(both: Joint, parts: Sequence[LowRank | None]) -> tuple[Tensor, Tensor
     for i, part in enumerate(parts):
         if part is None:
             continue
-        # The joint bases were made of the parts that are there, in their order.
+        # The joint bases have a core for every part that is not None, in order.
         cores[i], bias = next(mine)
         if bias is not None:
             biases[i] = bias
@@ -265,7 +266,7 @@ def spread(both: Joint, parts: Sequence[LowRank | None]) -> tuple[Tensor, Tensor
 
 
 def widest(adapter: Adapter) -> torch.dtype:
-    """The dtype that holds the numbers of all modules, fp32 at least."""
+    """Return the dtype that holds the numbers of all modules, at least fp32."""
     dtype = torch.float32
     for value in adapter.modules.values():
         dtype = torch.promote_types(dtype, value.dtype)
@@ -273,16 +274,16 @@ def widest(adapter: Adapter) -> torch.dtype:
 
 
 def _left(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Left singular vectors (k, m) and values (m,), without directions that hold nothing."""
+    """Return left singular vectors (k, m) and values (m,), without those that are zero."""
     U, S, _ = torch.linalg.svd(matrix, full_matrices=False)
-    # Directions of rounding would be divided by next to nothing, and then counted as large.
+    # Singular values that are only rounding would make large numbers of noise when divided by.
     largest = S.max()
     there = int((S > largest * 1e-12).reshape(-1, S.shape[-1]).any(0).sum())
     return U[..., : max(there, 1)], S[..., : max(there, 1)]
 
 
 def _knot(U: Tensor, S: Tensor, core: Tensor) -> Tensor:
-    """Σ⁻¹ Uᵀ M; zero in the rows of singular values that are zero."""
+    """Return Σ⁻¹ Uᵀ M, with zeros in the rows of singular values that are zero."""
     inverse = torch.where(S > 0, 1.0 / S.clamp(min=1e-300), 0.0)
     return inverse[..., :, None] * (U.mT @ core)
 

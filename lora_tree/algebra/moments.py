@@ -1,9 +1,9 @@
-"""Second moments of a module's inputs: an error counts by what it does to outputs.
+"""Second moments of a module's inputs, which weight an error by its effect on the outputs.
 
     E ‖(ΔW − ΔW') x‖² = ‖(ΔW − ΔW') C^½‖²        C = E[x xᵀ], (in, in)
 
-C is given as itself, as its diagonal, or as rows of inputs. It is only ever needed between bases of
-the increments' row spaces, Qᵀ C Q, which the last two give without (in, in) numbers.
+The caller gives C itself, its diagonal, or rows of inputs. Only Qᵀ C Q is ever needed, with a basis
+Q of the increments' row spaces; the last two forms yield it without an (in, in) matrix.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ def moment_inside(Q: Tensor | None, moment: Tensor, size: int) -> Tensor:
 
     Raises:
         ShapeMismatch: the moment does not have the size of the input.
-        SpecError: it is no tensor, or has numbers that are not finite, or a mean square below zero.
+        SpecError: it is not a tensor, or has infinities, NaN or a negative mean square.
     """
     if not isinstance(unchecked(moment), Tensor):
         raise SpecError(f"moments: expected a tensor, got {type(moment).__name__}")
     device = torch.device("cpu") if Q is None else Q.device
     C = moment.detach().to(device=device, dtype=torch.float64)
-    # Means of squares, where it is no rows: the errors that they weigh would be negative.
+    # A diagonal of C holds mean squares: a negative one would make errors negative.
     squares = C.square()
     if C.shape == (size,):
         squares = C

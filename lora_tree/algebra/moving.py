@@ -1,7 +1,8 @@
-"""Pick and rebase: a node under another parent, or over a parent that has changed.
+"""Pick, graft and rebase: put nodes under another parent, or keep them over a changed parent.
 
-pick      the same increments elsewhere: the effective weight is another one
-rebase    the same effective weight:  child' = child + (Σ old lineage − Σ new one) / weight
+pick      copies the increments, so the effective weight differs at the new place
+graft     copies all nodes of another tree below a path
+rebase    keeps the effective weight:  child' = child + (Σ old lineage − Σ new one) / weight
 """
 
 from __future__ import annotations
@@ -49,25 +50,25 @@ __all__ = ["graft", "pick", "rebase", "rebase_all"]
 def pick(tree: AdapterTree, path: str, *, to: str) -> Edited:
     """Add a node with the increments and the weight of another one.
 
-    Its effective weight is another one there. A node that was trained is stale in its new place, as
-    after `AdapterTree.move`: it was trained on other ancestors.
+    Under another lineage its effective weight differs. A trained node is stale at its new place, as
+    after `AdapterTree.move`, because it was trained on other ancestors.
 
     Args:
         tree: changed in memory.
-        path: the node whose increments are taken; it stays where it is.
+        path: the node to copy; it does not change.
         to: the new node.
 
     Raises:
-        PathError: ``path``, or the node above ``to``, is not there.
+        PathError: ``path``, or the node above ``to``, does not exist.
         TreeError: ``to`` exists, or ``path`` is a group.
         SpecError: ``path`` is fresh.
     """
     check_tree(tree)
     own(tree, path)
-    # `replace`, below, asks nothing, so whether the new path is free is asked here.
+    # `tree.replace` below checks nothing, so refuse a path that is taken here.
     free(tree, to)
     node = tree[path]
-    # Not `add`: the copy keeps its source, and with it what the lock knows of its training.
+    # Not `add`: the copy keeps its source, and with it the lock's record of its training lineage.
     tree.replace(replace(node, path=to, stale=None, home=None))
     notes = stale_notes(tree, [path])
     if _above(tree, path) != _above(tree, to):
@@ -80,11 +81,11 @@ def graft(tree: AdapterTree, path: str, other: AdapterTree) -> Edited:
 
     Args:
         tree: changed in memory.
-        path: a node, or a new one, which is then a group.
-        other: of the same base. Its fresh nodes keep the defaults that they have there.
+        path: a node, or a new path, which becomes a group.
+        other: a tree over the same base. Its fresh nodes keep that tree's defaults.
 
     Raises:
-        PathError: the node above ``path`` is not there, or a path gets too deep.
+        PathError: the node above ``path`` does not exist, or a path gets too deep.
         TreeError: one of the new nodes exists, or one that differs only by case does.
         BaseMismatch: the two trees name different bases.
     """
@@ -101,7 +102,7 @@ def graft(tree: AdapterTree, path: str, other: AdapterTree) -> Edited:
         free(tree, path)
     for new in renamed.values():
         check_path(new)
-    # `replace`, below, asks nothing. Deeper nodes are free if those right below the path are.
+    # `tree.replace` below checks nothing. Deeper paths are free if the children's paths are.
     for name in () if is_new else other.children(""):
         free(tree, renamed[name])
     if is_new:
@@ -109,7 +110,8 @@ def graft(tree: AdapterTree, path: str, other: AdapterTree) -> Edited:
     for old, new in renamed.items():
         node = other[old]
         fresh = None if node.fresh is None else node.fresh.over(other.defaults)
-        # As in `pick`, the copies keep their sources: a save copies the files, and their marks.
+        # As in `pick`, the copies keep their sources: a save copies the files, and their records
+        # in the lock.
         tree.replace(replace(node, path=new, fresh=fresh, home=None))
     added = [path] * is_new + list(renamed.values())
     return Edited(added=tuple(added), notes=stale_notes(tree, renamed.values()))
@@ -125,14 +127,14 @@ def rebase(
     dtype: torch.dtype | None = None,
     base: nn.Module | None = None,
 ) -> Edited:
-    """Move a node, its children with it, and keep its effective weight and theirs.
+    """Move a node with all nodes below it, and keep all their effective weights.
 
-    Ancestors that the old and the new place have in common, with the same coefficient, cost
-    nothing.
+    The node's increments absorb the difference between the old and the new lineage. Ancestors that
+    are on both, with the same coefficient, cancel: they are not read and cost no rank.
 
     Args:
         tree: changed in memory.
-        path: the node. A group that has to make up for its ancestors gets an adapter.
+        path: the node. A group gets an adapter if the lineages differ.
         to: its new path.
         rank: the largest rank in any module; None keeps the sum exact.
         max_error: the largest relative error in any module.
@@ -140,27 +142,25 @@ def rebase(
         base: a model, if nodes name one module in two ways.
 
     Returns:
-        what moved; ``errors`` says how far the node's increments are from the exact ones, and all
-        effective weights below it change by the node's weight times that.
+        the paths that moved; ``errors`` has the distance of the node's increments from the exact
+        ones. All effective weights below it change by the node's weight times that.
 
     Raises:
-        PathError: ``path``, or the node above ``to``, is not there.
+        PathError: ``path``, or the node above ``to``, does not exist.
         TreeError: ``to`` exists or lies below ``path``; or a model is using a node.
-        SpecError: the node is fresh, or its weight is 0, so that no increment of it makes up for
-            anything.
+        SpecError: the node is fresh; or its weight is 0, so that its increments have no effect.
         ShapeMismatch, BaseMismatch: two nodes do not add up; names them.
-        FormatError: no save takes the node's increments and what they make up for as one adapter;
-            names the module.
+        FormatError: the node's new increments can't be saved as one adapter; names the module.
     """
     check_tree(tree)
     made(tree, path)
     below = tree.paths(path)
-    # A bad name is refused before the adapters are read. A new case of the old name, or a place
-    # below the node itself, is for the tree to judge when it moves.
+    # Refuse a bad name before the adapters are read. If the new path differs only in case, or lies
+    # below the node itself, `tree.move` decides.
     if not (to + "/").casefold().startswith((path + "/").casefold()):
         free(tree, to)
     changeable(tree, [path, *below])
-    # Before the move: afterwards the old lineage can't be asked for any more.
+    # Compute the difference before the move: afterwards the tree no longer has the old lineage.
     kept = _overrides_of(tree, path)
     gap = less(tree, tree.parent(path), to.rpartition("/")[0], base=base, kept=kept)
     notes = stale_notes(tree, [path])
@@ -192,26 +192,26 @@ def rebase_all(
 ) -> Edited:
     """Give a node another adapter or weight, and keep the effective weights of all nodes below it.
 
-    Call it instead of `AdapterTree.update`; or afterwards, with ``was=`` and ``was_weight=``, once
-    a parent was retrained.
+    Call it instead of `AdapterTree.update`. If the node has already changed (it was retrained),
+    pass its former adapter and weight as ``was=`` and ``was_weight=``.
 
     Args:
         tree: changed in memory.
         path: the node that changes, or has changed.
-        adapter, weight: the new ones; None: those that it has.
-        was, was_weight: the old ones; None: those that it has.
+        adapter, weight: the new ones; None: the node's present ones.
+        was, was_weight: the old ones; None: the node's present ones.
         rank: the largest rank in any module of a child; None keeps the sums exact.
         max_error: the largest relative error in any module.
         dtype: round the factors to it.
         base: a model, if nodes name one module in two ways.
 
     Raises:
-        PathError: the node is not there.
+        PathError: the node does not exist.
         TreeError: a model is using one of the nodes.
         SpecError: nothing has changed; or a child's weight is 0.
         ShapeMismatch, BaseMismatch: two adapters do not add up; names them.
-        FormatError: no save takes a child's increments and what they make up for as one adapter;
-            names the child and the module.
+        FormatError: a child's new increments can't be saved as one adapter; names the child and the
+            module.
     """
     check_tree(tree)
     if was is not None:
@@ -239,7 +239,7 @@ def rebase_all(
         made_up, errors[child] = _made_up(tree, child, gap, short, base)
         found[child] = made_up or Adapter({})
     check_savable(tree, found, [path, *found])
-    # Everything is computed, so the tree changes now: the parent, its children, the marks below.
+    # Everything is computed. Now change the tree: the node, its children, the records below them.
     changed = list(found)
     if adapter is not None or weight is not None:
         tree.update(path, adapter=adapter, weight=weight)
@@ -253,7 +253,7 @@ def rebase_all(
 
 
 def _above(tree: AdapterTree, path: str) -> list[tuple[str, Weight]]:
-    """The ancestors that add something, with their weights."""
+    """Return the ancestors that have an adapter, with their weights."""
     above = tree.lineage(path)[:-1]
     return [(node, tree[node].weight) for node in above if tree[node].has_adapter]
 
@@ -265,22 +265,23 @@ def _made_up(
     short: Shortening,
     base: nn.Module | None,
 ) -> tuple[Adapter | None, Deviation]:
-    """A node's increments with a gap in its lineage made up for; None where there is nothing to do.
+    """Return a node's increments plus the difference ``gap`` of two lineages; None if unchanged.
 
     Raises:
-        SpecError: its weight is 0, or that of a module which the gap changes.
+        SpecError: the node's weight is 0, as a whole or at a module of the difference.
     """
     weight = tree[path].weight
     kept = read_terms(tree, {path: 1.0}, base=base)
     if not gap and short.asks_nothing:
         return None, Deviation()
     terms = list(kept)
-    # An override that a weight switches off hides nothing above it, and still stays in the node.
+    # An override that the weight switches off hides no increments above it (`own` lacks it), but it
+    # stays in the node (`replaced` has it).
     own = _overrides_of(tree, path)
     has = tree.adapter(path)
     replaced: dict[str, Override] = {} if has is None else dict(has.overrides)
     for node, coefficient, adapter in gap:
-        # The node's own override counts before that of the old lineage, which fills in the rest.
+        # The node's own override wins over one of the old lineage, which fills in missing rows.
         for name, above in adapter.overrides.items():
             replaced[name] = replaced[name].over(above) if name in replaced else above
         owners = [tensor_owner(tensor)[0] for tensor in adapter.overrides]
@@ -294,7 +295,7 @@ def _made_up(
                 f"give it a weight first: tree.update({path!r}, weight=1.0), or "
                 f"lora-tree set FOLDER {path} --weight 1",
             )
-        # The node's weight stands before its increments, so what they make up for is divided by it.
+        # The node's weight multiplies its increments, so the difference is divided by it.
         if not needed:
             continue
         if isinstance(weight, float):
@@ -308,13 +309,16 @@ def _made_up(
 
 
 def _overrides_of(tree: AdapterTree, path: str) -> Mapping[str, Override]:
-    """The overrides of a node that count."""
+    """Return the overrides of a node that its weight does not switch off."""
     adapter = tree.adapter(path)
     return {} if adapter is None else _counting(tree[path].weight, adapter)
 
 
 def _counting(weight: Weight, adapter: Adapter) -> dict[str, Override]:
-    """The overrides that a weight does not switch off: at 0 one has no effect, else it is whole."""
+    """Return the overrides that a weight does not switch off.
+
+    A weight of 0 at the override's module switches it off. Any other weight leaves it whole.
+    """
     found = {}
     for tensor, override in adapter.overrides.items():
         if weight_at(weight, tensor_owner(tensor)[0]) != 0.0:
@@ -333,7 +337,7 @@ def _same_overrides(one: Mapping[str, Override], other: Mapping[str, Override]) 
 
 
 def _opened(adapter: Adapter | str | os.PathLike[str] | None) -> Adapter | None:
-    """An adapter as `AdapterTree.update` takes it, read."""
+    """Return the adapter, read from its folder if a path was given."""
     if adapter is None or isinstance(adapter, Adapter):
         return adapter
     return Adapter.load(adapter)
@@ -342,18 +346,18 @@ def _opened(adapter: Adapter | str | os.PathLike[str] | None) -> Adapter | None:
 def _as_given(
     tree: AdapterTree, path: str, adapter: Adapter | None, weight: GivenWeight | None
 ) -> tuple[Weight, Adapter]:
-    """The weight and the adapter of a node, with what is given in the place of its own."""
+    """Return a weight and an adapter as given, or the node's own where None."""
     known = tree.adapter(path) if adapter is None else adapter
     own_weight = tree[path].weight if weight is None else as_weight(weight, f"{path}: weight")
     return own_weight, Adapter({}) if known is None else known
 
 
 def _nearest(tree: AdapterTree, path: str) -> tuple[list[str], tuple[str, ...]]:
-    """The nearest nodes below that have an adapter; and a note on each fresh one."""
+    """Return the nearest nodes below that have an adapter, and a note on each fresh one."""
     found: list[str] = []
     notes: list[str] = []
     waiting = tree.children(path)
-    # Below the nearest node with an adapter all lineages go through it, so it makes up for them.
+    # All lineages below such a node pass through it, so changing it is enough for them.
     while waiting:
         child = waiting.pop(0)
         if tree[child].has_adapter:
@@ -361,6 +365,6 @@ def _nearest(tree: AdapterTree, path: str) -> tuple[list[str], tuple[str, ...]]:
             continue
         if tree[child].fresh is not None:
             notes.append(f"{child}: fresh, so it starts from {path} as it is now")
-        # A group can't make up for anything, so the nodes below it do.
+        # A group has no adapter to change, so the nodes below it are changed instead.
         waiting += tree.children(child)
     return found, tuple(notes)

@@ -12,7 +12,8 @@ from ..svg import Picture
 __all__ = ["heat_map"]
 
 _MOST_CELLS = 120
-"""Cells in a row; more adapters share cells, so that a browser opens a picture of any number."""
+"""The most cells in a row. With more adapters several share a cell, so that a browser can still
+draw the picture."""
 
 _CELL = 14
 _LETTER = 7
@@ -23,13 +24,13 @@ def heat_map(names: Sequence[str], cosines: Tensor, error: float = 0.0) -> str:
     """Return an SVG document.
 
     Args:
-        names: of rows and columns; written where every adapter has a row of its own.
+        names: of rows and columns; written only if no two adapters share a cell.
         cosines: (n, n).
-        error: the standard error of a cosine, told below the map.
+        error: the standard error of a cosine, written below the map.
     """
     count = len(names)
     side = min(count, _MOST_CELLS)
-    # Past some thousand boxes a browser takes seconds to draw them.
+    # A browser takes seconds to draw more than some thousand boxes.
     shown = cosines
     labels = [_shortened(name) for name in names]
     if count > side:

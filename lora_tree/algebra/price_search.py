@@ -1,11 +1,11 @@
-"""The price of a byte at which a tree just keeps within its bytes, or its error.
+"""Search for the price of a byte at which a tree just meets its bound on bytes or on error.
 
-    price     high ───── falls by half each time ─────▶ low
+    price     high ───── falls by √2 each time ───────▶ low
     bytes     none            rise                      all
     error     1               falls                     0
 
-All modules of all nodes have one price. That is the rule by which `compress` chooses ranks, and no
-other ranks of as many bytes have a smaller error, as far as each fit is the best one.
+All modules of all nodes have the same price. `compress` chooses ranks by the same rule. If every
+fit is optimal at its price, no other choice of ranks with as many bytes has a smaller error.
 """
 
 from __future__ import annotations
@@ -29,53 +29,53 @@ __all__ = ["Goal", "PriceSearch", "PricedFit", "goal_of", "relative_error"]
 Progress = Callable[[int, int], None]
 
 _ROUNDING = 1e-6
-"""An error that is asked for below this one is met by a fit that is exact but for rounding."""
+"""The smallest error to aim for: below it a fit differs from an exact one only by rounding."""
 
-_CLOSE = 0.97  # of the bytes or the error that are asked for: the search ends there
-_AIM = 0.99  # of these: the search aims there
-_FALL = 2.0**0.5  # from one price to the next; see `PriceSearch.found`
-_LITTLE = 0.01  # of the ranks: next to nothing
+_CLOSE = 0.97  # fraction of the bound: a fit that uses this much of it ends the search
+_AIM = 0.99  # fraction of the bound that the search aims at
+_FALL = 2.0**0.5  # ratio of one price to the next; see `PriceSearch.found`
+_LITTLE = 0.01  # a price that adds fewer ranks than this fraction added next to nothing
 _MOST_FALLS = 120
-_MOST_CUTS = 6  # of the interval that the bound is in
-_PER_READ = 5  # prices that are tried where files are read again for each pass
-_ROUNDS_DOWN = 1  # of fitting, on the way down
-_ROUNDS_NEAR = 12
+_MOST_CUTS = 6  # how often the interval around the bound is divided
+_PER_READ = 5  # prices per pass if every pass reads the files again
+_ROUNDS_DOWN = 1  # rounds of fitting per price while the price falls
+_ROUNDS_NEAR = 12  # the same near the bound
 
 
 @dataclass(frozen=True)
 class Goal:
-    """A bound: on the bytes, or on the error where there is none on the bytes."""
+    """The bound of the search: ``budget_bytes``, or ``max_error`` if that is None."""
 
     max_error: float
     budget_bytes: int | None
 
     @property
     def bound(self) -> float:
-        """The bytes, or the error."""
+        """The value of the bound: bytes, or a relative error."""
         return self.max_error if self.budget_bytes is None else float(self.budget_bytes)
 
     def figure(self, tried: PricedFit) -> float:
-        """Return the bytes of a fit, or its error: the figure that has the bound."""
+        """Return the fit's bytes or its error, whichever is bounded."""
         return tried.error if self.budget_bytes is None else float(tried.nbytes)
 
     def met(self, tried: PricedFit) -> bool:
-        """Whether a fit is within the bound."""
+        """Return whether a fit is within the bound."""
         return self.figure(tried) <= self.bound
 
     def close(self, tried: PricedFit) -> bool:
-        """Whether a fit within the bound uses nearly all of it."""
+        """Return whether a fit within the bound uses nearly all of it."""
         return self.figure(tried) >= _CLOSE * self.bound
 
 
 @dataclass(frozen=True, eq=False)
 class PricedFit:
-    """The outcome of one price.
+    """The fits of all modules at one price.
 
     Args:
-        price: for one byte, in units of the weighted squared error.
+        price: of one byte, in units of the weighted squared error.
         nbytes: of all nodes.
         error: the relative error.
-        fits: module → its fit, with which another price begins.
+        fits: module → its fit, from which the fit at the next price starts.
     """
 
     price: float
@@ -120,22 +120,22 @@ class PriceSearch:
         self.by_bytes = goal.budget_bytes is not None
         self.rounding = _ROUNDING
         if self.by_bytes:
-            # The factors are rounded in the end, so a smaller error than that is no gain.
+            # The factors are rounded to their dtype afterwards, so a smaller error gains nothing.
             self.rounding = max(_ROUNDING, torch.finfo(flat.dtype).eps / 2)
-        # Where files are read again for every pass, a pass tries several prices.
+        # If every pass reads the files again, it tries several prices.
         self.at_once = 1 if flat.are_kept else _PER_READ
 
     def found(self) -> PricedFit:
-        """The best fit within the bound.
+        """Return the best fit within the bound.
 
-        The price begins where nothing is worth it and falls. At no price does a leaf then find
-        something worth it alone that was worth it for two leaves together at the price before:
-        that has its shared node already. A first fit at a low price would put parts of single
-        leaves into shared nodes. On the way down one round a price is enough; near the bound the
-        fits are made to settle.
+        The price starts so high that no rank pays, and falls in small steps. A direction that
+        several leaves share therefore pays first, and goes to their shared node, before it pays for
+        any one of them alone. If the first fit were at a low price, parts of single leaves would
+        end up in shared nodes. While the price falls, one round of fitting per price is enough;
+        near the bound the fits run until they converge.
 
         Raises:
-            BudgetError, SpecError: none is within the bound.
+            BudgetError, SpecError: no fit is within the bound.
         """
         high, low = self._bracket()
         within = None
@@ -157,7 +157,7 @@ class PriceSearch:
         return self._between(high, low, within)
 
     def _bracket(self) -> tuple[PricedFit | None, PricedFit | None]:
-        """The last price on one side of the bound, and the first one on the other; None: none."""
+        """Return the last fit before the bound is crossed and the first one after it, or None."""
         high: PricedFit | None = None
         price, rounds = self._first_price(), _ROUNDS_DOWN
         for _ in range(_MOST_FALLS):
@@ -166,7 +166,8 @@ class PriceSearch:
                 # Bytes rise while the price falls, and errors fall.
                 if self.goal.met(tried) != self.by_bytes:
                     return high, tried
-                # Where a price bought next to nothing, the error left is of parts not yet settled.
+                # If a lower price added next to no ranks, the error left is from fits that have not
+                # converged: the next prices get more rounds.
                 dull = high is not None and tried.ranks < (1.0 + _LITTLE) * high.ranks
                 high = tried
                 if tried.error < self.rounding:
@@ -176,13 +177,13 @@ class PriceSearch:
         return high, None
 
     def _between(self, high: PricedFit, low: PricedFit, within: PricedFit) -> PricedFit:
-        """The best fit at a price between one that is within the bound and one that is not."""
+        """Return the best fit within the bound at a price between these two."""
         settled = False
         for _ in range(_MOST_CUTS):
-            # Where both have the same ranks, prices between them have these too.
+            # With equal bytes at both ends, the prices between them give the same ranks.
             if (settled and self.goal.close(within)) or high.nbytes == low.nbytes:
                 break
-            # Each begins with the fit at the higher price, so that the price only falls.
+            # Each fit starts from the one at the higher price, so that the price only falls.
             for tried in self._try(self._prices_between(high, low), high, _ROUNDS_NEAR):
                 if self.goal.met(tried):
                     within, settled = tried, True
@@ -193,7 +194,10 @@ class PriceSearch:
         return within if settled else self._settled(within)
 
     def _prices_between(self, high: PricedFit, low: PricedFit) -> list[float]:
-        """Where the bound is expected, if both logarithms are taken to lie on a straight line."""
+        """Return the prices to try next, by linear interpolation in the logarithms.
+
+        If a pass can try several prices, they divide the interval evenly instead.
+        """
         fall = low.price / high.price
         if self.at_once > 1:
             parts = [(i + 1) / (self.at_once + 1) for i in range(self.at_once)]
@@ -205,12 +209,12 @@ class PriceSearch:
         return [high.price * fall ** min(max(part, 0.05), 0.95)]
 
     def _settled(self, rough: PricedFit) -> PricedFit:
-        """The fit at a price after as many rounds as it takes, if it is still within the bound."""
+        """Return the converged fit at the same price; the rough one if that exceeds the bound."""
         tried = self._try([rough.price], rough, _ROUNDS_NEAR)[0]
         return tried if self.goal.met(tried) else rough
 
     def _first_price(self) -> float:
-        """A price above what any rank of any module is worth."""
+        """Return a price at which no rank of any module pays."""
         most = 0.0
         for module in self.flat.modules():
             gain = module.problem.largest_gain
@@ -220,7 +224,7 @@ class PriceSearch:
     def _try(
         self, prices: Sequence[float], like: PricedFit | None, most_rounds: int
     ) -> list[PricedFit]:
-        """Fit every module at falling prices, each from the price before."""
+        """Fit every module at falling prices; each fit starts from the one before."""
         flat = self.flat
         found = [_Sum(flat) for _ in prices]
         for done, module in enumerate(flat.modules(), 1):
@@ -252,7 +256,7 @@ class _Sum:
         ranks = got.shared_ranks
         for i, (rank, value) in enumerate(zip(got.ranks, module.values, strict=True)):
             if value is not None and value.bias is not None:
-                # A bias is kept, and a module that has one keeps a rank of zeros at least.
+                # A bias is always kept, and its module then has at least one rank, of zeros.
                 self.nbytes += value.bias.numel() * self.flat.dtype.itemsize
                 rank = max(rank, 1)
             self.filled[i] = self.filled[i] or rank > 0
@@ -265,7 +269,7 @@ class _Sum:
         nbytes = self.nbytes
         for outline, filled in zip(self.flat.outlines, self.filled, strict=True):
             if not filled:
-                # It keeps one rank of zeros in this module.
+                # An empty leaf keeps one rank of zeros in its smallest module.
                 value = outline.modules[smallest_module(outline)]
                 nbytes += value.numel // value.rank * self.flat.dtype.itemsize
         error = relative_error(self.flat.weights, self.squares, self.energies)

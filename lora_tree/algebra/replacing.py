@@ -1,9 +1,9 @@
-"""Overrides in the algebra: what a verb may do with a node that replaces tensors, and what not.
+"""Overrides in the algebra: the rules for verbs on nodes that replace tensors of the base.
 
-difference of two lineages   the overrides of one may be taken along; none can be taken back,
-                             since the base's own tensor is in no node
-mean of several nodes        refused: a mean of replacements is none of them
-a part of a node             its overrides stay where they are
+difference of two lineages   may add an override, but can't undo one: no node holds the base's own
+                             tensor
+mean of several nodes        refused: replacements don't average
+a part of a node             the overrides stay in the node
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def refuse_overrides(adapters: Iterable[tuple[str, Adapter]], verb: str) -> None
 
     Args:
         adapters: with their names.
-        verb: said in the error: ``merged``, ``hoisted``.
+        verb: a participle for the error: ``merged``, ``hoisted``.
 
     Raises:
         SpecError: one does; names it and the tensors.
@@ -40,12 +40,12 @@ def refuse_overrides(adapters: Iterable[tuple[str, Adapter]], verb: str) -> None
 
 
 def without_overrides(adapter: Adapter) -> Adapter:
-    """Return the increments of an adapter alone."""
+    """Return the adapter with its increments only."""
     return replace(adapter, overrides={}) if adapter.overrides else adapter
 
 
 def under(overrides: Mapping[str, Override], modules: Mapping[str, LowRank]) -> dict[str, LowRank]:
-    """Return what counts of increments above a node that has these overrides."""
+    """Return the parts of increments above a node that its overrides don't drop."""
     stands = {tensor: (("above/node", override),) for tensor, override in overrides.items()}
     found = {}
     for name, value in modules.items():
@@ -58,15 +58,15 @@ def under(overrides: Mapping[str, Override], modules: Mapping[str, LowRank]) -> 
 def check_kept(
     above: Iterable[tuple[str, Adapter]], kept: Mapping[str, Override], what: str
 ) -> None:
-    """Check that no override is lost from a lineage, unless one below stands for it anyway.
+    """Refuse a change that takes an override from a lineage, unless the node below has its own.
 
     Args:
         above: the nodes that leave the lineage, or whose weight changes in it.
         kept: the overrides of the node below.
-        what: said in the error.
+        what: the subject of the error's sentence.
 
     Raises:
-        SpecError: one would be; names the node and the tensor.
+        SpecError: an override would be lost; names the node and the tensor.
     """
     for name, adapter in above:
         for tensor in adapter.overrides:

@@ -1,21 +1,21 @@
-"""Fit the shared parts of one module: what each shared node of a family holds, and what is left.
+"""Fit one module: the part X_n that each shared node holds, and each leaf's remainder L_i.
 
     minimise  Σ_i w_i ‖ΔW_i − Σ_{n above i} X_n − L_i‖²  +  price · Σ bytes of X_n and L_i
 
-One X_n or L_i at a time, with all others as they are, this has an exact answer: the singular values
-of the mean residual (of the leaf's own residual) whose gain is above the price of one rank,
+With all other parts fixed, the best X_n (or L_i) is exact: of the mean residual below n (or the
+leaf's own residual), keep the singular values whose gain exceeds the price of one rank,
 
     (Σ w below n) · σ²  >  price · (out + in) · bytes of a number
 
-so the objective falls with every step, to a local minimum, and the ranks come of the price alone.
-Directions that many leaves share gain most in the highest node above all of these: there one rank
-is paid for once.
+So the objective falls with every step, to a local minimum, and the price alone decides the ranks.
+A direction that many leaves share gains most in the highest node above all of these, where its rank
+is paid for only once.
 
 The mean of the increments below a node never changes, so it is formed once, as a (k, l) core (see
-`stack`). The other parts subtract a low-rank term from it. Its singular vectors are found by
-subspace iteration, from those of the last fit (Halko, Martinsson & Tropp, 2011,
-https://arxiv.org/abs/0909.4061). A leaf's residual is decomposed as a core of the size of its
-ranks, and only if its norm is worth the price of a rank at all.
+`stack`). The other parts subtract a low-rank term from it. The singular vectors of the difference
+are found by subspace iteration that starts from those of the last fit (Halko, Martinsson & Tropp,
+2011, https://arxiv.org/abs/0909.4061). A leaf's residual is decomposed as a core whose size is its
+rank, and only if its whole norm exceeds the price of one rank.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ __all__ = ["Pair", "SharedFit", "SharedProblem"]
 Pair = tuple[Tensor, Tensor]
 """L Rᵀ as its factors: L (b, k, q) and R (b, l, q); R of a shared part is orthonormal."""
 
-_MORE = 8  # vectors beyond those that are expected, so that a rank can grow
+_MORE = 8  # vectors beyond the last fit's rank, so that the rank can grow
 _CHUNK = 64  # leaves whose cores are in memory at once
 _MOST_ROUNDS = 12
 _SETTLED = 1e-4
-"""A round that lowers the objective by a smaller part than this is the last one."""
+"""A round that lowers the objective by less than this fraction is the last one."""
 
 _NOTHING = 1e-12
-"""A squared length below this part of the whole is rounding."""
+"""A squared length below this fraction of the whole is rounding."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,11 +52,11 @@ class SharedFit:
     """The parts of one module that the nodes hold.
 
     Args:
-        price: of a rank, that they were fitted at.
-        shared: for each shared node.
+        price: the price of a rank at which they were fitted.
+        shared: the part of each shared node.
         ranks: of each leaf.
         squares: (n,) the squared error of each leaf.
-        leaves: for each leaf; None: left out, to save memory.
+        leaves: the part of each leaf; None: dropped to save memory.
     """
 
     price: float
@@ -71,7 +71,7 @@ class SharedFit:
         return sum(left.shape[-1] for left, _ in self.shared)
 
     def without_leaves(self) -> SharedFit:
-        """Itself without the leaves' parts, which `SharedProblem.whole` finds again."""
+        """Return a copy without the leaves' parts, which `SharedProblem.whole` computes again."""
         return replace(self, leaves=None)
 
 
@@ -82,7 +82,7 @@ class SharedProblem:
         stack: the leaves' increments, in the order of the families.
         families: the shape of the tree.
         weights: (n,) how much each leaf's squared error counts.
-        name: of the module; random starts are drawn from it, so that a run can be repeated.
+        name: of the module; it seeds the random starts, so that runs are reproducible.
     """
 
     def __init__(self, stack: Stack, families: Families, weights: Tensor, name: str) -> None:
@@ -94,7 +94,7 @@ class SharedProblem:
 
     @property
     def largest_gain(self) -> float:
-        """No part of a node gains more than this."""
+        """An upper bound on the gain of one rank in any node."""
         leaves = self.weights * self.stack.s[..., 0].square().sum(0)
         largest = float(leaves.max())
         for weight, mean in zip(self.below, self.means, strict=True):
@@ -108,13 +108,13 @@ class SharedProblem:
 
         Args:
             price: what one rank of this module costs, in units of the weighted squared error.
-            start: a fit at a higher price; without one all parts are zero at first.
-            most_rounds: over all parts; fewer are made where the objective no longer falls.
+            start: a fit at a higher price to start from; without it all parts start at zero.
+            most_rounds: the most rounds over all parts; it stops earlier once it has converged.
         """
         work = _Fitter(self, price, start)
         before = math.inf
         for _ in range(most_rounds):
-            # Shared parts come first, so that no leaf takes a direction that several leaves share.
+            # Fit shared parts first, so that no leaf takes a direction that several leaves share.
             for shared in range(len(self.families.above)):
                 work.shared[shared] = work.best_shared(shared)
             work.fit_leaves()
@@ -125,11 +125,11 @@ class SharedProblem:
         return work.result()
 
     def whole(self, found: SharedFit) -> SharedFit:
-        """Return a fit with its leaves' parts."""
+        """Return a fit with its leaves' parts, computed again if they were dropped."""
         return found if found.leaves is not None else _Fitter(self, found.price, found).result()
 
     def _means(self) -> list[Tensor]:
-        """For each shared node, the (b, k, l) weighted mean of the increments below it."""
+        """Return the (b, k, l) weighted mean of the increments below each shared node."""
         stack = self.stack
         sums: list[Tensor] = []
         for leaves in self.at_home:
@@ -140,14 +140,15 @@ class SharedProblem:
                 left = (stack.Ut[:, some] * sizes[..., None]).flatten(1, 2)  # (b, m · r, k)
                 total += left.mT @ stack.Vt[:, some].flatten(1, 2)
             sums.append(total)
-        # Nodes above come first, so that a node's sum is whole before it goes to the one above.
+        # Parents have smaller numbers, so in reverse order a node's sum is complete before it is
+        # added to its parent's.
         for shared in range(len(sums) - 1, 0, -1):
             sums[self.families.above[shared]] += sums[shared]
         return [mean / weight for mean, weight in zip(sums, self.below, strict=True)]
 
 
 class _Fitter:
-    """One module's fit while it is being made.
+    """The state of one module's fit while it runs.
 
     Args:
         problem: the module.
@@ -175,17 +176,17 @@ class _Fitter:
             self.price = price
 
     def objective(self) -> float:
-        """The weighted squared error, and the price of all ranks."""
+        """Return the weighted squared error plus the price of all ranks."""
         ranks = self.starts[-1] + sum(left.shape[-1] for left, _ in self.shared)
         return float((self.weights * self.squares).sum()) + self.price * ranks
 
     def result(self) -> SharedFit:
-        """The parts as they are."""
+        """Return the present parts."""
         ranks = tuple(left.shape[-1] for left, _ in self.leaves)
         return SharedFit(self.price, tuple(self.shared), ranks, self.squares, tuple(self.leaves))
 
     def _keep(self, leaves: Sequence[Pair], squares: Tensor) -> None:
-        """Take the leaves' parts and errors, and put the parts side by side for the means."""
+        """Set the leaves' parts and errors, and concatenate the parts for the means."""
         self.leaves, self.squares = leaves, squares
         ranks = [left.shape[-1] for left, _ in leaves]
         self.starts = [0, *accumulate(ranks)]
@@ -195,7 +196,7 @@ class _Fitter:
 
     # ------------------------------------------------------------------ shared parts
     def best_shared(self, shared: int) -> Pair:
-        """The best part of a shared node, with all other parts as they are."""
+        """Return the best part of a shared node, with all other parts fixed."""
         mean = self._mean(shared)
         limit = min(self.stack.sizes[1:])
         seed = hashlib.sha256(f"{self.problem.name} {shared}".encode()).digest()[:7]
@@ -206,14 +207,14 @@ class _Fitter:
             left, sizes, right = mean.triplets(vectors, wanted, draw)
             gains = self.problem.below[shared] * sizes.square().sum(0)
             keep = int((gains > self.price).sum())
-            # While the last vector is still worth its price, there may be more of its kind.
+            # If even the smallest singular value pays, there may be more that do: ask for more.
             if keep < wanted or wanted == limit:
                 break
             vectors, wanted = right, min(limit, 2 * wanted)
         return left[..., :keep] * sizes[:, None, :keep], right[..., :keep]
 
     def _mean(self, shared: int) -> _Mean:
-        """The mean, over the leaves below a node, of what all other parts leave over."""
+        """Return the mean residual of the leaves below a node, given all other parts."""
         first, last = self.families.spans[shared]
         mine = slice(self.starts[first], self.starts[last])
         whole = self.problem.below[shared]
@@ -223,7 +224,7 @@ class _Fitter:
             both = self.weights[max(first, begin) : min(last, end)]
             P, Q = self.shared[other]
             if other != shared and len(both) and P.shape[-1]:
-                # Only a part of the leaves below this node may have the other one above them.
+                # The other node may be above only some of the leaves below this one.
                 lefts.append(P * (float(both.sum()) / whole))
                 rights.append(Q)
         return _Mean(self.problem.means[shared], torch.cat(lefts, -1), torch.cat(rights, -1))
@@ -239,7 +240,7 @@ class _Fitter:
             for first in range(0, len(leaves), _CHUNK):
                 some = leaves[first : first + _CHUNK]
                 C, D = self._against(some, P, Q)
-                # ‖ΔW − P Qᵀ‖²: no rank of a residual gains more than all of it.
+                # ‖ΔW − P Qᵀ‖²: an upper bound on the gain of any rank of the residual.
                 s = self.stack.s[:, some]  # (b, m, r)
                 norms = s.square().sum((0, 2)) - 2.0 * (s[..., None] * C * D).sum((0, 2, 3))
                 squares[some] = (norms + inside.sum()).clamp(min=0.0)
@@ -253,16 +254,16 @@ class _Fitter:
         self._keep(found, squares)
 
     def _above(self, home: int) -> Pair:
-        """All that the shared nodes of a lineage add, as one pair."""
+        """Return the sum of the shared parts above a leaf, as one pair."""
         pairs = [self.shared[shared] for shared in self.families.lineage(home)]
         left = torch.cat([pair[0] for pair in pairs], -1)
         return left, torch.cat([pair[1] for pair in pairs], -1)
 
     def _against(self, leaves: list[int], P: Tensor, Q: Tensor) -> Pair:
-        """Uᵀ P and Vᵀ Q of some leaves, (b, m, r, q) each."""
+        """Return Uᵀ P and Vᵀ Q of some leaves, (b, m, r, q) each."""
         found: list[Tensor] = []
         for rows, other in ((self.stack.Ut[:, leaves], P), (self.stack.Vt[:, leaves], Q)):
-            # One product for all of these leaves: their rows lie one below the other.
+            # One product for all these leaves, with their rows stacked.
             product = rows.flatten(1, 2) @ other
             found.append(product.view(*rows.shape[:3], other.shape[-1]))
         return found[0], found[1]
@@ -270,7 +271,7 @@ class _Fitter:
     def _parts(
         self, leaves: list[int], P: Tensor, Q: Tensor, C: Tensor, D: Tensor
     ) -> tuple[list[Pair], Tensor]:
-        """The best parts of ΔW_i − P Qᵀ of some leaves, and the squared errors that are left."""
+        """Return the best parts of ΔW_i − P Qᵀ for some leaves, and their squared errors."""
         stack = self.stack
         U, s, V = stack.Ut[:, leaves].mT, stack.s[:, leaves], stack.Vt[:, leaves].mT
         residuals = _Residuals(U, s, V, P, Q, C, D) if P.shape[-1] else None
@@ -281,7 +282,8 @@ class _Fitter:
         lost = (squares.sum(0) * dropped).sum(-1)
         most = int(keep.max())
         if residuals is None:
-            # Nothing is above these leaves, so their own triplets are those of the residuals.
+            # The shared parts above these leaves are empty, so the residuals' singular triplets are
+            # the leaves' own.
             left, right = U[..., :most], V[..., :most] * s[:, :, None, :most]
         else:
             left, right = residuals.parts(most)
@@ -322,7 +324,7 @@ class _Residuals:
         r = self.U.shape[-1]
         u = self.vectors[..., :rank]
         v = self.core.mT @ u
-        # The parts outside of U and of V, as combinations of P's and of Q's columns.
+        # The components outside of U and of V, as combinations of P's and of Q's columns.
         outside, across = self.back @ u[:, :, r:], self.forth @ v[:, :, r:]
         left = self.U @ (u[:, :, :r] - self.C @ outside) + self.P @ outside
         right = self.V @ (v[:, :, :r] - self.D @ across) + self.Q @ across
@@ -330,7 +332,7 @@ class _Residuals:
 
 
 def _outside(C: Tensor, P: Tensor) -> tuple[Tensor, Tensor]:
-    """R with Rᵀ R = Pᵀ P − Cᵀ C, and the pseudo-inverse of R.
+    """Return R with Rᵀ R = Pᵀ P − Cᵀ C, and the pseudo-inverse of R.
 
     Args:
         C: (b, m, r, q), Uᵀ P for orthonormal columns U, or zeros.
@@ -341,7 +343,7 @@ def _outside(C: Tensor, P: Tensor) -> tuple[Tensor, Tensor]:
     """
     inside = P.mT @ P  # (b, q, q)
     values, vectors = torch.linalg.eigh(inside[:, None] - C.mT @ C)
-    # What is shorter than rounding can't be normed; it is left out on both sides.
+    # Directions as short as rounding can't be normalised: they are zero in R and in its inverse.
     most = inside.diagonal(dim1=-2, dim2=-1).amax(-1)
     there = values > _NOTHING * most[:, None, None]
     roots = torch.where(there, values, 0.0).sqrt()
@@ -351,7 +353,7 @@ def _outside(C: Tensor, P: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True, eq=False)
 class _Mean:
-    """core − left rightᵀ.
+    """The matrix core − left rightᵀ, which is never formed.
 
     Args:
         core: (b, k, l).
@@ -373,12 +375,12 @@ class _Mean:
     def triplets(
         self, start: Tensor, wanted: int, draw: torch.Generator
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The largest singular triplets: (b, k, q), (b, q) largest first, (b, l, q).
+        """Return the largest singular triplets: (b, k, q), (b, q) largest first, (b, l, q).
 
         Args:
-            start: (b, l, ≤ q) vectors to begin with.
+            start: (b, l, ≤ q) vectors to start from.
             wanted: q.
-            draw: for the vectors that are missing.
+            draw: generates the vectors that ``start`` lacks.
         """
         more = wanted - start.shape[-1]
         fresh = torch.randn(*start.shape[:-1], more, generator=draw, dtype=start.dtype)

@@ -1,15 +1,15 @@
-"""Hoist: what siblings share moves into their parent, and every effective weight stays.
+"""Hoist: move what siblings share into their parent, and keep their effective weights.
 
     parent' = parent + S / w            child_i' = L_i / w_i         with  S + L_i ≈ w_i · child_i
 
-At full rank S is the mean of the weighted children, and S + L_i is exact. With a rank for S alone
-it is the best value of that rank of the mean, and the L_i, which hold the rest, are still exact.
-With ranks for both, S and the L_i are fitted in turn, each the best one for the others as they are
+At full rank S is the mean of the weighted children, and S + L_i is exact. With a rank for S alone,
+S is the best approximation of that rank to the mean, and the L_i hold the rest, so S + L_i is still
+exact. With ranks for both, S and the L_i are fitted in turn, each with the others fixed
 (alternating least squares):
 
     minimise  Σ_i ‖ w_i · child_i − S − L_i ‖²      rank S ≤ k,  rank L_i ≤ l
 
-which falls in every round, to a local minimum. All of it happens on the cores in joint bases.
+The error falls in every round, to a local minimum. All of it runs on the cores in joint bases.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ Pair = tuple[Tensor, Tensor]
 """A core L Rᵀ as its two factors, L (\\*batch, k, p) and R (\\*batch, l, p)."""
 
 _MOST_ROUNDS = 50
-_SMALL = 64  # up to this size an SVD of the whole core takes no time
+_SMALL = 64  # up to this size an SVD of the whole core is cheap
 _SETTLED = 1e-6
-"""A round that lowers the error by a smaller part than this is the last one."""
+"""A round that lowers the error by less than this fraction is the last one."""
 
 
 def hoist(
@@ -76,28 +76,28 @@ def hoist(
     Args:
         tree: changed in memory.
         parent: the node above the siblings.
-        siblings: its children that take part; all where None.
+        siblings: its children that take part; None: all.
         into: a new child of the parent that gets the shared part; the siblings move below it, and
-            nothing else changes. Without it the parent gets that part, so all of its children must
-            take part, and the parent itself is another model afterwards.
-        rank: of the shared part in any module; None: full.
-        leaf_rank: of what is left of a sibling in any module; None: as much as is needed to be
-            exact.
-        method: share what this way of merging finds (see `lora_tree.merge`) instead of the mean.
+            nothing else changes. Without it the parent gets the shared part. All its children must
+            then take part, and the parent's own effective weight changes.
+        rank: the largest rank of the shared part in any module; None: full.
+        leaf_rank: the largest rank of a sibling's rest in any module; None: as large as needed to
+            be exact.
+        method: share the result of this merge method (see `lora_tree.merge`) instead of the mean.
         density, space, seed: for ``method``.
 
     Returns:
-        what changed; ``errors`` says for each sibling how far its effective weight is from what it
-        was, as a part of its own increments. Above rounding it is 0 unless ``leaf_rank`` cuts.
+        what changed; ``errors`` has for each sibling the change of its effective weight, relative
+        to the norm of its own increments. Apart from rounding it is 0 unless ``leaf_rank`` cuts.
 
     Raises:
-        PathError: a node is not there, or ``siblings`` are not the parent's children.
+        PathError: a node does not exist, or ``siblings`` are not the parent's children.
         TreeError: ``into`` exists; or a sibling is a group; or other children would change; or a
             model is using a node.
-        SpecError: a node is fresh, or has the weight 0; or a rank makes no sense; or ``leaf_rank``
+        SpecError: a node is fresh, or has the weight 0; or a rank is not valid; or ``leaf_rank``
             and ``method`` are mixed.
         ShapeMismatch, BaseMismatch: the siblings are not of one base; names them and the module.
-        FormatError: no save takes what a node would hold as one adapter; names both.
+        FormatError: a node's new increments can't be saved as one adapter; names both.
     """
     check_tree(tree)
     names = _siblings(tree, parent, siblings, into)
@@ -112,8 +112,8 @@ def hoist(
     recipe = None if method is None else Recipe(method, density, space, seed)
     terms = read_terms(tree, dict.fromkeys(names, 1.0))
     weights = [tree[path].weight for path, _, _ in terms]
-    # The sum says whether the siblings fit together, and has what a new adapter needs beside
-    # modules.
+    # The plain sum refuses siblings that don't fit together, and has all that a new adapter needs
+    # besides its modules (base, config, …).
     _refuse_replaced(terms)
     whole = added_up([(path, c, without_overrides(adapter)) for path, c, adapter in terms])
     dtype = widest(whole)
@@ -135,7 +135,7 @@ def hoist(
     errors: dict[str, Deviation] = {}
     for path, weight, adapter, wanted in zip(names, weights, adapters, weighted, strict=True):
         children[path] = _child(weight, adapter, rests[path])
-        # Measured on what will be saved, so that the rounding of factors is a part of the error.
+        # Measured on the factors to be saved, so that their rounding is a part of the error.
         now = added_up([("shared", 1.0, top), as_term(path, weight, children[path])])
         errors[path] = deviation(wanted, now)
     return _installed(tree, parent, into, top, children, errors)
@@ -143,13 +143,13 @@ def hoist(
 
 @dataclass(frozen=True)
 class _Fitting:
-    """One module of the siblings, to be taken apart.
+    """One module of the siblings, to be divided into a shared part and the rests.
 
     Args:
         module: its name.
-        parts: each sibling's increment with its weight in it; None is zero.
+        parts: each sibling's increment times its weight; None is zero.
         rank, leaf_rank: as `hoist`.
-        recipe: how the shared part is merged; None takes the mean.
+        recipe: the merge that gives the shared part; None: the mean.
     """
 
     module: str
@@ -159,7 +159,7 @@ class _Fitting:
     recipe: Recipe | None
 
     def fitted(self) -> tuple[LowRank, list[LowRank | None]]:
-        """The shared part, and the rest of each sibling or None where there is none; in float64."""
+        """Return the shared part and the rest of each sibling, None if it is zero; in float64."""
         both = joint([part for part in self.parts if part is not None])
         cores, biases = spread(both, self.parts)
         bias: Tensor | None = biases.mean(0)
@@ -171,7 +171,7 @@ class _Fitting:
         else:
             core = cores.mean(0) if self.recipe is None else _by_recipe(self, both)
             S = _svd(core, self.rank)
-            # As many ranks as it takes: the rest is the sibling less the shared part, exactly.
+            # Without a bound on its rank, a rest is exactly the sibling less the shared part.
             rests = [_minus(own, S) for own in mine]
         scale = float(cores.abs().max())
         left: list[LowRank | None] = []
@@ -183,16 +183,16 @@ class _Fitting:
 
 
 def _by_recipe(fitting: _Fitting, both: Joint) -> Tensor:
-    """The core of the siblings' merge, with weights that add up to 1."""
+    """Return the core of the siblings' merge, with weights that add up to 1."""
     assert fitting.recipe is not None
     share = [1.0 / len(fitting.parts)] * len(fitting.parts)
     merged = fitting.recipe.module(fitting.module, fitting.parts, share)
-    # A merge in another space leaves the joint bases, and this is its part in them.
+    # A merge in another space may leave the joint bases; project it back onto them.
     return (both.Q_B.mT @ merged.B.double()) @ (merged.A.double() @ both.Q_A) * merged.scale
 
 
 def _pair(both: Joint, part: LowRank | None) -> Pair:
-    """An increment's core as two thin factors; of no columns for None."""
+    """Return an increment's core as two thin factors; without columns for None."""
     if part is None:
         return both.cores[0][..., :0], both.cores[0].mT[..., :0]
     left = both.Q_B.mT @ part.B.detach().to(both.Q_B) * part.scale  # (k, r)
@@ -200,18 +200,18 @@ def _pair(both: Joint, part: LowRank | None) -> Pair:
 
 
 def _minus(one: Pair, other: Pair) -> Pair:
-    """The difference of two cores: their factors side by side."""
+    """Return the difference of two cores, as their concatenated factors."""
     return torch.cat([one[0], -other[0]], dim=-1), torch.cat([one[1], other[1]], dim=-1)
 
 
 def _svd(core: Tensor, rank: int | None) -> Pair:
-    """The best core of a rank, as thin factors."""
+    """Return the best approximation of a rank, as thin factors."""
     U, S, Vh = torch.linalg.svd(core, full_matrices=False)
     return U[..., :rank] * S[..., None, :rank], Vh[..., :rank, :].mT
 
 
 def _spectral(pair: Pair) -> tuple[Tensor, Tensor, Tensor]:
-    """U, S and V of the core of two factors, from QRs of these and an SVD of their small core."""
+    """Return U, S and V of a product of thin factors, by two QRs and an SVD of the small core."""
     Q_left, R_left = torch.linalg.qr(pair[0])
     Q_right, R_right = torch.linalg.qr(pair[1])
     U, S, Vh = torch.linalg.svd(R_left @ R_right.mT, full_matrices=False)
@@ -221,7 +221,7 @@ def _spectral(pair: Pair) -> tuple[Tensor, Tensor, Tensor]:
 def _alternate(
     mean: Tensor, mine: Sequence[Pair], rank: int | None, leaf_rank: int
 ) -> tuple[Pair, list[Pair]]:
-    """The shared core and the rests, fitted in turn, each the best one for the others.
+    """Return the shared core and the rests, fitted in turn, each with the others fixed.
 
     Args:
         mean: (\\*batch, k, l) of all siblings.
@@ -241,7 +241,7 @@ def _alternate(
         for core in mine:
             U, values, V = _spectral(_minus(core, S))
             rests.append((U[..., :leaf_rank] * values[..., None, :leaf_rank], V[..., :leaf_rank]))
-            # The values that are cut off are the error, so no difference has to be formed.
+            # The squares of the dropped singular values are the error: no residual is formed.
             error += float(values[..., leaf_rank:].square().sum())
         if error >= before * (1.0 - _SETTLED):
             break
@@ -250,11 +250,11 @@ def _alternate(
 
 
 def _nearest(core: Tensor, rank: int | None, start: Pair) -> Pair:
-    """The best core of a rank, found from the last round's, which lies near it.
+    """Return (nearly) the best approximation of a rank, by subspace iteration from ``start``.
 
-    Subspace iteration: two products with the core in place of an SVD of all of it. Between rounds
-    the core moves little, so the start is good, and a round that is not quite the best is mended by
-    the next.
+    It takes a few products with the core instead of a whole SVD. The core changes little from one
+    round to the next, so the last round's result is a good start, and the next round corrects what
+    this one misses.
     """
     if rank is None or min(core.shape[-2:]) <= _SMALL:
         return _svd(core, rank)
@@ -266,14 +266,14 @@ def _nearest(core: Tensor, rank: int | None, start: Pair) -> Pair:
 
 
 def _value(both: Joint, pair: Pair, bias: Tensor | None, scale: float) -> LowRank | None:
-    """The value of a core at the rank that it has beyond rounding; None where all is zero.
+    """Return a core as an increment of its numerical rank; None if it is zero.
 
     Args:
         both: the joint bases.
         pair: the core, as two factors.
         bias: (out,) or None.
-        scale: of the siblings' cores. A rest is measured by them and not by itself: where nothing
-            is left of a sibling, all of it is rounding.
+        scale: the magnitude of the siblings' cores. Singular values are compared with it, not with
+            the core's own largest: a rest that should be zero consists of rounding alone.
     """
     U, S, V = _spectral(pair)
     there = int((S > scale * 1e-13).reshape(-1, S.shape[-1]).any(0).sum())
@@ -290,7 +290,7 @@ def _value(both: Joint, pair: Pair, bias: Tensor | None, scale: float) -> LowRan
 def _siblings(
     tree: AdapterTree, parent: str, siblings: Sequence[str] | None, into: str | None
 ) -> list[str]:
-    """The nodes that take part, in the tree's order.
+    """Return the nodes that take part, in the tree's order.
 
     Raises:
         PathError, TreeError, SpecError: as `hoist`.
@@ -338,13 +338,14 @@ def _takes(tree: AdapterTree, parent: str) -> None:
 
 
 def _weight_of(tree: AdapterTree, parent: str, into: str | None) -> list[tuple[str, Weight]]:
-    """The weight of the node that gets the shared part, if it is there already."""
+    """Return the node that gets the shared part with its weight, if it exists already."""
     return [(parent, tree[parent].weight)] if into is None else []
 
 
 def _refuse_replaced(terms: Sequence[Term]) -> None:
-    """Refuse siblings that share a module which one of them replaces: below it the shared part
-    would be dropped.
+    """Refuse siblings if one has an override of a module that another changes.
+
+    The override would drop the shared part of that module, which would lie above it.
 
     Raises:
         SpecError: names the sibling and the module.
@@ -379,12 +380,12 @@ def _refuse_zero(path: str, weight: Weight, modules: Iterable[str]) -> None:
 
 
 def _child(weight: Weight, adapter: Adapter, rest: dict[str, LowRank]) -> Adapter:
-    """The rest of a sibling, without its weight; one module of zeros where nothing is left."""
+    """Return a sibling's new adapter: the rest divided by its weight, or one module of zeros."""
     modules = {}
     for name, value in rest.items():
         modules[name] = value.scaled(1.0 / weight_at(weight, name)).folded()
     if not modules and not adapter.overrides:
-        # Files without a module can't be written, and the node has to stay.
+        # The node has to stay, and PEFT's files need at least one module.
         name, value = next(iter(adapter.modules.items()))
         A = value.A[..., :1, :]
         modules = {name: LowRank(A, torch.zeros_like(value.B[..., :1]), 1.0, None, value.layout)}
@@ -399,7 +400,7 @@ def _installed(
     children: dict[str, Adapter],
     errors: dict[str, Deviation],
 ) -> Edited:
-    """Change the tree: nothing here can fail any more but the names, which are tried first."""
+    """Change the tree. Only the names can still be refused, so they are checked first."""
     below = {path: tree.paths(path) for path in children}
     renamed: dict[str, str] = {}
     if into is not None:

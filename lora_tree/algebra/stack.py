@@ -1,18 +1,18 @@
-"""Stack: one weight's increments of many adapters, as singular triplets in small bases.
+"""Stack: the increments of one weight by many adapters, as singular triplets in joint bases.
 
     ΔW_i = Q_B · U_i diag(s_i) V_iᵀ · Q_Aᵀ        Q_B: (out, k)    U_i: (k, r)
                                                   Q_A: (in, l)     V_i: (l, r)
 
-Where all factors together have fewer columns than the weight has rows, k is their number and all
-further sums run over k numbers instead of out; otherwise Q_B is left out and k is out. In the same
-way l stands for in.
+If all factors together have fewer columns than the weight has rows, k is their number, and all
+later sums run over k numbers instead of out. Otherwise there is no Q_B, and k = out. The same holds
+for l and in.
 
-With the second moment C = E[x xᵀ] of the inputs an error counts by what it does to outputs. The
-triplets are then those of ΔW_i Q_A K with K Kᵀ = Q_Aᵀ C Q_A (Cholesky), since
+With the second moment C = E[x xᵀ] of the inputs, an error is measured by its effect on the outputs.
+The triplets are then those of ΔW_i Q_A K with K Kᵀ = Q_Aᵀ C Q_A (Cholesky), since
 
     ‖(ΔW − ΔW') C^½‖ = ‖(M − M') K‖        for  ΔW = Q_B M Q_Aᵀ,  ΔW' = Q_B M' Q_Aᵀ
 
-and Q_A K⁻ᵀ leads back.
+and Q_A K⁻ᵀ takes the place of Q_A.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ __all__ = ["Stack", "stack_of"]
 
 _CHUNK = 128  # leaves whose factors are decomposed at once
 _RIDGE = 1e-6
-"""Is added to a second moment, as a part of its mean: directions that no input has still count."""
+"""This fraction of a second moment's mean diagonal is added to its diagonal, so that errors count a
+little even in directions that no input has."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +43,7 @@ class Stack:
     """One module of n leaves; ranks are padded with zeros to the largest.
 
     Args:
-        Ut: (b, n, r, k), the U_iᵀ: a leaf's numbers lie side by side.
+        Ut: (b, n, r, k), the U_iᵀ: the numbers of one leaf are contiguous.
         s: (b, n, r) singular values.
         Vt: (b, n, r, l), the V_iᵀ.
         Q_B: (b, out, k); None: k is out, and U is in the weight's own coordinates.
@@ -78,7 +79,7 @@ class Stack:
         return self.Ut.shape[0], self.Ut.shape[-1], self.Vt.shape[-1]
 
     def value(self, left: Tensor, right: Tensor) -> LowRank:
-        """Return the increment L Rᵀ of the weight, its factors of like size.
+        """Return the increment L Rᵀ of the weight, with factors of equal magnitude.
 
         Args:
             left: (b, k, q).
@@ -88,7 +89,7 @@ class Stack:
             left = self.Q_B @ left
         if self.Q_A is not None:
             right = self.Q_A @ right
-        # Factors of like size lose least when they are rounded.
+        # Factors of equal magnitude lose least when they are rounded.
         lengths, widths = left.norm(dim=-2, keepdim=True), right.norm(dim=-2, keepdim=True)
         there = (lengths > 0) & (widths > 0)
         ratio = torch.where(there, (lengths / widths.clamp(min=1e-300)).sqrt(), 1.0)  # (b, 1, q)
@@ -106,7 +107,7 @@ def stack_of(values: Sequence[LowRank | None], moment: Tensor | None = None) -> 
         moment: E[x xᵀ] of the module's inputs, as `moment_inside` takes it.
 
     Raises:
-        SpecError: a factor or the moment has numbers that are not finite; or it is no moment.
+        SpecError: a factor or the moment has numbers that are not finite; or it is not a moment.
         ShapeMismatch: the moment does not have the size of the input.
     """
     there = [value for value in values if value is not None]
@@ -119,7 +120,7 @@ def stack_of(values: Sequence[LowRank | None], moment: Tensor | None = None) -> 
             continue
         check_readable(value)
         r = value.rank
-        # Copied into float64 before the scale comes in: in their own dtype that would round.
+        # Converted to float64 before it is scaled: in its own dtype the product would be rounded.
         B[:, :, i, :r] = value.B.detach().reshape(batch, out, r)
         B[:, :, i, :r] *= value.scale
         A[:, :, i, :r] = value.A.detach().reshape(batch, r, into).mT
@@ -147,7 +148,7 @@ def stack_of(values: Sequence[LowRank | None], moment: Tensor | None = None) -> 
 
 
 def _in_basis(factors: Tensor) -> tuple[Tensor | None, Tensor]:
-    """Bring (b, size, n, r) columns into an orthonormal basis if that has fewer numbers."""
+    """Express (b, size, n, r) columns in an orthonormal basis, if they are fewer than size."""
     batch, size, count, rank = factors.shape
     if count * rank >= size:
         return None, factors
@@ -156,7 +157,7 @@ def _in_basis(factors: Tensor) -> tuple[Tensor | None, Tensor]:
 
 
 def _weighed(Q_A: Tensor | None, A: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
-    """Bring the columns of A to where lengths are those of outputs, and the way back."""
+    """Return Q_A K⁻ᵀ and Kᵀ A: in these coordinates a norm is the norm of the outputs."""
     into = A.shape[1] if Q_A is None else Q_A.shape[-2]
     inside = moment_inside(Q_A, moment, into)  # (b, l, l), or (l, l) for all
     mean = inside.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
@@ -177,7 +178,7 @@ def _weighed(Q_A: Tensor | None, A: Tensor, moment: Tensor) -> tuple[Tensor, Ten
 
 
 def _refuse_infinite(values: Sequence[LowRank]) -> NoReturn:
-    """Raise for the first value that is not finite; names what is not, factors or product."""
+    """Raise for the first value that is not finite, or else because a product is too large."""
     for value in values:
         value.core()
     raise SpecError("the product of the factors is too large for float64")

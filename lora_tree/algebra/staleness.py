@@ -1,8 +1,8 @@
-"""Which nodes a change of a tree makes stale, told before anything is saved.
+"""Find the nodes that a change of a tree makes stale, before anything is saved.
 
-A node's files are stale where its lineage is not the one that it was trained on: other ancestors,
-other contents of them, or other weights. A save finds that by hashes; here the same is asked of two
-trees in memory, one a copy of the other from before the change.
+A node is stale if its lineage is not the one that it was trained on: other ancestors, or other
+contents or weights of these. A save detects that by hashes. Here the tree in memory is compared
+with a copy from before the change.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ def made_stale(
     before: AdapterTree, after: AdapterTree, moved: Mapping[str, str] | None = None
 ) -> list[str]:
     """Return the paths in ``after`` of nodes that fitted their lineage and no longer do, and of
-    copies that do not fit the lineage that they were put on.
+    copies that do not fit the lineage at their new place.
 
     Args:
         before: the tree before the change: ``copy.copy(tree)``.
         after: the tree after it.
-        moved: old path → new path, of the nodes that have another one.
+        moved: old path → new path, of the nodes that moved.
     """
     renamed = moved or {}
     found: list[str] = []
@@ -33,7 +33,7 @@ def made_stale(
         if now not in after or before[path].stale is not None:
             continue
         trained = getattr(after[now].source, "trained", None)
-        # An adapter in memory alone, or one that never trained, fits any lineage when it is saved.
+        # An adapter that is only in memory, or was never trained, fits any lineage when saved.
         if trained is None or getattr(trained, "untrained", False):
             continue
         if _ancestors(before, path) != _ancestors(after, now):
@@ -43,7 +43,7 @@ def made_stale(
 
 
 def _copies(before: AdapterTree, after: AdapterTree, moved: Set[str]) -> list[str]:
-    """The new nodes with files of a trained node, on other ancestors than that one has."""
+    """Return the new nodes that are copies of a trained node, but have other ancestors."""
     origins: dict[int, str] = {}
     for path in before.paths():
         origins.setdefault(id(before[path].source), path)
@@ -58,7 +58,7 @@ def _copies(before: AdapterTree, after: AdapterTree, moved: Set[str]) -> list[st
         if origin is not None:
             fits = _ancestors(before, origin) == _ancestors(after, path)
         else:
-            # Another tree's nodes come with their ancestors; nothing may stand above those.
+            # Nodes of another tree come with their ancestors: only adapters above these matter.
             above = [each for each in after.lineage(path)[:-1] if each not in added]
             fits = not any(after[each].has_adapter for each in above)
         if not fits:
@@ -67,11 +67,11 @@ def _copies(before: AdapterTree, after: AdapterTree, moved: Set[str]) -> list[st
 
 
 def _ancestors(tree: AdapterTree, path: str) -> list[tuple[object, Weight]]:
-    """The adapters above a node, as what they came from, and their weights. Names don't count."""
+    """Return the identities and weights of the adapters above a node; names are ignored."""
     found: list[tuple[object, Weight]] = []
     for above in tree.lineage(path)[:-1]:
         node = tree[above]
-        # Files before memory: an adapter that was only read since is the one that it was.
+        # The source comes first: reading an adapter into memory in between is no change.
         if node.source is not None:
             found.append((id(node.source), node.weight))
         elif node.loaded is not None:

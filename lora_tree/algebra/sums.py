@@ -1,9 +1,9 @@
-"""Sums over the nodes of a tree: a lineage or a blend, less another one, with each node taken once.
+"""Sums over the nodes of a tree: a lineage or a blend less another one, with one term per node.
 
     path − parent of its new place  =  Σ (c_n − c'_n) · adapter_n      equal coefficients cancel
 
-Nodes that cancel are not read and cost no rank. Squashing, rebasing and comparing paths are such
-sums.
+Nodes that cancel are not read and cost no rank. `squash`, `rebase`, `absorb` and `merge_paths`
+compute such sums.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 Term = tuple[str, float, Adapter]
-"""(node, coefficient, its adapter). A weight per module is in the adapter's scales."""
+"""(node, coefficient, its adapter). Weights per module are folded into the adapter's scales."""
 
 
 def less(
@@ -54,12 +54,13 @@ def less(
     Args:
         tree: both are its paths.
         plus, minus: a path or a blend each; ``""`` is the bare base.
-        base: give every adapter the names that its modules have in this model today.
-        kept: the overrides of a node that stands below, and gets the difference.
+        base: rename every adapter's modules to their names in this model.
+        kept: the overrides of the node below, to which the difference is added.
 
     Raises:
-        PathError: a node is not there.
-        SpecError: a weight is not finite; or an override is taken off, which nothing gives back.
+        PathError: a node does not exist.
+        SpecError: a weight is not finite; or an override would be subtracted, which no increment
+            can undo.
         FolderError, FormatError: a node's files are gone or broken; names the node.
     """
     added, taken = tree.coefficients(plus), tree.coefficients(minus)
@@ -73,8 +74,8 @@ def less(
     _refuse_parts(added, changed)
     leaving = [(node, tree.outline(node) or Adapter({})) for node in changed]
     check_kept(leaving, kept or {}, "another lineage")
-    # What an override drops on one side it drops on the other as well: both have it, or it is in
-    # the difference and stands below all that is taken off.
+    # An override drops the same increments on both sides: either both lineages have it, or it is in
+    # the difference, below all nodes that are subtracted.
     terms = [term for term in tree.terms(plus, base=base) if coefficients[term[0]] != 0.0]
     replaced: dict[str, Override] = dict(kept or {})
     for _, _, adapter in terms:
@@ -88,10 +89,10 @@ def less(
 
 
 def _refuse_parts(added: Mapping[str, Weight], changed: Sequence[str]) -> None:
-    """Refuse a difference in which a node stays with another coefficient, beside an override.
+    """Refuse a difference with overrides in which a node stays with another coefficient.
 
     Raises:
-        SpecError: one does; names it.
+        SpecError: a node does; names it.
     """
     for node in changed:
         if node in added:
@@ -103,7 +104,7 @@ def _refuse_parts(added: Mapping[str, Weight], changed: Sequence[str]) -> None:
 
 
 def replaces(tree: AdapterTree, node: str) -> bool:
-    """Return whether a node replaces tensors of the base; of files only headers are read."""
+    """Return whether a node replaces tensors of the base; reads only the header of its file."""
     outline = tree.outline(node)
     return outline is not None and bool(outline.overrides)
 
@@ -111,11 +112,11 @@ def replaces(tree: AdapterTree, node: str) -> bool:
 def read_terms(
     tree: AdapterTree, coefficients: Mapping[str, Weight], *, base: nn.Module | None = None
 ) -> list[Term]:
-    """Return the terms of node → coefficient, in the order of the sum; zeros are not read.
+    """Return the terms of node → coefficient, in the order of the sum; skip coefficients of 0.
 
     Raises:
         FolderError, FormatError: a node's files are gone or broken; names the node.
-        BaseMismatch: an adapter can't be put into the base's names; names the node.
+        BaseMismatch: an adapter's modules can't be renamed to the base's names; names the node.
         SpecError: a pattern of a weight matches no module; names the node.
     """
     found: list[tuple[str, Weight, Adapter]] = []
@@ -137,16 +138,16 @@ def read_terms(
 
 
 def as_term(node: str, weight: Weight, adapter: Adapter) -> Term:
-    """Return a term of a weight that was checked, or of one for other modules than these."""
+    """Return the term of a node; weights per module are folded into the adapter."""
     if isinstance(weight, float):
         return node, weight, adapter
     return node, 1.0, call_named(node, adapter.weighed, weight)
 
 
 def read_apart(tree: AdapterTree, path: str) -> Adapter:
-    """Return a node's adapter, an empty one for a group. The tree keeps no tensor of it.
+    """Read a node's adapter, an empty one for a group, without keeping it in the tree.
 
-    The tree's own verb would keep every adapter of a zoo in memory.
+    `AdapterTree.adapter` would keep every adapter of a large tree in memory.
 
     Raises:
         FolderError, FormatError: the node's files are gone or broken; names the node.
@@ -170,23 +171,23 @@ def added_up(terms: list[Term], *, base: nn.Module | None = None) -> Adapter:
         pairs.append((adapter, coefficient))
         nodes.append(node)
     flat = combine(pairs, names=nodes)
-    # A negative lora_alpha is legal and surprises readers of the files: the sign belongs into B.
+    # A negative lora_alpha is legal but surprises readers of the files, so the sign goes into B.
     return flat.map(_upright)
 
 
 def aligned(adapters: Sequence[Adapter]) -> list[Adapter]:
-    """Return the adapters with raw parameters named as those that are certain of the order do."""
+    """Return the adapters with raw parameters renamed by the orders that are certain."""
     certain: dict[str, tuple[str, ...]] = {}
     for adapter in adapters:
         for module, order in adapter.nesting.items():
-            # An order that a file did not say is a guess, and must not rename what others know.
+            # An order that a file did not state is a guess, and must not rename another adapter's.
             if module not in adapter.assumed:
                 certain[module] = order
     return [adapter.renested(certain) for adapter in adapters]
 
 
 def check_spelling(terms: list[Term], base: nn.Module | None = None) -> None:
-    """Refuse terms that name one module in two ways, of which an engine would lose one.
+    """Refuse terms that name one module in two ways, because an engine would use only one of them.
 
     Raises:
         BaseMismatch: two names look like one module's; names the nodes and the modules.
@@ -195,7 +196,7 @@ def check_spelling(terms: list[Term], base: nn.Module | None = None) -> None:
     for node, _, adapter in terms:
         for name in adapter.modules:
             whose.setdefault(name, node)
-    # Without a base nothing tells two spellings from two modules, so both are suspect.
+    # Without a base, two spellings of one module can't be told from two modules: refuse both.
     twice = spelled_twice(whose) if base is None else spelled_twice(whose, names_of(base).has)
     if twice is None:
         return

@@ -1,4 +1,4 @@
-"""Hand-over of a path: as one adapter that every engine reads, or as a merged checkpoint."""
+"""Export a path: as one adapter that every engine reads, or as a merged checkpoint."""
 
 from .checkpoint import MergedCheckpoint, export_model
 from .extract import Extracted, extract

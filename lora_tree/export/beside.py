@@ -1,4 +1,4 @@
-"""The files beside a base's weights: which are copied into a merged checkpoint, and which are not.
+"""Decide which files beside a base's weights are copied into a merged checkpoint.
 
     config, tokenizer, templates, …     copied
     weights in other formats            left out: they would still be the base's
@@ -27,7 +27,8 @@ from .shards import INDEX, SINGLE, Checkpoint, leads_outside, own_files
 __all__ = ["OtherFiles", "beside_weights"]
 
 LAST = (INDEX, "config.json")
-"""Written last: without a config, nothing takes a folder that was cut off half-way for a model."""
+"""These are written last: without a config no program mistakes a partly written folder for a
+model."""
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt")
 _CODE = (".py", ".pyc", ".pyd", ".so", ".dll", ".dylib", ".sh", ".ipynb")
@@ -49,19 +50,19 @@ class OtherFiles:
 
 
 def beside_weights(folder: Path, checkpoint: Checkpoint, *, with_code: bool = False) -> OtherFiles:
-    """Sort the files of a base's folder; hidden ones are passed over.
+    """Sort the files of a base's folder into copied and left out; ignore hidden ones.
 
     Args:
-        checkpoint: the weights, which are written by other means; their files are looked at for
-            links only.
+        checkpoint: the weights. `CheckpointWriter` writes them; here their files are only checked
+            for links out of the folder.
         with_code: copy code as well.
 
     Raises:
-        FolderError: a file that would be written is a link out of the folder, or no plain file;
+        FolderError: a file that would be written is a link out of the folder, or not a plain file;
             names it.
     """
     inside = own_files(folder)
-    # Before anything is written: a refusal in the middle would cost the minutes of a large copy.
+    # Check before anything is written: a refusal half-way would waste minutes of copying.
     for name in checkpoint.files:
         _check_inside(folder / name, inside)
     copied: list[str] = []
@@ -99,13 +100,13 @@ def _is_other_weights(relative: str, checkpoint: Checkpoint) -> bool:
     if name.endswith(_WEIGHTS):
         return True
     if relative == INDEX:
-        # transformers prefers a single file and reads no index beside it, so that is an old one
+        # transformers prefers a single file and ignores an index beside it, so this one is old
         return checkpoint.files == (SINGLE,)
     return bool(_OTHER_INDEX.match(name))
 
 
 def _check_inside(file: Path, inside: Inside) -> None:
-    # The real path: a link inside the folder to another file of it is fine.
+    # Check the real path: a link to another file inside the folder is fine.
     real = os.path.realpath(file)
     if not inside(real):
         raise leads_outside(file)

@@ -1,13 +1,14 @@
-"""A path merged into a base's checkpoint, tensor by tensor: the base is never loaded.
+"""Merge a path into a base's checkpoint tensor by tensor, without loading the base.
 
-    1. check    the base's files and config, every module's shape and dtype, that all stays finite
+    1. check    the base's files and config, every module's shape and dtype, that sums stay finite
     2. write    the weights, each file with its old name, size and header (`checkpoint_writer`)
     3. copy     config, tokenizer, …; config.json and the index last
 
 Files keep their names and headers, so dtypes, sharding and ties are the base's.
 
-Law: the folder appears whole or not at all. All is written beside the place, synced and renamed. An
-interrupted run leaves a hidden folder without a config.json, which the next run clears.
+Law: the folder appears whole or not at all. Everything is written to a hidden folder beside it,
+synced and renamed. An interrupted run leaves the hidden folder, without a config.json, and the next
+run removes it.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class MergedCheckpoint:
     Args:
         path: the path or blend.
         folder: the checkpoint.
-        changed: names on the disk of the tensors that have other values than the base's.
+        changed: names on the disk of the tensors whose values differ from the base's.
         nbytes: bytes of all weight files.
         left_out: files of the base's folder that were not copied: its weights in other formats, an
             adapter's files, code, linked folders.
@@ -71,25 +72,24 @@ def export_model(
     progress: Callable[[int, int], None] | None = None,
     trust_remote_code: bool = False,
 ) -> MergedCheckpoint:
-    """Write a path or a blend as a checkpoint of its own: the base's, with the increments added.
+    """Write a path or a blend as a whole checkpoint: the base's, with the increments added.
 
-    Loaded by transformers in its own dtype it has the bits that ``activate(path)`` gives the loaded
-    base. Memory: the largest tensor and its factors; for fused experts three times what
-    transformers fuses them to.
+    If transformers loads it in its own dtype, the weights are bit for bit those of the base after
+    ``activate(path)``. Memory: the largest tensor and its factors; for fused experts three times
+    the size of the fused parameter.
 
     Args:
-        folder: made; it must not be there yet, or be empty.
-        base: the base's folder with its safetensors files, or its hub id; the tree's own base
-            without it.
+        folder: the folder to create; it must not exist yet, or be empty.
+        base: the base's folder with its safetensors files, or its hub id; None: the tree's base.
         with_code: copy the base's own code (``*.py``, …) as well, which loads with
             ``trust_remote_code`` only.
         progress: called with (bytes written, bytes to write).
-        trust_remote_code: run the Python code that the base brings along, if its class is in there.
+        trust_remote_code: run the base's own Python code if its class is defined there.
 
     Raises:
-        PathError: a node is not there.
+        PathError: a node does not exist.
         SpecError: no base is known; or it is quantised; or transformers can't read its config; or
-            it is code of its own, and the caller did not allow it to run.
+            its class is the base's own code, and the caller did not allow it to run.
         FormatError: the base has no whole safetensors checkpoint.
         BaseMismatch: an adapter's module is not in the base, or in another shape, or has no tensor
             in the checkpoint; or its tensors' conversion can't be inverted; or a weight would get a
@@ -113,7 +113,7 @@ def export_model(
     inside = own_files(source)
     checkpoint = open_checkpoint(source, inside=inside)
     others = beside_weights(source, checkpoint, with_code=with_code)
-    # The class says which parameters there are, which are tied and how they are stored.
+    # The model's class defines the parameters, which of them are tied, and how they are stored.
     model = skeleton(source, what="a merged checkpoint", trust_remote_code=trust_remote_code)
     _check_not_quantised(model, source)
     names = CheckpointNames(model, checkpoint.tensors)
@@ -122,11 +122,11 @@ def export_model(
         _check_finite(changes, names)
     except LoraTreeError as error:
         raise error.within(path or "the bare base") from error
-    # All checks are done. A failure from here on is one of the disk, and leaves no folder.
+    # All checks are done. From here on only the disk can fail, and that leaves no folder.
     where = Path(os.path.abspath(as_path(folder)))
     with new_model_folder(where, needs_bytes=checkpoint.nbytes) as out:
         CheckpointWriter(checkpoint, out, names, progress).run(changes)
-        # config.json is the last of these, so a folder that was cut off is no model to anything.
+        # config.json comes last, so no program takes a partly written folder for a model.
         for name in others.copied:
             out.copy(source / name, name, inside=inside)
     changed: list[str] = []
@@ -148,7 +148,7 @@ def _by_group(found: Sequence[Write], names: CheckpointNames) -> list[GroupWrite
             group = names.group(write.parameter)
         except LoraTreeError as error:
             raise error.within(f"{write.node}: {write.module}") from error
-        # The shape of a parameter made of several tensors is known when they are put together.
+        # A parameter made of several tensors has its shape checked once they are put together.
         if group.converter is None:
             write.check_shape(group.stored[0].shape)
         for stored in group.stored:
@@ -178,7 +178,7 @@ def _check_finite(changes: Sequence[GroupWrites], names: CheckpointNames) -> Non
 
 
 def base_folder(tree: AdapterTree, base: str | os.PathLike[str] | None) -> Path:
-    """Return the folder of the base; one on the hub is fetched, or found where it was fetched.
+    """Return the folder of the base; download it from the hub, or find it in the hub's cache.
 
     Raises:
         SpecError: neither the caller nor the tree names one, or it can't be fetched.
@@ -199,7 +199,7 @@ def base_folder(tree: AdapterTree, base: str | os.PathLike[str] | None) -> Path:
     ):
         fetched = hub.snapshot_download(
             os.fspath(name),
-            # the same weights in other formats, of which nothing is read
+            # the same weights in formats that are not read here
             ignore_patterns=["*.bin", "*.pth", "*.gguf", "original/*"],
             local_files_only=not hub_answers(),
         )
@@ -208,7 +208,7 @@ def base_folder(tree: AdapterTree, base: str | os.PathLike[str] | None) -> Path:
 
 def _check_not_quantised(model: object, source: Path) -> None:
     config = getattr(model, "config", None)
-    # Packed values can't be added to, and their scales would no longer fit.
+    # Increments can't be added to packed values, and the scales would no longer fit.
     quantised: Mapping[str, object] | None = getattr(config, "quantization_config", None)
     if quantised is not None:
         raise SpecError(

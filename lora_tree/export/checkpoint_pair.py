@@ -46,14 +46,14 @@ class CheckpointPair:
         self._shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
 
     def unmatched(self) -> dict[str, str]:
-        """Return the tensors that only one of the two has → what that means."""
+        """Return the tensors that only one of the two has → a sentence that says which."""
         found: dict[str, str] = {}
         for name in set(self._new.tensors) - set(self._old.tensors):
             found[name] = "the base has no such tensor"
         for name in set(self._old.tensors) - set(self._new.tensors):
             found[name] = "the tuned checkpoint has no such tensor"
-        # A conversion makes its parameters of any names that a checkpoint has, so names that
-        # differ only there are no loss.
+        # transformers converts older names on the disk to the model's parameters, so tensors that
+        # a conversion uses are matched even if their names differ.
         used: set[str] = set()
         for which in (0, 1):
             for parameter in self._shapes:
@@ -78,7 +78,7 @@ class CheckpointPair:
         return None
 
     def both(self, parameter: str) -> tuple[Tensor, Tensor] | None:
-        """Return the base's value and the other one; None of a parameter tied to another one."""
+        """Return the base's value and the other one; None if it is tied to another parameter."""
         if self._group(0, parameter) is None:
             return None
         return self._read(0, parameter), self._read(1, parameter)

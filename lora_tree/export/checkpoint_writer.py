@@ -1,10 +1,10 @@
-"""The writer of a merged checkpoint: every file at its old size, every tensor at its old place.
+"""Write a merged checkpoint: every file keeps its size, every tensor its offset.
 
     header, unchanged tensors   copied inside the kernel, byte for byte
     changed tensors             read, W ← round_once(W0 + Σ B A) as a switch does it, written
     tensors of one parameter    put together, changed and taken apart by transformers (see `names`)
 
-Sizes and offsets do not change, so tensors can be written in any order and nothing is planned anew.
+So the headers are copied as well, and tensors can be written in any order.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from .writes import Write
 __all__ = ["CheckpointWriter", "GroupWrites"]
 
 KERNEL_BYTES = 64 << 20
-"""The most that is copied inside the kernel at once, so that progress is told in between."""
+"""The most bytes per copy inside the kernel; progress is reported after each."""
 
 PLAIN_BYTES = 8 << 20
-"""The most that goes through this process at once, where the kernel can't copy by itself."""
+"""The most bytes per read and write, if the kernel can't copy between the two files."""
 
 WRITE_BYTES = 1 << 30
-"""The most that is written at once: macOS refuses to write more than 2 GiB."""
+"""The most bytes per write: macOS refuses to write more than 2 GiB at once."""
 
 GroupWrites = tuple[TensorGroup, list[Write]]
-"""Tensors on the disk, and all that is added to the parameters that they make."""
+"""Tensors on the disk, and all writes to the parameters that are made of them."""
 
 
 class CheckpointWriter:
@@ -67,13 +67,13 @@ class CheckpointWriter:
         self._done_bytes = 0
 
     def run(self, changes: Sequence[GroupWrites]) -> None:
-        """Write every file: unchanged ones first, then changed ones.
+        """Write every file, and then the parameters that are made of several tensors.
 
         Raises:
             FolderError, FormatError: a file can't be written or read.
             BaseMismatch, SpecError: transformers can't convert a parameter.
         """
-        alone: dict[str, list[Write]] = {}  # tensor → its increment
+        alone: dict[str, list[Write]] = {}  # tensor → its writes
         together: list[GroupWrites] = []
         changing: set[str] = set()
         unfinished: set[str] = set()  # files that get tensors after the loop over the files
@@ -84,7 +84,8 @@ class CheckpointWriter:
             else:
                 together.append((group, writes))
                 unfinished.update(stored.file.name for stored in group.stored)
-        # One buffer serves all tensors that change alone: new pages cost as much as their bytes.
+        # Reuse one buffer for all tensors that change alone: clearing new pages costs as much as
+        # reading into them.
         largest = max((self._checkpoint.tensors[name].nbytes for name in alone), default=0)
         buffer = torch.empty(largest, dtype=torch.uint8, device="cpu")
         syncs: list[Future[None]] = []
@@ -118,7 +119,7 @@ class CheckpointWriter:
         return [stored for stored in self._checkpoint.tensors.values() if stored.file.name == name]
 
     def _copy_rest(self, name: str, out: int, changing: set[str]) -> None:
-        """Copy the header and every run of tensors that stay."""
+        """Copy the header and every run of unchanged tensors."""
         source = self._checkpoint.folder / name
         tensors = self._tensors_of(name)
         with disk.named("copy it", source), self._open(source, tensors) as stream:
@@ -149,10 +150,10 @@ class CheckpointWriter:
 
     def _change_together(self, group: TensorGroup, writes: Sequence[Write]) -> None:
         parameters = self._names.together(group, Stored.read)
-        # Before the change, while the bits of the files can still be compared.
+        # Check before the change: afterwards the bits no longer equal those of the files.
         self._names.check_inverse(group, parameters)
         for write in writes:
-            # transformers may hand out a transposed view, and the sum is written in place
+            # transformers may return a transposed view, but the sum is written in place
             values = parameters[write.parameter].contiguous()
             write.check_shape(tuple(values.shape))
             self._add(write, values)
@@ -160,11 +161,11 @@ class CheckpointWriter:
         parts = self._names.apart(group, parameters)
         for stored in group.stored:
             with self._folder.reopen(stored.file.name) as out:
-                # pop: of fused experts each part is freed as soon as it is written
+                # pop frees each part as soon as it is written: fused experts have many
                 self._put(out, stored, parts.pop(stored.name))
 
     def _add(self, write: Write, values: Tensor) -> None:
-        # An override is rounded to the dtype of the base's own numbers, as a switch does it.
+        # As in a switch, an override is rounded to the dtype of the base's own tensor.
         for override in write.overrides:
             override.write(values)
         if not write.values:
@@ -192,9 +193,9 @@ class CheckpointWriter:
 
 
 def _copy_some(source: int, out: int, at: int, size: int) -> int:
-    """Copy bytes from a file to the same place of another, and return how many were copied.
+    """Copy bytes from a file to the same offset of another, and return how many were copied.
 
-    The kernel does it where it can, and on btrfs or xfs it only shares the blocks.
+    If possible the kernel copies; on btrfs and xfs it only shares the blocks.
     """
     try:
         return os.copy_file_range(source, out, size, at, at)
@@ -209,6 +210,6 @@ def _copy_some(source: int, out: int, at: int, size: int) -> int:
 
 
 def _steps(begin: int, end: int) -> Iterator[tuple[int, int]]:
-    """Yield (place, size) of pieces that are short enough to tell of."""
+    """Yield (offset, size) of pieces of at most `KERNEL_BYTES`."""
     for at in range(begin, end, KERNEL_BYTES):
         yield at, min(KERNEL_BYTES, end - at)

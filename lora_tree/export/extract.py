@@ -1,4 +1,4 @@
-"""A tuned checkpoint minus its base, as an adapter: the door for merged models and for DoRA.
+"""Extract an adapter from a tuned checkpoint and its base: for merged models, DoRA and others.
 
     D = W_tuned − W_base        one parameter at a time, in fp32 or wider
     D ≈ B A                     randomised SVD: Q = orth(D (Dᵀ D)² Ω), and the SVD of Qᵀ D
@@ -8,8 +8,8 @@ A parameter that differs only by a rounding (the tuned one in bf16, the base in 
 unchanged. A change that no low rank can hold (norms, biases, a grown vocabulary) is listed by name,
 and refused unless the caller says to leave it behind.
 
-Law: the result depends on the two checkpoints and the bounds alone. The random numbers of a module
-are drawn from a generator of their own, with a fixed seed.
+Law: the result depends on the two checkpoints and the bounds alone. The random numbers of each
+module come from a fresh generator with a fixed seed.
 
 Reference: Halko, Martinsson, Tropp, https://arxiv.org/abs/0909.4061 (Algorithms 4.4 and 5.1).
 """
@@ -42,7 +42,7 @@ FIRST_RANK = 16
 OVERSAMPLED = 8
 POWER_STEPS = 2
 ROUNDING = 1e-6
-"""A ``max_error`` lets this much through on top, for the rounding of the factors themselves."""
+"""The tolerance added to ``max_error``, for the rounding of the factors themselves."""
 BLOCK_ROWS = 1024
 
 
@@ -53,8 +53,8 @@ class Extracted:
     Args:
         adapter: the factors, and its `Adapter.errors`.
         errors: module → ‖D − BA‖ / ‖D‖; every module that changed is in it.
-        left: tensor → why no low rank holds its change; nothing of it is in the adapter.
-        unchanged: how many parameters are the same in both.
+        left: tensor → the reason why no low rank holds its change; the adapter lacks it.
+        unchanged: the number of parameters that are equal in both.
     """
 
     adapter: Adapter
@@ -80,7 +80,7 @@ def extract(
     progress: Callable[[int, int], None] | None = None,
     trust_remote_code: bool = False,
 ) -> Extracted:
-    """Return what a fine-tune changed in its base, as an adapter.
+    """Return the difference between a fine-tuned model and its base, as an adapter.
 
     Memory: one parameter of both checkpoints in fp32, and its factors.
 
@@ -88,10 +88,10 @@ def extract(
         base, tuned: folders of transformers models saved as safetensors, in shards or one file.
         rank: the rank to keep; or the most to keep, if ``max_error`` is given too.
         max_error: the largest relative error allowed in any module.
-        ignore: leave changes behind that no low rank holds, instead of refusing them.
-        dtype: round the factors to it; fp32 without it.
-        progress: called with (parameters compared, parameters there are).
-        trust_remote_code: run the Python code that the base brings along.
+        ignore: leave out changes that no low rank holds, instead of refusing them.
+        dtype: round the factors to it; None: fp32.
+        progress: called with (parameters compared, all parameters).
+        trust_remote_code: run the base's own Python code.
 
     Raises:
         SpecError: neither bound was given, or they can't both be met; names the module.
@@ -163,12 +163,12 @@ def _check_left(left: Mapping[str, str], tuned: object, *, ignore: bool) -> None
 
 
 def _change(pair: CheckpointPair, parameter: str) -> Tensor | None:
-    """The difference of a parameter, in fp32 or wider; None where nothing changed."""
+    """Return the difference of a parameter, in fp32 or wider; None if nothing changed."""
     both = pair.both(parameter)
     if both is None:
         return None
     old, new = both
-    # The tuned one may have been saved in a narrower dtype: a rounding is no change.
+    # One of the two may have been saved in a narrower dtype: rounding alone is no change.
     if torch.equal(old.to(new.dtype), new) or torch.equal(new.to(old.dtype), old):
         return None
     wide = torch.promote_types(torch.promote_types(old.dtype, new.dtype), torch.float32)
@@ -176,7 +176,7 @@ def _change(pair: CheckpointPair, parameter: str) -> Tensor | None:
 
 
 def _site_of(model: nn.Module, parameter: str) -> Site | None:
-    """The site whose weight a parameter is; the parameter's own where it is read raw."""
+    """Return the site whose weight the parameter is, or the raw parameter's own site."""
     module, _, leaf = parameter.rpartition(".")
     try:
         site = find_site(model, module)
@@ -191,7 +191,7 @@ def _site_of(model: nn.Module, parameter: str) -> Site | None:
 
 
 def _why_left(model: nn.Module, name: str, site: Site | None, change: Tensor) -> str | None:
-    """Why a changed parameter can't be a module of the adapter; None if it can."""
+    """Return the reason why a changed parameter can't be in the adapter; None if it can."""
     if change.ndim < 2 or site is None:
         return f"{tuple(change.shape)}: a norm, a bias or another vector"
     if not change.isfinite().all():
@@ -202,7 +202,7 @@ def _why_left(model: nn.Module, name: str, site: Site | None, change: Tensor) ->
         return f"{tuple(change.shape)}: no matrix, and no batch of them"
     own = model.get_parameter(name)
     sharing = []
-    # By default torch names a shared parameter once, so a tied one would not be seen here.
+    # By default named_parameters lists a shared parameter once, which would hide the tie.
     for other, parameter in model.named_parameters(remove_duplicate=False):
         if parameter is own and other != name:
             sharing.append(other)
@@ -223,19 +223,19 @@ class _ModuleFactors:
         self._rank, self._max_error, self._dtype = rank, max_error, dtype
 
     def of(self, site: Site, change: Tensor) -> tuple[LowRank, float]:
-        """The value of a site's change, and its relative error.
+        """Return a site's change as factors, and its relative error.
 
         Raises:
             SpecError: the bounds can't both be met; names the module.
         """
         rows = site.rows(change)  # (batch, a, b): one batch per expert
-        # The norm is taken in fp64. `_smallest` subtracts from its square a sum that is nearly
-        # equal, and in fp32 little more than rounding would be left.
+        # The norm is taken in fp64: `_smallest` subtracts a nearly equal sum from its square, and
+        # in fp32 little more than rounding errors would remain.
         norm = float(torch.linalg.vector_norm(rows.double()))
         most = min(rows.shape[-2:])
         bound = min(self._rank or most, most)
-        # With a rank alone it is asked for at once; an error is approached from below, because a
-        # small rank costs little to try.
+        # If only a rank is given, compute that rank at once. For an error, start with a small rank,
+        # which is cheap to try, and double it.
         asked = bound if self._max_error is None else min(FIRST_RANK, bound)
         while True:
             left, right, kept = _range_finder(rows, asked)
@@ -244,7 +244,7 @@ class _ModuleFactors:
                 break
             asked = min(
                 2 * asked, bound
-            )  # the spectrum falls slower than the last try had room for
+            )  # this rank leaves too large an error: the spectrum falls slowly
         keep = asked if keep is None else keep
         left = left[..., :keep].to(self._dtype)
         right = right[..., :keep, :].to(self._dtype)
@@ -258,10 +258,10 @@ class _ModuleFactors:
         return _value(site, left.contiguous(), right.contiguous()), error
 
     def _smallest(self, kept: Tensor, norm: float, asked: int) -> int | None:
-        """The smallest rank within ``max_error``; None if more than ``asked`` is needed.
+        """Return the smallest rank within ``max_error``; None if more than ``asked`` is needed.
 
         Args:
-            kept: (k,) ‖·‖² that the first singular vectors hold, each for itself.
+            kept: (k,) the squared singular values, summed over the batch.
             norm: of the whole change.
         """
         if self._max_error is None:
@@ -273,24 +273,24 @@ class _ModuleFactors:
 
 
 def _range_finder(rows: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Left (batch, a, k), right (batch, k, b) and what each singular vector holds of ‖·‖², (k,)."""
+    """Return left (batch, a, k), right (batch, k, b) and the squared singular values (k,)."""
     *_, a, b = rows.shape
     width = min(rank + OVERSAMPLED, a, b)
-    # The numbers are drawn on the CPU and then moved: a GPU's generator gives others for the same
-    # seed, so the result would depend on the device.
+    # The random numbers are drawn on the CPU and then moved: for the same seed a GPU's generator
+    # gives others, so the result would depend on the device.
     generator = torch.Generator(device="cpu").manual_seed(SEED)
     omega = torch.randn(b, width, generator=generator, dtype=rows.dtype).to(rows.device)
     Q, _ = torch.linalg.qr(rows @ omega)
-    # Each step squares the ratio of two singular values, so that the small ones fade.
+    # Each step multiplies the ratio of two singular values by its square, so the small ones fade.
     for _ in range(POWER_STEPS):
-        # Each product is made orthogonal again. Otherwise all columns would turn toward the largest
+        # Orthonormalise after each product: otherwise all columns would turn toward the largest
         # singular vectors, and rounding would lose the others.
         P, _ = torch.linalg.qr(rows.mT @ Q)
         Q, _ = torch.linalg.qr(rows @ P)
     U, S, Vh = torch.linalg.svd(Q.mT @ rows, full_matrices=False)
     k = min(rank, S.shape[-1])
-    # Each factor gets half of every singular value. So both have numbers of one size, and neither
-    # is the first to overflow or to vanish in fp16.
+    # Each factor gets the root of every singular value. So both have the same magnitude, and
+    # neither overflows or underflows in fp16 before the other.
     root = S[..., :k].sqrt()
     left = (Q @ U[..., :, :k]) * root[..., None, :]
     right = root[..., :, None] * Vh[..., :k, :]
@@ -299,7 +299,7 @@ def _range_finder(rows: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _residual(rows: Tensor, left: Tensor, right: Tensor) -> float:
-    """‖rows − left @ right‖, in blocks of rows; of the factors as they are written."""
+    """Return ‖rows − left @ right‖ of the rounded factors, computed in blocks of rows."""
     total = 0.0
     right = right.to(rows.dtype)
     for start in range(0, rows.shape[-2], BLOCK_ROWS):
@@ -310,7 +310,7 @@ def _residual(rows: Tensor, left: Tensor, right: Tensor) -> float:
 
 
 def _value(site: Site, left: Tensor, right: Tensor) -> LowRank:
-    """The increment whose stored weight is left @ right."""
+    """Return the increment that adds left @ right to the weight as the module stores it."""
     if isinstance(site, ParameterSite):
         if site.is_transposed:
             return LowRank(left.mT.contiguous(), right.mT.contiguous(), layout=PARAMETER)

@@ -1,10 +1,10 @@
-"""FormErrors: how far an adapter in another form is from the exact sum of its lineage.
+"""FormErrors: the distance of an exported adapter from the exact sum of its lineage.
 
     module         ‖ΔW − ΔW'‖ / ‖ΔW‖                          in the Frobenius norm
     all of them    √(Σ ‖ΔW − ΔW'‖²) / √(Σ ‖ΔW‖²)
 
-Law: what a form costs is known. The exact sum is in float64, and so are the QR cores that the norms
-come from, so truncation, the folding of scales and the rounding to a dtype count alike.
+Law: the error of every export form is measured. The exact sum and the QR cores behind the norms are
+in float64, so the errors include truncation, the folding of scales and the rounding to a dtype.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from ..lowrank import LowRank, concat
 __all__ = ["ROUNDING", "FormErrors", "exact_sum"]
 
 ROUNDING = 1e-6
-"""The error that a ``max_error`` always allows: fp32 rounds by that much, and no rank mends it."""
+"""The tolerance added to ``max_error``: fp32 rounds by that much, at any rank."""
 
 
 def exact_sum(terms: NodeTerms) -> Mapping[str, LowRank]:
-    """Return the lineage's sum in float64, with which everything is compared."""
+    """Return the lineage's sum in float64, the reference for all errors."""
     nodes = [node for node, _, _ in terms]
     wide = [(adapter.to(dtype=torch.float64), by) for _, by, adapter in terms]
     return combine(wide, names=nodes).modules
@@ -38,7 +38,7 @@ class FormErrors:
     """The relative errors of an adapter's modules.
 
     Args:
-        by_module: module → its error; 0.0 where nothing was cut or rounded.
+        by_module: module → its error; 0.0 if nothing was cut or rounded.
         overall: the error over all modules together.
     """
 
@@ -47,7 +47,7 @@ class FormErrors:
 
     @classmethod
     def between(cls, exact: Mapping[str, LowRank], made: Mapping[str, LowRank]) -> FormErrors:
-        """Return the errors of what was made, for every module of the exact sum."""
+        """Return the errors of the modules in ``made``, for every module of the exact sum."""
         errors: dict[str, float] = {}
         all_off, all_norm = 0.0, 0.0
         for name, wanted in exact.items():
@@ -60,7 +60,7 @@ class FormErrors:
         return cls(errors, _relative(all_off, all_norm))
 
     def check_within(self, max_error: float | None, dtype: torch.dtype | None) -> None:
-        """Check that no module is further off than was allowed, once its factors are rounded.
+        """Check that no module's error exceeds ``max_error`` once its factors are rounded.
 
         Args:
             max_error: the largest error allowed; None: any.
@@ -85,7 +85,7 @@ def _distance(wanted: LowRank, made: LowRank) -> float:
     """Return ‖ΔW − ΔW'‖."""
     got = made.to(dtype=torch.float64)
     folded = wanted.folded()
-    # The norm of a difference is never quite zero in floating point; equal factors are equal.
+    # Equal factors have no error, but the norm of their difference would not be exactly zero.
     has_same_rank = folded.A.shape == got.A.shape
     if has_same_rank and torch.equal(folded.A, got.A) and torch.equal(folded.B, got.B):
         return 0.0
@@ -95,5 +95,5 @@ def _distance(wanted: LowRank, made: LowRank) -> float:
 def _relative(off: float, norm: float) -> float:
     if norm:
         return off / norm
-    # A sum that is zero has no relative error, unless something was added to it.
+    # For a zero sum the relative error is 0, or infinite if the export is not zero.
     return 0.0 if off == 0.0 else math.inf

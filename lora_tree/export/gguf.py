@@ -1,12 +1,12 @@
-"""A path, or every node by itself, as files that llama.cpp's server loads beside a base.
+"""Write a path, or every node by itself, as GGUF files that llama.cpp's server loads with a base.
 
     general.type = adapter      adapter.type = lora      adapter.lora.alpha = 0
     blk.0.attn_q.weight.lora_a  (r, in)                  blk.0.attn_q.weight.lora_b  (out, r)
 
-llama.cpp scales each pair by alpha over its own rank, or by the request's scale alone if alpha is
-0. So scales are folded into B and alpha is 0, and ranks may differ. Its server sums the adapters
-that a request lists, each with a scale: a path or a blend is such a list, and each node is stored
-once.
+llama.cpp scales each pair by alpha over the pair's rank, or by the request's scale alone if alpha
+is 0. So the export folds scales into B and writes alpha 0, and ranks may differ between modules.
+The server sums the adapters that a request lists, each with its scale: a path or a blend becomes
+such a list, and each node is stored once.
 
 Llama stores the rows of its query and key projections in another order in GGUF, and so the rows of
 their B. Names and the writer are the ``gguf`` package's own.
@@ -41,7 +41,7 @@ from .unloaded_base import skeleton
 __all__ = ["LlamaRequest", "export_gguf", "export_gguf_nodes", "llama_request"]
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}
-"""``model_type`` of a config → the architecture's name in GGUF; those that were tried out."""
+"""``model_type`` of a config → the architecture's name in GGUF, for the ones that were tested."""
 PERMUTED = {"llama", "mistral"}
 
 
@@ -60,8 +60,8 @@ class LlamaRequest:
     @property
     def arguments(self) -> list[str]:
         """The server's flags."""
-        # Without this flag llama.cpp's server starts with every adapter at scale 1, so a request
-        # without a list would get the sum of all nodes.
+        # By default llama.cpp's server starts with every adapter at scale 1, so a request without
+        # a list would get the sum of all nodes.
         flags = ["--lora-init-without-apply"]
         for file in self.files:
             flags += ["--lora", str(file)]
@@ -82,17 +82,17 @@ def export_gguf(
     rank: int | None = None,
     max_error: float | None = None,
 ) -> Adapter:
-    """Write a path or a blend as one GGUF adapter, and return it as it was flattened.
+    """Write a path or a blend as one GGUF adapter, and return the flattened adapter.
 
     Args:
         to: the file; it appears whole or not at all.
-        base: the base's folder or hub id, for its architecture; the tree's own without it.
+        base: the base's folder or hub id, for its architecture; None: the tree's base.
         rank, max_error: as for `AdapterTree.flatten`.
 
     Raises:
         MissingExtra: gguf is not installed.
-        SpecError: no base is known, or it is of an architecture that was not tried out.
-        FormatError: a module has no way into GGUF; names it.
+        SpecError: no base is known, or its architecture is not in `ARCHITECTURES`.
+        FormatError: GGUF can't hold a module; names it.
     """
     form = _Form.of(tree, base)
     flat = tree.flatten(blend, rank, max_error=max_error, base=form.model)
@@ -108,8 +108,8 @@ def export_gguf_nodes(
 ) -> list[Path]:
     """Write every node that has an adapter as ``folder/<path>.gguf``; return the files by id.
 
-    A node's weight is no part of its file: `llama_request` puts it into the scale. A weight per
-    module is, because the server knows one scale for a file.
+    A node's weight is not in its file: `llama_request` puts it into the scale. Weights per module
+    are in the file, because the server has only one scale per file.
 
     Raises:
         MissingExtra, SpecError, FormatError: as `export_gguf`; names the node.
@@ -117,7 +117,7 @@ def export_gguf_nodes(
     form = _Form.of(tree, base)
     rendered: dict[Path, bytes] = {}
     for path, file in _files(tree, Path(os.path.abspath(as_path(folder)))).items():
-        # By itself: `flatten` would add the nodes above it.
+        # In a tree of its own, because `flatten` adds the nodes above.
         adapter = tree.adapter(path)
         assert adapter is not None
         weight = tree[path].weight
@@ -127,7 +127,7 @@ def export_gguf_nodes(
             rendered[file] = form.render(alone.flatten("node", base=form.model))
         except LoraTreeError as error:
             raise error.within(path) from error
-    # Nothing is written before every node has proved to fit.
+    # Write only after every node has been rendered without an error.
     for file, data in rendered.items():
         _write(data, file)
     return list(rendered)
@@ -136,7 +136,7 @@ def export_gguf_nodes(
 def llama_request(
     tree: AdapterTree, folder: str | os.PathLike[str], blend: Blend = ""
 ) -> LlamaRequest:
-    """Return the flags for the files of `export_gguf_nodes`, and the request of a path or blend.
+    """Return the server's flags for the files of `export_gguf_nodes`, and a path's request.
 
     Raises:
         PathError, SpecError: no such path, or no such blend; or the blend has weights per module.
@@ -173,7 +173,7 @@ def llama_request(
         if scale != 0.0:
             lora.append((numbers[path], scale))
     if not lora:
-        # To the server an empty list means no list, and so the scales that it started with.
+        # The server treats an empty list as no list, and uses the scales that it started with.
         lora = [(number, 0.0) for number in numbers.values()]
     return LlamaRequest(tuple(files.values()), tuple(lora))
 
@@ -198,10 +198,10 @@ def _write(data: bytes, place: Path) -> None:
 
 @dataclass(frozen=True)
 class _Form:
-    """How adapters of one base look in GGUF.
+    """The GGUF form of adapters of one base.
 
     Args:
-        gguf: the package.
+        gguf: the ``gguf`` package.
         model: the base, with shapes and no memory.
         kind: its ``model_type``.
     """
@@ -231,10 +231,10 @@ class _Form:
         return _Form(gguf, model, kind)
 
     def render(self, adapter: Adapter) -> bytes:
-        """The bytes of a GGUF adapter.
+        """Return the bytes of a GGUF adapter.
 
         Raises:
-            FormatError: a module has no way into GGUF; names it.
+            FormatError: GGUF can't hold a module; names it.
             BaseMismatch: the base has no such module, or in another shape.
         """
         architecture = ARCHITECTURES[self.kind]
@@ -243,7 +243,7 @@ class _Form:
         if not tensors:
             raise FormatError("an adapter without modules can't be written")
         with tempfile.TemporaryDirectory() as folder, foreign("gguf can't write the adapter"):
-            # The package writes to a name only, so the file is made aside and read back.
+            # The package can only write to a named file: write a temporary one and read it back.
             file = Path(folder, "adapter.gguf")
             writer = self.gguf.GGUFWriter(file, architecture)
             writer.add_type(self.gguf.GGUFType.ADAPTER)
@@ -251,8 +251,7 @@ class _Form:
             writer.add_float32("adapter.lora.alpha", 0.0)
             for name, tensor in tensors.items():
                 writer.add_tensor(name, tensor.contiguous().numpy())
-            # The three calls have to come in this order: the writer notes how far the file is, and
-            # raises a ValueError out of turn.
+            # The order of these three calls matters: the writer raises a ValueError otherwise.
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_tensors_to_file()
@@ -287,7 +286,7 @@ class _Form:
         return found
 
     def _factors(self, module: str, value: LowRank) -> tuple[Tensor, Tensor]:
-        """A and B in fp32, in the order of rows that the base has in GGUF."""
+        """Return A and B in fp32, with the rows of B in the order of GGUF."""
         folded = value.to(dtype=torch.float32).folded()
         A, B = folded.A.detach().cpu(), folded.B.detach().cpu()
         config = self.model.config
@@ -297,6 +296,7 @@ class _Form:
         }
         count = heads.get(module.rpartition(".")[2])
         if self.kind in PERMUTED and count is not None:
-            # Rotary halves of a head lie side by side in transformers, and interleaved in GGUF.
+            # transformers stores the two rotary halves of a head one after the other, GGUF
+            # interleaved.
             B = B.reshape(count, 2, -1, B.shape[-1]).transpose(1, 2).reshape(B.shape)
         return A, B

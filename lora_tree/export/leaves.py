@@ -1,9 +1,9 @@
-"""Every leaf of a tree as a portable adapter of its own, several at a time.
+"""Export every leaf of a tree as a portable adapter, several in parallel.
 
     out/fr/legal   out/fr/medical   out/de      each leaf in a folder of its own path
 
-Law: a leaf's bytes are those that `portable` gives for it alone, in any order and with any number
-of workers.
+Law: a leaf's bytes equal those that `portable` gives for it alone, whatever the order and the
+number of workers.
 """
 
 from __future__ import annotations
@@ -44,14 +44,13 @@ def export_leaves(
 
     Args:
         rank, max_error, ceil_rank, dtype, base, complete, shapes: as `portable`.
-        workers: how many at once; without it as many as there are cores, at most 4. Each holds one
-            leaf in memory.
-        progress: called for each leaf once it is written, in the tree's order, with how many are
-            done and of how many.
+        workers: the number of threads; None: one per core, at most 4. Each holds one leaf in
+            memory.
+        progress: called for each leaf once it is written, in the tree's order, with the number of
+            leaves done and the number of all.
 
     Returns:
-        the adapters that were written, in the tree's order. Their factors are on the disk, not in
-        here.
+        the adapters that were written, in the tree's order, with factors on the meta device.
 
     Raises:
         LoraTreeError: as `portable`, at the first leaf that fails; those written before it stay,
@@ -83,7 +82,7 @@ def export_leaves(
     written: list[str] = []
 
     def one(path: str) -> Portable:
-        # A tree of its own: the nodes that this leaf reads go away with it.
+        # A tree object per leaf: the nodes that it reads are freed with it.
         made = portable(
             _same_nodes(tree),
             path,
@@ -97,8 +96,7 @@ def export_leaves(
         )
         made.save(out / path)
         written.append(path)
-        # The factors are on the disk now. Kept, the results of a thousand leaves would fill the
-        # memory.
+        # The factors are on the disk now. To keep those of a thousand leaves would fill the memory.
         return replace(made, adapter=_without_factors(made.adapter))
 
     with ThreadPoolExecutor(workers or min(4, os.cpu_count() or 1)) as pool:
@@ -110,7 +108,7 @@ def export_leaves(
                 if progress is not None:
                     progress(done[-1], len(done), len(leaves))
         except BaseException as error:
-            # Ctrl-C too: leaves that have not begun are dropped, those under way are awaited, so
+            # On Ctrl-C too: cancel the leaves that have not begun and wait for the running ones, so
             # that each is written whole or not at all.
             pool.shutdown(wait=True, cancel_futures=True)
             if isinstance(error, LoraTreeError):
@@ -144,9 +142,9 @@ def _open_shared(tree: AdapterTree, leaves: Sequence[str]) -> None:
 
 
 def _same_nodes(tree: AdapterTree) -> AdapterTree:
-    """Return the same tree as a new object, so that the caller's keeps nothing read here.
+    """Return a copy of the tree, so that adapters read here are not kept in the caller's.
 
-    When it goes, its leaf's factors go, so that no more than ``workers`` leaves are in memory.
+    They are freed with the copy, so at most ``workers`` leaves are in memory.
     """
     return AdapterTree.from_nodes(
         (tree[path] for path in tree.paths()), base=tree.base, home=tree.home

@@ -1,12 +1,12 @@
-"""Guesses about a merged checkpoint: each known mistake as multiples of the increments.
+"""Guess what went wrong in a merged checkpoint: each known mistake as multiples of the increments.
 
     expected      1 for every node          left out      0 for one node, or for all but one
     the base      0                         scale lost    1 / scale of each module
     merged twice  2                         weight lost   1 / the node's weight
     subtracted    −1                        alpha / r for alpha / √r, or the other way: √r, 1 / √r
 
-Law: a mistake is named only if it explains what is there to a rounding, or nearly (`NEAR`). If none
-does, the best multiples are told as numbers.
+Law: a mistake is named only if it explains the checkpoint up to rounding, or nearly (`NEAR`). If
+none does, the best multiples are reported as numbers.
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ __all__ = [
 ]
 
 NEAR = 0.02
-"""‖rest‖ / ‖increments‖ below which a mistake explains a checkpoint."""
+"""The largest ‖rest‖ / ‖increments‖ at which a mistake explains a checkpoint."""
 SAME = 0.03
 """A multiple this near to 1 or 0 counts as that."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """One parameter's increments, as found and as expected, in inner products.
+    """One parameter's change M and its expected increments D_n, as inner products.
 
     Args:
         name: of the parameter.
-        nodes: that change it, in the order of the sum.
-        scales: of each one's factors, alpha / r.
+        nodes: the nodes that change it, in the order of the sum.
+        scales: alpha / r of each node's factors.
         weights: of each node in this module.
-        ranks: of each.
-        gram: (n, n) float64, ⟨D_n, D_k⟩ with the coefficients in them.
+        ranks: of each node.
+        gram: (n, n) float64, ⟨D_n, D_k⟩; each D_n includes its coefficient.
         along: (n,) float64, ⟨M, D_n⟩.
-        found: ‖M‖².
+        found: ‖M‖², with M = W_merged − W_base.
         noise: the largest ‖M − ΣD‖² that rounding explains.
     """
 
@@ -71,20 +71,20 @@ class Fit:
 
     @property
     def expected(self) -> float:
-        """Return ‖ΣD‖²."""
+        """The expected ‖M‖²: ‖ΣD‖²."""
         return max(float(self.gram.sum()), 0.0)
 
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """One mistake: the multiples that it gives each node in a parameter, and its words.
+    """One mistake: the multiple that it gives each node in a parameter, and its description.
 
     Args:
-        text: for a person.
-        common: node → multiple, the same in every parameter; 1 for a node that is not in it.
-        lost: what it does to the scale of every module: ``"scale"``, ``"root"``, ``"square"`` or
-            nothing.
-        unweighted: the nodes whose weight it leaves out.
+        text: the description, for a person.
+        common: node → multiple, the same in every parameter; nodes that are not in it have 1.
+        lost: the mistake in every module's scale: ``"scale"`` divides by it, ``"root"`` multiplies
+            by √r, ``"square"`` divides by √r; empty: none.
+        unweighted: the nodes whose weight was left out.
     """
 
     text: str
@@ -112,7 +112,7 @@ class Hypothesis:
 
 @dataclass(frozen=True)
 class Guess:
-    """Return the likeliest mistake, and node → its multiple by least squares."""
+    """The likeliest mistake in words, and node → its multiple by least squares."""
 
     text: str
     multiples: Mapping[str, float] = field(default_factory=dict)
@@ -154,17 +154,17 @@ def hypotheses(nodes: Sequence[str], weighted: Sequence[str]) -> list[Hypothesis
 
 
 def best_guess(fits: Sequence[Fit], tried: Sequence[Hypothesis]) -> tuple[Hypothesis | None, float]:
-    """Return the mistake that explains most, and the share of the increments that it leaves.
+    """Return the mistake that explains most, and ‖rest‖ / ‖increments‖ under it.
 
     Returns:
-        None in its place if it leaves more than `NEAR`, and more than rounding.
+        None instead of the mistake if the rest is more than rounding and more than `NEAR`.
     """
     whole = math.fsum(fit.expected for fit in fits)
     noise = math.fsum(fit.noise for fit in fits)
     best, least = EXPECTED, math.inf
     for hypothesis in tried:
         rest = math.fsum(fit.rest(hypothesis.multiples(fit)) for fit in fits)
-        # The earlier one is the likelier one, where two are as good.
+        # If two explain it equally well, keep the earlier one, which is likelier.
         if rest < least * (1 - 1e-9):
             best, least = hypothesis, rest
     share = math.sqrt(least / whole) if whole else 0.0
@@ -186,7 +186,7 @@ def solved(fits: Sequence[Fit], nodes: Sequence[str]) -> tuple[dict[str, float],
         places = torch.tensor([at[node] for node in fit.nodes])
         gram[places[:, None], places[None]] += fit.gram
         along[places] += fit.along
-    # The pseudo-inverse: two nodes with the same increments share their multiple.
+    # With the pseudo-inverse, two nodes with the same increments share the multiple evenly.
     multiples = torch.linalg.pinv(gram, hermitian=True) @ along
     found = {node: float(multiples[i]) for node, i in at.items()}
     rest = math.fsum(fit.rest(multiples[[at[node] for node in fit.nodes]]) for fit in fits)
@@ -194,9 +194,7 @@ def solved(fits: Sequence[Fit], nodes: Sequence[str]) -> tuple[dict[str, float],
 
 
 def multiples_text(multiples: Mapping[str, float]) -> str:
-    """Return the nodes whose multiple is not 1, each with it: ``fr 0.5 times, fr/legal 0
-    times``.
-    """
+    """Return the nodes whose multiple is not 1 as text: ``fr 0.5 times, fr/legal 0 times``."""
     told = []
     for node, multiple in multiples.items():
         if abs(multiple - 1) > SAME:

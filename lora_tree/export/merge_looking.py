@@ -1,9 +1,9 @@
 """Look for other nodes of a tree in the part of a merged checkpoint that a path does not explain.
 
-    R = M − Σ m_n D_n          of the few parameters of which most is unexplained
-    share(c) = ⟨R, D_c⟩² / (‖R‖² ‖D_c‖²)      of a node c that is not in the path
+    R = M − Σ m_n D_n                         for the few parameters with the largest rests
+    share(c) = ⟨R, D_c⟩² / (‖R‖² ‖D_c‖²)      for every node c that is not in the path
 
-The node with the largest share is taken in, and all multiples are solved again, with it among them.
+The node with the largest share joins the path's nodes, and all multiples are solved again.
 
 Memory: R of `MOST_SAMPLES` parameters in fp64, and one adapter at a time.
 """
@@ -30,15 +30,15 @@ __all__ = ["Looking", "ground_of", "sides_of"]
 MOST_SAMPLES = 4
 MOST_ADDED = 3
 LEAST_SHARE = 0.2
-"""A node that explains less of the rest than this is taken for a likeness by chance."""
+"""A node that explains a smaller share of the rest counts as similar by chance."""
 
 
 @dataclass
 class Looking:
-    """A search under way.
+    """The state of a search.
 
     Args:
-        writes: parameter → what the path adds to it, of the parameters that are looked at.
+        writes: parameter → what the path adds to it, for the sampled parameters.
         rests: parameter → its unexplained part, (batch, rows, cols) float64.
         multiples: node → its multiple so far.
     """
@@ -77,9 +77,9 @@ class Looking:
     def added(
         self, tree: AdapterTree, renaming: Renaming, own: Collection[str]
     ) -> dict[str, float]:
-        """Return the nodes that were merged besides the path's own: node → how many times.
+        """Return the nodes that were merged in addition to the path's own: node → multiple.
 
-        The path's own multiples are solved again with them.
+        The path's own multiples are updated along with them.
         """
         found: dict[str, Mapping[str, LowRank]] = {}
         for _ in range(MOST_ADDED):
@@ -97,7 +97,7 @@ class Looking:
         return {node: self.multiples.pop(node) for node in found}
 
     def _values(self, tree: AdapterTree, renaming: Renaming, node: str) -> dict[str, LowRank]:
-        """Return a node's increments of the parameters, with its weight, where they fit."""
+        """Return a node's weighted increments of the sampled parameters, if their shapes fit."""
         adapter = tree.adapter(node)
         if adapter is None:
             return {}
@@ -120,7 +120,7 @@ class Looking:
         return along**2 / (own * whole) if own and whole else 0.0
 
     def _solve_again(self, found: Mapping[str, Mapping[str, LowRank]]) -> None:
-        """Correct every multiple by what it still explains, and take that out of the rests."""
+        """Solve for all multiples on the rests; add the steps to them, and subtract their share."""
         nodes = [*dict.fromkeys([*self.multiples, *found])]
         gram = torch.zeros(len(nodes), len(nodes), dtype=torch.float64)
         along = torch.zeros(len(nodes), dtype=torch.float64)
@@ -147,7 +147,7 @@ class Looking:
 
 
 def ground_of(write: Write | None, own: Tensor) -> Tensor:
-    """Return what a path adds to: the base's own tensor, or what replaces it, in its dtype."""
+    """Return the tensor to which a path's increments are added: the base's, with its overrides."""
     if write is None or not write.overrides:
         return own
     own = own.clone()

@@ -1,15 +1,15 @@
-"""Is this merged checkpoint that path? Every tensor compared with the sum that it should hold.
+"""Check whether a merged checkpoint holds a path: compare every tensor with its expected sum.
 
     equal       the bits of the sum, computed once in fp32 and rounded once
     rounding    the same sum by another arithmetic: node by node, or in fp16 or bf16
     other       another sum
 
-What else a tensor holds is found in the factors. With D_n the increments of node n, and
-M = W_merged − W_base, every sum Σ m_n D_n is as far from M as
+If it is another sum, inner products with the factors tell which. With D_n the increments of node n
+and M = W_merged − W_base, the squared distance of any sum Σ m_n D_n from M is
 
     ‖M − Σ m_n D_n‖² = ‖M‖² − 2 mᵀ b + mᵀ G m        b_n = ⟨M, D_n⟩,  G_nk = ⟨D_n, D_k⟩
 
-b and G are few numbers a tensor, so every mistake that people make (`merge_guess`) is tried on all
+b and G are a few numbers per tensor. So every common mistake (`merge_guess`) is tried on all
 tensors at once, and the best multiples m are a least-squares problem of the size of the lineage.
 
 Memory: one parameter of both checkpoints, and a block of its rows in fp64.
@@ -63,7 +63,7 @@ class TensorCheck:
         verdict: ``equal``, ``rounding`` or ``other``.
         error: ‖got − expected‖ / ‖expected − base‖; of a parameter that the path does not change,
             ‖got − base‖ / ‖base‖.
-        said: the likely cause, where one was found.
+        said: the likely cause, if one was found.
     """
 
     name: str
@@ -79,9 +79,9 @@ class MergedCheck:
     Args:
         path: the path or blend.
         tensors: every parameter of the base.
-        guess: what happened, in a sentence.
+        guess: a sentence about what happened.
         multiples: node → how many times its increments are in the checkpoint, by least squares;
-            1.0 where all is well. Empty if nothing differs.
+            1.0 is right. Empty if nothing differs.
     """
 
     path: str
@@ -91,11 +91,11 @@ class MergedCheck:
 
     @property
     def is_that_path(self) -> bool:
-        """Every tensor is equal, or a rounding off."""
+        """Return whether every tensor is equal to its sum, up to rounding."""
         return all(tensor.verdict != "other" for tensor in self.tensors)
 
     def count(self, verdict: Verdict) -> int:
-        """Return how many tensors have a verdict."""
+        """Return the number of tensors with a verdict."""
         return sum(tensor.verdict == verdict for tensor in self.tensors)
 
 
@@ -112,15 +112,16 @@ def check_merged(
     """Compare a merged checkpoint with the path that it should hold, and guess what happened.
 
     Args:
-        tree: with the nodes of the path; its other nodes are tried where something else was added.
+        tree: the tree of the path. Its other nodes are tried as well if the path's own don't
+            explain the checkpoint.
         blend: the path or blend.
         merged: the folder of the merged model, in safetensors.
-        base: the folder of the base that it was merged into, or its hub id; the tree's own without.
-        progress: called with (parameters compared, parameters there are).
-        trust_remote_code: run the Python code that the base brings along.
+        base: the folder of the base that it was merged into, or its hub id; None: the tree's base.
+        progress: called with (parameters compared, all parameters).
+        trust_remote_code: run the base's own Python code.
 
     Raises:
-        PathError: a node is not there.
+        PathError: a node does not exist.
         SpecError: no base is known, or transformers can't read its config.
         FormatError: a folder has no whole safetensors checkpoint.
         BaseMismatch: the path does not fit the base.
@@ -145,7 +146,7 @@ def check_merged(
 
 
 class _Comparing:
-    """A comparison under way: one parameter after the other.
+    """The state of a comparison, which takes one parameter after the other.
 
     Args:
         pair: the base and the merged checkpoint.
@@ -171,7 +172,7 @@ class _Comparing:
 
     # ------------------------------------------------------------------ one parameter
     def compare(self, name: str) -> None:
-        """Compare one parameter, and keep the finding."""
+        """Compare one parameter, and append the result to `checks`."""
         reason = self._pair.misfit(name)
         if reason is not None:
             self.checks.append(TensorCheck(name, "other", 1.0, reason))
@@ -210,9 +211,7 @@ class _Comparing:
         return TensorCheck(name, "other", error, "another bias")
 
     def _weight(self, name: str, write: Write, old: Tensor, new: Tensor) -> TensorCheck:
-        """Compare a weight with its sum: by its bits first, then by every element, then as a
-        fit.
-        """
+        """Compare a weight with its sum: first its bits, then its elements, then as a fit."""
         is_equal = any(same_bits(want, new) for want in self._sums(write, old, new.dtype))
         looked = look_at(write, self._parts(write), name, old, new)
         self._fits.append(looked.fit)
@@ -232,7 +231,7 @@ class _Comparing:
         return TensorCheck(name, "other", looked.error, said)
 
     def _sums(self, write: Write, old: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
-        """Yield the sum in the base's dtype, and where the merged one has another, in that."""
+        """Yield the sum in the base's dtype, and also in the merged one's if that differs."""
         target = old.clone()
         add_weight(write.site, target, old, write.values, self._scratch)
         yield target.to(dtype)
@@ -243,7 +242,7 @@ class _Comparing:
             yield target
 
     def _parts(self, write: Write) -> list[WeightPart]:
-        """Return each node's part in the increments: its own scale, its weight and its rank."""
+        """Return the scale, weight and rank of each node's increments."""
         found = []
         for node, value in zip(write.nodes, write.values, strict=True):
             coefficient = weight_at(self._coefficients[node], write.module)
@@ -254,7 +253,7 @@ class _Comparing:
 
     # ------------------------------------------------------------------ all of them
     def guess(self, model: Any) -> Guess:
-        """Say what happened."""
+        """Return the likeliest explanation of all differences."""
         others = [check for check in self.checks if check.verdict == "other"]
         if not others:
             ways = {check.said for check in self.checks if check.verdict == "rounding"}
@@ -298,19 +297,19 @@ class _Comparing:
 
 # ---------------------------------------------------------------------- one tensor
 def _node_by_node(write: Write, old: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the sum as PEFT makes it: every product, and every sum, is rounded by itself."""
+    """Return the sum as PEFT computes it: every product and every partial sum is rounded."""
     target = old.to(dtype).clone()
     rows = write.site.rows(target)
     for value in write.values:
         left, right = write.site.sides_of(value)
         product = (left.float() @ right.float()) * value.scale
         rows += product.to(value.A.dtype)
-    # Of a weight that is not laid out row by row `rows` is a copy.
+    # `rows` may be a copy, if the weight is not laid out row by row.
     return rows.reshape(target.shape)
 
 
 def _replaced(name: str, want: Tensor, new: Tensor) -> TensorCheck:
-    """Compare a parameter that the path replaces, and adds nothing to."""
+    """Compare a parameter that the path replaces but adds nothing to."""
     check = _untouched(name, want, new)
     if check.verdict != "other":
         return check

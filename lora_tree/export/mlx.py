@@ -1,4 +1,4 @@
-"""A path or blend as an adapter for mlx-lm, which counts layers from the end of the base."""
+"""Write a path or blend as an adapter for mlx-lm, which counts layers from the end of the base."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def export_mlx(
         tree: the tree.
         blend: a path or a blend.
         to: the folder; its two files appear together or not at all.
-        base: the model, on the meta device as well: it says how many layers there are, and the
-            names of modules today. Without it the last adapted layer counts as the last one, and
-            mlx-lm refuses the file where that is wrong.
+        base: the model, possibly on the meta device, for its number of layers and the names of its
+            modules. Without it the last adapted layer is taken for the base's last, and mlx-lm
+            refuses the file if that is wrong.
         rank, max_error, dtype: as for `AdapterTree.flatten`.
 
     Raises:

@@ -1,7 +1,7 @@
-"""An exported model's folder while it is written; it appears whole or not at all, however large.
+"""The folder of an exported model while it is written; it appears whole or not at all.
 
 ``config.json`` and the index are written last. So even the hidden folder that a killed export
-leaves is no model to any program before all its weights are in it.
+leaves can't be mistaken for a model before all its weights are in it.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ class ModelFolder:
             yield file
 
     def sync(self, name: str) -> None:
-        """Make a file's bytes last.
+        """Flush a file to the disk.
 
-        All files are synced once more at the end. A large file that is synced as soon as it is
-        complete is on its way to the disk while the next one is computed.
+        All files are synced once more at the end. To sync a large file as soon as it is complete
+        lets the disk write it while the next one is computed.
         """
         with disk.named("sync it", self.folder / name), self._file(name, os.O_RDONLY) as file:
             sync_file(file)
@@ -59,7 +59,7 @@ class ModelFolder:
         Args:
             source: the file.
             name: its name here; may have folders in it.
-            inside: tells where ``source`` may lie when it is opened.
+            inside: says where the real path of ``source`` may lie.
         """
         above = Path(name).parent
         for part in [*reversed(above.parents), above]:
@@ -83,7 +83,7 @@ def new_model_folder(place: Path, *, needs_bytes: int) -> Iterator[ModelFolder]:
 
     Args:
         place: where the model is to appear.
-        needs_bytes: how much of the disk it will take.
+        needs_bytes: the space on the disk that it will take.
 
     Raises:
         FolderError: ``place`` is there and not empty, or can't be written, or the disk is too
@@ -94,10 +94,10 @@ def new_model_folder(place: Path, *, needs_bytes: int) -> Iterator[ModelFolder]:
     if taken:
         raise FolderError(f"{place}: is there already", "name a new folder, or remove it first")
     with disk.named("ask for its disk's room", place.parent):
-        # The folders around the place may not be there yet: nothing is made before all is checked.
+        # The folders above the place may not exist yet: nothing is created before all checks.
         nearest = next(above for above in place.absolute().parents if above.exists())
-        # The disk is asked before the first byte: an export may run for hours, and would otherwise
-        # fail at its end.
+        # Check the free space first: an export may run for hours, and would otherwise fail at its
+        # end.
         free = shutil.disk_usage(nearest).free
     if free < needs_bytes:
         raise FolderError(f"{place}: needs {needs_bytes:,} bytes, the disk has {free:,} left")
@@ -106,5 +106,5 @@ def new_model_folder(place: Path, *, needs_bytes: int) -> Iterator[ModelFolder]:
 
 
 def _is_empty_folder(place: Path) -> bool:
-    # A rename would put the model over a link, not over the folder that the link leads to.
+    # Not through a link: the rename would replace the link, not the folder that it leads to.
     return not place.is_symlink() and place.is_dir() and not any(place.iterdir())

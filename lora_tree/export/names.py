@@ -1,13 +1,14 @@
-"""Names in memory ↔ names on the disk, by the conversion of transformers itself.
+"""Map a model's parameters to a checkpoint's tensors, by transformers' own conversion.
 
     layers.0.mlp.experts.gate_up_proj   ⇄   layers.0.block_sparse_moe.experts.0.w1.weight
     (E, 2 · out, in)                        layers.0.block_sparse_moe.experts.0.w3.weight, …
 
-The mapping of transformers (5) says which tensors of a checkpoint a parameter is made of; its own
-operations make it, and their reverse takes it apart again. Nothing here knows an architecture.
+The mapping of transformers (5) says which tensors of a checkpoint a parameter is made of. Its
+operations put the parameter together, and their reverse takes it apart again. Nothing here knows an
+architecture.
 
 Law: a conversion that can't be inverted is refused. A parameter that is made of several tensors is
-taken apart before it is changed, and must give the very bits that it was made of.
+first taken apart unchanged, and must give the same bits as the files.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class TensorGroup:
     Args:
         first: the parameter that transformers files them under.
         parts: the tensors in the order in which they are loaded, each with the pattern of its name.
-        converter: transformers' own object that makes the parameters; None where the one tensor is
+        converter: transformers' own object that makes the parameters; None if the one tensor is
             the one parameter.
     """
 
@@ -97,7 +98,7 @@ class CheckpointNames:
         Raises:
             SpecError: transformers can't make them.
         """
-        # A converter collects its tensors in itself, and is used for every layer.
+        # A converter collects tensors in its own state, and the same object serves every layer.
         converter: Any = copy.deepcopy(group.converter)
         for stored, pattern in group.parts:
             converter.add_tensor(group.first, stored.name, pattern, read(stored))
@@ -164,7 +165,7 @@ class CheckpointNames:
                 )
 
     def _parameters_of(self, group: TensorGroup) -> Iterable[str]:
-        """Return the names of the parameters that a group makes, by making them without numbers."""
+        """Return the names of the parameters that a group makes, by a run on the meta device."""
         if group.converter is None:
             return (group.first,)
         try:
@@ -172,5 +173,5 @@ class CheckpointNames:
                 group, lambda stored: torch.empty(stored.shape, dtype=stored.dtype, device="meta")
             )
         except LoraTreeError:
-            # The error is raised when this parameter is to be changed; most never are.
+            # The error is raised again if this parameter has to be changed; most never are.
             return (group.first,)

@@ -1,8 +1,7 @@
-"""The portable adapter: a lineage as one adapter of the one form that every engine reads alike.
+"""The portable adapter: a lineage as one adapter, in a form that all engines read in the same way.
 
     uniform rank        short modules are padded with zeros
-    lora_alpha = r      every scale is folded into B: alpha/r, alpha/√r and alpha over B's own rank
-                        are then the same number
+    lora_alpha = r      every scale is folded into B, so the file's own scale is 1
     nothing else        no rank or alpha patterns, no rslora, no biases, no tensors of the base
     on demand           q, k and v together, gate and up together: zero factors for those that no
                         node changes
@@ -11,8 +10,8 @@ Why: vLLM before 0.32 ignores the patterns without a word; SGLang (0.5) always d
 r and wants one r; llama.cpp (2025) takes alpha over the rank of each B; vLLM refuses biases and
 whole modules.
 
-Law: the form of a path depends on its lineage and on what the caller names, never on what else lies
-in the tree; and what the form costs is known.
+Law: the form of a path depends on its lineage and on the caller's arguments, never on other nodes
+of the tree; and its error is measured.
 
 `portable_rank.py` finds the one rank, `form_errors.py` measures what the form costs, and
 `siblings.py` completes q, k, v and gate, up.
@@ -44,16 +43,16 @@ __all__ = ["Portable", "portable"]
 
 @dataclass(frozen=True, eq=False)
 class Portable:
-    """A path or a blend in the portable form, and what that cost.
+    """A path or a blend in the portable form, and its error.
 
     Args:
-        path: the path or blend in its one spelling.
+        path: the path or blend in its canonical spelling.
         adapter: the adapter to save.
         rank: the one rank of all its modules, as PEFT counts it.
-        errors: module → ‖ΔW − ΔW'‖ / ‖ΔW‖; 0.0 where nothing was cut or rounded.
+        errors: module → ‖ΔW − ΔW'‖ / ‖ΔW‖; 0.0 if nothing was cut or rounded.
         error: the same over all modules together.
-        added: modules that only have zero factors, there to complete a group.
-        incomplete: modules that q, k, v and gate, up are short of, left as they are.
+        added: modules with zero factors, which were added to complete a group.
+        incomplete: modules that are missing in a group (q, k, v or gate, up) and were not added.
     """
 
     path: str
@@ -90,27 +89,26 @@ def portable(
     complete: bool = False,
     shapes: Mapping[str, tuple[int, int]] | None = None,
 ) -> Portable:
-    """Make a path or a blend the one adapter that PEFT and the engines read alike.
+    """Make one adapter of a path or a blend, in the form that PEFT and all engines read alike.
 
     Args:
-        rank: the largest rank to keep; exact, at the largest Σr of a module, without it and
-            ``max_error``.
-        max_error: the largest error allowed in any module; the smallest rank that reaches it
-            everywhere is taken.
-        ceil_rank: take the next of `ENGINE_RANKS`, which costs an engine no more and loses less.
-        dtype: round the factors to it; fp32, or the factors' own where nothing has to be rounded,
-            without it.
-        base: the model, its folder or its hub id, for the names that modules have in it today and
-            for the shapes of modules that no node changes; the tree's own folder without it.
-        complete: give q, k, v and gate, up zero factors where some of them have factors. Engines
-            fill these by themselves; SGLang can't load q without v.
+        rank: the largest rank to keep. Without it and ``max_error`` the sum is exact, at the
+            largest Σr of any module.
+        max_error: the largest error allowed in any module; the smallest rank within it is taken.
+        ceil_rank: round the rank up to the next of `ENGINE_RANKS`: an engine reserves that much
+            anyway, and less is cut.
+        dtype: round the factors to it. None: bf16 or fp16 if all factors are in it, else fp32.
+        base: the model, its folder or its hub id, for the names of its modules and for the shapes
+            of modules that no node changes; None: the tree's base, if that is a folder.
+        complete: if some of q, k, v (or gate, up) have factors, give the others zero factors. Most
+            engines do this themselves, but SGLang can't load q without v.
         shapes: (out, in) of modules that no node changes, by name or by the end of it, for
-            ``complete`` where no base is at hand.
+            ``complete`` without a base.
 
     Raises:
         PathError, ShapeMismatch, BaseMismatch: as `AdapterTree.flatten`.
-        SpecError: the bounds can't be met; names the module. Or a shape makes no sense.
-        FormatError: the form has no way to say a module's increment (a bias), or its group can't be
+        SpecError: the bounds can't be met; names the module. Or a shape is not valid.
+        FormatError: the form can't hold a module's increment (it has a bias), or its group can't be
             completed.
 
     >>> import torch
@@ -135,12 +133,12 @@ def portable(
             "complete=True, --complete",
         )
     shape_of = stated(shapes or {})
-    # The tree's own name of a base may be a stranger's, so nothing is fetched from the hub for it.
+    # The base that a tree names may be a stranger's choice, so it is never fetched from the hub.
     known = Base(tree.base if base is None else base, asked=base is not None)
     names: list[str] = []
     for _, _, adapter in tree.terms(blend):
         names += adapter.modules
-    # All three in the names that the base has today: what is compared below has to have one name.
+    # `flat` and `terms` get the base's own names, because they are compared by name below.
     renamer = known.renamer(names)
     flat = tree.flatten(blend, base=renamer)
     terms = tree.terms(blend, base=renamer)
@@ -152,7 +150,7 @@ def portable(
         )
     try:
         _check_sayable(flat, terms, known)
-        # Apart from `flat`, whose factors may be in bf16 and have rounded scales already.
+        # Not computed from `flat`, whose factors may be bf16 and whose scales are already rounded.
         exact = exact_sum(terms)
         rank_written = rank_to_write(exact, rank, max_error, ceil_rank=ceil_rank)
         cut = {
@@ -160,21 +158,21 @@ def portable(
             for name, value in flat.modules.items()
         }
         rounded = _in_one_dtype(cut, dtype)
-        # After the rounding, so that it counts; before the completion, which adds zeros only.
+        # Measured after the rounding, to include it, and before the completion, which adds zeros.
         errors = FormErrors.between(exact, rounded)
         errors.check_within(max_error, dtype)
         full = rounded
         if complete:
             full = completed(rounded, lambda name: _shape(name, known, shape_of))
     except LoraTreeError as wrong:
-        # an export of all leaves has many paths
+        # an export of all leaves has many paths: say which one failed
         raise wrong.within(path) from wrong
     # Zero factors of the completion have rank 1 and are padded like the others.
     padded = {name: value.padded(rank_written // groups_of(value)) for name, value in full.items()}
     made = Adapter(
         padded,
         base=flat.base or tree.base,
-        # Everything else would say something that engines ignore or refuse.
+        # No other field: engines ignore or refuse them.
         config={"task_type": flat.config.get("task_type")},
         nesting=flat.nesting,
         assumed=flat.assumed,
@@ -194,18 +192,18 @@ def _of_rank(flat: LowRank, exact: LowRank, rank: int) -> LowRank:
     """Return a module's value with at most this rank, and its scale in B."""
     if flat.rank > rank:
         return exact.truncate(rank).value
-    # Nothing is cut, so the file gets the flattened factors themselves, in the dtype they have.
+    # Nothing is cut, so the file gets the flattened factors in their own dtype.
     return flat.folded()
 
 
 def _check_sayable(flat: Adapter, terms: list[tuple[str, float, Adapter]], base: Base) -> None:
-    """Check that the portable form can say every module.
+    """Check that the portable form can hold every module.
 
     Raises:
         FormatError: a module has a bias, or a tensor of the base is replaced.
         SpecError: a factor is not finite.
         BaseMismatch: an adapter carries a tensor that is not the base's, or there is no base to
-            tell.
+            compare it with.
     """
     for name, value in flat.modules.items():
         if not value.is_finite:
@@ -251,9 +249,9 @@ def _shape(name: str, base: Base, stated: Shapes) -> tuple[int, int] | None:
 def _in_one_dtype(
     modules: Mapping[str, LowRank], dtype: torch.dtype | None
 ) -> Mapping[str, LowRank]:
-    """Return all modules in the dtype asked for, or else in one that holds every factor.
+    """Return all modules in ``dtype``; None: bf16 or fp16 if all factors are in it, else fp32.
 
-    Truncated factors come in float64, so with one of them that is fp32.
+    Truncated factors are float64, so any truncation leads to fp32.
 
     Raises:
         SpecError: a factor is too large for it; names the module.
@@ -267,10 +265,11 @@ def _in_one_dtype(
 
 
 def _with_short_targets(adapter: Adapter, base: Base) -> Adapter:
-    """Return the adapter with ``target_modules`` as the last parts of names, where that is clear.
+    """Return the adapter with short names as ``target_modules``, if they are unambiguous.
 
-    It is where the base has no other module of these names. Full names would do for PEFT; the short
-    ones are what its own files have, and so what engines are used to.
+    A short name is the last part of a full one, and is unambiguous if no other module of the base
+    ends in it. PEFT would accept full names too, but its own files have the short ones, and engines
+    expect these.
     """
     last: set[str] = set()
     for name, value in adapter.modules.items():

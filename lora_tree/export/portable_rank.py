@@ -1,12 +1,12 @@
-"""The one rank of a portable adapter: what its modules need, what is allowed, what an engine takes.
+"""Choose the uniform rank of a portable adapter.
 
-    needed     the largest rank of a module, exact or for a max_error; for each group of a conv
+    needed     the largest rank of any module, exact or within max_error; times a conv's groups
     allowed    rank=: the needed rank is cut to it
-    taken      ceil_rank: the next of `ENGINE_RANKS`
+    taken      ceil_rank: rounded up to the next of `ENGINE_RANKS`
     written    a multiple of every module's groups, because PEFT divides r by them
 
-Law: a rank that the caller gives is not exceeded, unless the caller asks for an engine's rank. If
-the caller gives none, nothing is cut to make the rank a multiple: it is rounded up.
+Law: the caller's rank is not exceeded, unless the caller asks for an engine's rank. Without the
+caller's rank nothing is cut to make the rank a multiple: it is rounded up.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..lowrank import LowRank
 __all__ = ["ENGINE_RANKS", "ceil_rank_of", "groups_of", "rank_to_write"]
 
 ENGINE_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""The values of vLLM's ``max_lora_rank`` (0.32). An adapter costs as much as the next of them."""
+"""The values of vLLM's ``max_lora_rank`` (0.32): an adapter takes the memory of the next one."""
 
 
 def ceil_rank_of(rank: int) -> int:

@@ -1,13 +1,13 @@
-"""A base's checkpoint as it lies on the disk: its files, and where every tensor's bytes are.
+"""A base's checkpoint on the disk: its files, and the place of every tensor's bytes.
 
     model.safetensors                   one file
     model.safetensors.index.json        or an index, {"weight_map": {tensor: file}}, and its shards
 
-Tensors of any dtype are known by place and size. Numbers are read only of those whose dtype torch
-has here.
+Every tensor is known by its place and size, whatever its dtype. Only tensors in the dtypes of
+`DTYPES` can be read as numbers.
 
-Law: what is read is the file whose header was read. A file that was replaced or cut short in
-between is an error, never a mixture.
+Law: numbers are read from the same file as the header. If the file was replaced or cut short in
+between, that is an error, never a mixture.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ __all__ = [
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_INDEX_BYTES = 256 << 20
-"""Far above the index of the largest bases, which has some 10 MB."""
+"""The largest index that is read; those of the largest bases have some 10 MB."""
 
 Identity = tuple[int, int, int, int]
 """Device, inode, size and time of a file: together they change when the file is replaced."""
@@ -59,9 +59,9 @@ class Stored:
     Args:
         file: the file that holds it.
         begin, end: its bytes, counted from the start of the file.
-        dtype: None for one that this library does not compute with.
-        spelled: the dtype as the file has it.
-        seen: the file whose header was read; no other of its name is read.
+        dtype: None for a dtype that this library does not compute with.
+        spelled: the dtype's name in the file.
+        seen: identifies the file whose header was read; another file of the same name is refused.
     """
 
     name: str
@@ -78,14 +78,14 @@ class Stored:
         return self.end - self.begin
 
     def open(self) -> BinaryIO:
-        """Return the file that holds it, to be closed by the caller.
+        """Open the file that holds the tensor; the caller closes it.
 
         Raises:
-            FormatError: it is another file by now.
+            FormatError: the file was replaced since its header was read.
             OSError: it can't be opened.
         """
         stream = open_stream(self.file, buffering=0)
-        # The open file is compared, not its name: the name may be another file's a moment later.
+        # Compare the open file, not its name, which may point to another file a moment later.
         if _identity(stream) != self.seen:
             stream.close()
             raise FormatError(
@@ -101,7 +101,7 @@ class Stored:
             into: memory to read them to, its first `nbytes` bytes (uint8); None: new memory.
 
         Raises:
-            FormatError: the file was cut short, or its dtype is none that can be computed with.
+            FormatError: the file was cut short, or its dtype is not one of `DTYPES`.
         """
         if self.dtype is None:
             raise FormatError(
@@ -140,7 +140,7 @@ def _identity(stream: BinaryIO) -> Identity:
 def raw(tensor: Tensor) -> memoryview:
     """Return the bytes of a contiguous tensor on the CPU, as a view of its memory.
 
-    The caller keeps the tensor alive as long as the view is used: torch frees its memory otherwise.
+    The view does not keep the tensor alive: the caller must, as long as the view is used.
 
     >>> one = torch.tensor([1.0])
     >>> bytes(raw(one)).hex()
@@ -171,7 +171,7 @@ class Checkpoint:
 
 
 def own_files(folder: Path) -> Inside:
-    """Return where the files of a base may lie: in its folder, or in its own blobs.
+    """Return a test of where a base's files may lie: in its folder, or in its own blobs.
 
     A snapshot in the hub's cache consists of links into the ``blobs`` of the same repository.
     """
@@ -184,7 +184,7 @@ def own_files(folder: Path) -> Inside:
 
 
 def leads_outside(file: Path) -> FolderError:
-    """Return the error for a file of a base that would be copied, and lies elsewhere."""
+    """Return the error for a file of a base that is a link out of the base's folder."""
     return FolderError(
         f"{file}: is a link to {os.path.realpath(file)}, which lies outside the base, and would be "
         "copied into the checkpoint",
@@ -197,13 +197,13 @@ def open_checkpoint(folder: Path, *, inside: Inside | None = None) -> Checkpoint
     """Open the safetensors checkpoint in a folder, headers only.
 
     Args:
-        inside: where its files may lie; None: wherever links lead.
+        inside: where its files may lie, all links followed; None: anywhere.
 
     Raises:
         FormatError: there is none, or a file is missing, broken, or not what the index says.
-        FolderError: a file lies where it may not.
+        FolderError: a file lies elsewhere.
     """
-    # transformers (5) takes the single file where both are there, so the index would be an old one
+    # transformers (5) takes the single file if both exist, so the index would be an old one
     if is_file(folder / SINGLE):
         tensors = {stored.name: stored for stored in _tensors(folder / SINGLE, inside)}
         return Checkpoint(folder, (SINGLE,), tensors)
@@ -224,7 +224,7 @@ def open_checkpoint(folder: Path, *, inside: Inside | None = None) -> Checkpoint
                     "download the base again, or save it again with save_pretrained",
                 )
             tensors[stored.name] = stored
-    # transformers would start such a parameter at random and only warn.
+    # transformers would initialise a missing parameter at random and only warn.
     gone = [name for name in placed if name not in tensors]
     if gone:
         raise FormatError(
@@ -235,16 +235,16 @@ def open_checkpoint(folder: Path, *, inside: Inside | None = None) -> Checkpoint
 
 
 def _reading(file: Path, inside: Inside | None) -> BinaryIO:
-    """Open a file of a base to read; one that lies where it may not is not even opened."""
+    """Open a file of a base to read; a file outside of the base is not even opened."""
     if inside is not None and not inside(os.path.realpath(file)):
         raise leads_outside(file)
-    # A link may be turned round between the look and the opening, so the open file is checked too.
+    # A link may change between this check and the opening, so the open file is checked too.
     return open_stream(file, inside=inside)
 
 
 @contextlib.contextmanager
 def _naming(file: Path) -> Iterator[None]:
-    """Name the file that can't be read, and say why."""
+    """Turn an OSError into an error that names the file and the reason."""
     try:
         yield
     except FolderError:
@@ -293,8 +293,8 @@ def _header(stream: BinaryIO, file: Path) -> list[Stored]:
     found = [_stored(name, value, file, position, seen) for name, value in fields.items()]
     found.sort(key=lambda stored: stored.begin)
     for stored in found:
-        # Without gaps every byte belongs to the header or to a tensor, so a copy that leaves out
-        # the changed tensors is complete.
+        # Refuse gaps: then every byte belongs to the header or to a tensor, and a copy of all but
+        # the changed tensors misses nothing.
         if stored.begin != position:
             raise FormatError(
                 f"{file}: {stored.name}: its bytes begin at {stored.begin}, expected {position}",
@@ -323,7 +323,7 @@ def _stored(name: str, value: Any, file: Path, start: int, seen: Identity) -> St
             f"{file}: {name}: malformed in the header: {json.dumps(value)[:120]}",
             "expected dtype, shape and data_offsets: download it again",
         )
-    # A dtype that is not known here (fp8, packed integers) may have any size: it is only copied.
+    # A tensor of another dtype (fp8, packed integers) is only copied, so its size is not checked.
     dtype = DTYPES.get(spelled)
     if dtype is not None and end - begin != math.prod(shape) * dtype.itemsize:
         raise FormatError(

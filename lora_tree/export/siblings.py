@@ -1,11 +1,10 @@
-"""Projections that engines fuse: the ones an adapter lacks, and zero factors for them on demand.
+"""Complete the projections that engines fuse: add zero factors for those that an adapter lacks.
 
     q_proj  k_proj  v_proj      one matrix in an engine's memory
     gate_proj  up_proj          and the same here
 
-vLLM and llama.cpp fill in by themselves the ones that an adapter does not change, so nothing has to
-be added for them. SGLang (0.5) is the exception: it fills in a missing k, but can't load q without
-v. A module that is added needs a shape, which the base says, or the caller.
+vLLM and llama.cpp fill in missing projections by themselves. SGLang (0.5) fills in a missing k, but
+can't load q without v. The shape of an added module comes from the base or from the caller.
 """
 
 from __future__ import annotations
@@ -22,18 +21,18 @@ __all__ = ["GROUPS", "Shapes", "completed", "missing", "stated", "without_v"]
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 Shapes = Callable[[str], tuple[int, int] | None]
-"""The name of a module → its (out, in), or None where that is not known."""
+"""The name of a module → its (out, in), or None if that is not known."""
 
 
 def missing(modules: Mapping[str, LowRank]) -> list[str]:
-    """Return the names of the modules that the groups of these lack.
+    """Return the names of the modules that are missing in the groups of the given ones.
 
     >>> missing({"layers.0.q_proj": LowRank(torch.ones(1, 4), torch.ones(4, 1))})
     ['layers.0.k_proj', 'layers.0.v_proj']
     """
     wanted: set[str] = set()
     for name, value in modules.items():
-        # a convolution may be called q_proj too, and no engine fuses it
+        # a convolution may be called q_proj too, but no engine fuses it
         if value.layout == LINEAR:
             wanted.update(_group(name))
     return sorted(wanted - set(modules))
@@ -44,8 +43,7 @@ def completed(modules: Mapping[str, LowRank], shapes: Shapes) -> dict[str, LowRa
 
     Raises:
         FormatError: the shape of one is not known; names it and says how to give a base.
-        BaseMismatch: its input is not as wide as that of its sibling, so the two are not one
-            matrix.
+        BaseMismatch: its input is not as wide as its sibling's, so the two can't be fused.
     """
     made = dict(modules)
     unknown: list[str] = []
@@ -62,7 +60,7 @@ def completed(modules: Mapping[str, LowRank], shapes: Shapes) -> dict[str, LowRa
                 f"reads {width}",
                 "the two are one matrix in an engine: correct the shape, or name the right base",
             )
-        # The sibling's dtype: an adapter of two dtypes is one that engines refuse or cast.
+        # The sibling's dtype, because engines refuse or cast an adapter with two dtypes.
         dtype = modules[sibling].dtype
         A = torch.zeros((1, shape[1]), dtype=dtype, device="cpu")  # (1, in)
         B = torch.zeros((shape[0], 1), dtype=dtype, device="cpu")  # (out, 1)

@@ -1,9 +1,10 @@
-"""One merged weight, looked at element by element: how far it is from its sum, and why it may be.
+"""Compare one merged weight with its expected sum, element by element.
 
     room(u) = u (n + 1) (|W₀| + |W| + Σ|B||A|) + 4 max(u, factors' own) Σ|B||A|
 
-is what rounding may do where every node is added by itself in a dtype of unit u, the products and
-the factors rounded too. An element outside of it holds another number.
+bounds the rounding error of each element if every node is added separately in a dtype of unit
+roundoff u, with the products and the factors rounded too. An element that is further off is not a
+rounding of the sum.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ NARROW = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class TensorLook:
-    """A weight, looked at element by element.
+    """The comparison of one weight.
 
     Args:
         fit: its inner products with the increments.
         error: ‖got − expected‖ / ‖expected − base‖.
-        worst: dtype → the largest |got − expected| in units of what rounding in it allows; the
-            stored dtypes' own first, then coarser ones.
+        worst: dtype → the largest |got − expected| / room; first the coarser of the two stored
+            dtypes, then those that are coarser still.
     """
 
     fit: Fit
@@ -53,7 +54,7 @@ class WeightPart:
 def look_at(
     write: Write, own: Sequence[WeightPart], name: str, old: Tensor, new: Tensor
 ) -> TensorLook:
-    """Take a weight's inner products with the increments, a block of rows at a time, in fp64."""
+    """Compare a weight with its sum, one block of rows at a time, in fp64."""
     before, after = write.site.rows(old), write.site.rows(new)
     sides = [sides_of(write, value) for value in write.values]
     count = len(sides)
@@ -83,7 +84,7 @@ def look_at(
         off += float(rest.square().sum())
         for dtype in worst:
             unit = rounding_unit(dtype)
-            # Each node's sum may have been rounded by itself, and so may the factors and products.
+            # Every partial sum may have been rounded, and so may the factors and the products.
             room = unit * (count + 1) * (base.abs() + got.abs() + size)
             room += 4 * max(unit, factors) * size + torch.finfo(dtype).tiny
             worst[dtype] = max(worst[dtype], float((rest.abs() / room).max()))
@@ -104,7 +105,7 @@ def look_at(
 
 
 def _blocks(rows: Tensor) -> Iterator[tuple[int, slice]]:
-    """Yield the blocks of (batch, rows, cols): the matrix, and the rows of it."""
+    """Yield the blocks of (batch, rows, cols) as (index of the matrix, slice of its rows)."""
     step = max(BLOCK_NUMBERS // max(rows.shape[-1], 1), 1)
     for batch in range(rows.shape[0]):
         for start in range(0, rows.shape[-2], step):
@@ -112,7 +113,7 @@ def _blocks(rows: Tensor) -> Iterator[tuple[int, slice]]:
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Tell whether two tensors have the same bits: a NaN is one of itself, −0.0 is not 0.0."""
+    """Return whether two tensors have the same bits: a NaN equals itself, −0.0 is not 0.0."""
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
     return torch.equal(

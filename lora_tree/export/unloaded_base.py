@@ -1,10 +1,11 @@
-"""A base that is not loaded: the shapes of its modules, from headers or from its config alone.
+"""Read the shapes of a base's modules without loading it, from file headers or from its config.
 
     a folder     the headers of its safetensors files: name → shape, no numbers
-    a hub id     its config.json, and the class that it names, made on the meta device
-    a module     itself
+    a hub id     its config.json, and the class that it names, instantiated on the meta device
+    a module     the module itself
 
-Law: nothing here allocates memory for weights, and nothing is fetched for a name that no user gave.
+Law: nothing here allocates memory for weights, and nothing is downloaded for a name that only a
+tree's files gave.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ __all__ = ["NOTHING_CARRIED", "Base", "class_of", "skeleton"]
 NOTHING_CARRIED = (
     "train without bias= and without resizing embeddings, or name the base it was trained on"
 )
-"""Advice where an adapter carries a tensor that is not this base's own."""
+"""The advice if an adapter carries a tensor that differs from this base's own."""
 
 
 def skeleton(
@@ -40,17 +41,17 @@ def skeleton(
     what: str = "a base's config",
     trust_remote_code: bool = False,
 ) -> Any:
-    """Make the model that a base's config.json names, with shapes and no memory.
+    """Instantiate the model that a base's config.json names on the meta device.
 
     Args:
         base: a folder or a hub id.
-        what: the action under way, for the message.
-        trust_remote_code: run the base's own Python code, where it brings some.
+        what: the calling command, for the message.
+        trust_remote_code: run the base's own Python code, if its class is defined there.
 
     Raises:
         MissingExtra: transformers is not installed.
-        SpecError: transformers can't read the config, or has no such model; or the model is code of
-            the base's own, and the caller did not allow it to run.
+        SpecError: transformers can't read the config, or has no such model; or its class is the
+            base's own code, and the caller did not allow it to run.
     """
     transformers = need("transformers", extra="transformers", what=what)
     config, kind = class_of(
@@ -68,14 +69,14 @@ def skeleton(
         )
     make: Callable[[Any], nn.Module] = kind
     if not issubclass(kind, nn.Module):
-        # An Auto class, which finds the class in the base's own code. The caller has allowed that,
-        # or `class_of` would have returned None.
+        # `kind` is an Auto class, which loads the class from the base's own code. The caller has
+        # allowed that, or `class_of` would have returned None.
         make = partial(kind.from_config, trust_remote_code=True)
     with (
         foreign(
             f"{base}: transformers can't make the {config.architectures[0]} of its config.json"
         ),
-        # Every tensor is made on the meta device, without memory: a base of 100 GB is a few MB.
+        # On the meta device tensors take no memory: a base of 100 GB becomes a few MB.
         torch.device("meta"),
     ):
         return make(config).eval()
@@ -84,14 +85,14 @@ def skeleton(
 def class_of(
     base: str | os.PathLike[str], transformers: Any, *, failed: str, trust_remote_code: bool
 ) -> tuple[Any, Any]:
-    """Return a base's config and the class that it names; None where transformers has none.
+    """Return a base's config and the class that it names; None if transformers lacks that class.
 
     Args:
         base: a folder or a hub id.
         transformers: the package.
-        failed: the message where its config can't be read.
-        trust_remote_code: the class may be in the base's own Python code: then an Auto class that
-            opens it.
+        failed: the message if the config can't be read.
+        trust_remote_code: allow a class in the base's own Python code; the result is then the Auto
+            class that loads it.
 
     Raises:
         SpecError: transformers can't read the config, or it needs code that may not run.
@@ -112,7 +113,7 @@ def class_of(
 
 
 def _own_class(transformers: Any, config: Any, architecture: str) -> Any:
-    """Return the Auto class under which a base's config files its own class ``architecture``."""
+    """Return the Auto class for a base's own class, by the ``auto_map`` of its config."""
     for auto, reference in (getattr(config, "auto_map", None) or {}).items():
         if auto.startswith("AutoModel") and str(reference).rpartition(".")[2] == architecture:
             return getattr(transformers, auto, None)
@@ -120,12 +121,12 @@ def _own_class(transformers: Any, config: Any, architecture: str) -> Any:
 
 
 class Base:
-    """A base that may or may not be at hand.
+    """A base that may or may not be available.
 
     Args:
-        base: a model, a folder, a hub id; None where none was named.
-        asked: the caller named it. Otherwise the name comes out of a tree's files, and nothing is
-            fetched from the hub for it.
+        base: a model, a folder or a hub id; None if none was named.
+        asked: whether the caller named it. Otherwise the name comes from a tree's files, and
+            nothing is fetched from the hub for it.
     """
 
     def __init__(
@@ -142,13 +143,13 @@ class Base:
 
     @property
     def known(self) -> bool:
-        """Whether anything can be asked of it."""
+        """Return whether its shapes can be found: from a model, a folder, or a hub id asked for."""
         is_at_hand = self._model is not None or self._folder is not None
         return is_at_hand or (self._asked and self._name is not None)
 
     @cached_property
     def model(self) -> Any:
-        """The model itself, or its skeleton; None where it can't be had."""
+        """The model itself, or its skeleton; None if the base is not known."""
         if self._model is not None or not self.known:
             return self._model
         return skeleton(self._name or "", what="the shapes of a base")
@@ -160,19 +161,19 @@ class Base:
         try:
             checkpoint: Checkpoint = open_checkpoint(self._folder)
         except FormatError:
-            # No safetensors there, or broken ones: the shapes can still come from its config.
+            # No safetensors, or broken ones: the shapes can still come from the config.
             return {}
         return checkpoint.tensors
 
     def shape(self, module: str) -> tuple[int, int] | None:
-        """Return the (out, in) of a linear layer; None where it is not known."""
-        # The headers first: they are there without transformers.
+        """Return the (out, in) of a linear layer; None if it is not known."""
+        # Try the headers first: they need no transformers.
         stored = self._stored.get(f"{module}.weight")
         if self._model is None and stored is not None and len(stored.shape) == 2:
             return stored.shape[0], stored.shape[1]
         if not self.known:
             return None
-        # A folder of weights alone is no mistake here, and making its skeleton would be an error.
+        # A folder without a config.json is no mistake here, but `skeleton` would raise for it.
         if self._folder is not None and not is_file(self._folder / "config.json"):
             return None
         try:
@@ -184,13 +185,13 @@ class Base:
         return weight.shape[0], weight.shape[1]
 
     def renamer(self, names: Iterable[str]) -> nn.Module | None:
-        """Return the model in whose names an adapter is to be written; None to keep its own.
+        """Return the model whose names an exported adapter gets; None to keep the adapter's names.
 
-        They are kept where the checkpoint has a tensor for each of them, or where that can't be
-        known. Where two of them look like one module's, the model is needed.
+        The adapter's names are kept if the checkpoint has a tensor for each, or if there is no way
+        to check. If two of them look like one module's, the model is required.
 
         Raises:
-            SpecError, MissingExtra: it is needed and can't be had.
+            SpecError, MissingExtra: the model is required but can't be made.
         """
         names = list(names)
         twice = spelled_twice(names) is not None
@@ -198,7 +199,7 @@ class Base:
             return self._model
         if not self.known or not (twice or self._asked):
             return None
-        # The cheap case: names of the checkpoint itself need no model and no transformers.
+        # The cheap case: if these are the checkpoint's own names, no model is needed.
         if not twice and all(f"{name}.weight" in self._stored for name in names):
             return None
         try:
@@ -206,14 +207,14 @@ class Base:
         except LoraTreeError:
             if twice:
                 raise
-            return None  # only the names are kept as they are; the checkpoint has the shapes
+            return None  # keep the names; the shapes come from the checkpoint
         return model
 
     def check_unchanged(self, name: str, tensor: Tensor) -> None:
-        """Refuse a tensor that an adapter carries if it is not this base's own: an override.
+        """Refuse a carried tensor that differs from this base's own: it is an override.
 
         Raises:
-            BaseMismatch: it differs, or there is no base at hand to compare it with.
+            BaseMismatch: it differs, or no weights are available to compare it with.
         """
         own = self._own(name)
         if own is None:
@@ -231,14 +232,14 @@ class Base:
 
     def _own(self, name: str) -> Tensor | None:
         if self._model is not None:
-            # With duplicates: an adapter may carry a tied weight by either of its names.
+            # With duplicates: an adapter may carry a tied weight under either of its names.
             found = dict(self._model.named_parameters(remove_duplicate=False)).get(name)
             return None if found is None or found.is_meta else found.detach().cpu()
         stored = self._stored.get(name)
         return None if stored is None or stored.dtype is None else stored.read()
 
     def last_names(self) -> dict[str, set[str]] | None:
-        """Return the last part of a name → all modules with it; None if they are not known."""
+        """Return last part of a name → all modules with it; None if the modules are not known."""
         if self._model is not None:
             names = [name for name, _ in self._model.named_modules()]
         elif self._stored:

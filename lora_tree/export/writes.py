@@ -1,9 +1,9 @@
-"""The changes of a path in a base: parameter → the increments to add, checked by shapes alone.
+"""Compute the changes of a path to a base: parameter → the increments to add.
 
-Nothing is read of the base but its skeleton; only where a bound on the factors can't tell whether
-a sum stays finite, the parameter itself is read (`Write.check_finite`).
+Everything is checked against the shapes of the base's skeleton. A parameter itself is read only if
+a bound on the factors can't show that the sum stays finite (`Write.check_finite`).
 
-Law: each parameter is written once, under one name, and is no other module's.
+Law: each parameter is written once, under one name, and belongs to one module only.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Write:
         node, module: the first node that changes it, and the module's name, for messages.
         values: the increments in the order of the sum, with their coefficients.
         nodes: the node of each of them.
-        is_bias: their biases go into it, not their products.
+        is_bias: the parameter is a bias: it gets their biases, not their products.
         attribute: the parameter's name in its module.
         overrides: the overrides of the base's own tensor, in the order in which they are applied.
     """
@@ -75,12 +75,12 @@ class Write:
 
         Args:
             dtype: of the tensors in the checkpoint.
-            own: reads the parameter; called only where a bound on the factors can't tell.
+            own: reads the parameter; called only if a bound on the factors is not enough.
 
         Raises:
             BaseMismatch: one would not; names the node that adds the most.
         """
-        # A bound on the factors shows it for nearly every parameter, without a read of the weight.
+        # For nearly every parameter a bound on the factors is enough, without reading the weight.
         if harmless([(value, 1.0) for value in self.values], dtype):
             return
         parts = [(node, value, 1.0) for node, value in zip(self.nodes, self.values, strict=True)]
@@ -107,12 +107,12 @@ def writes(tree: AdapterTree, blend: Blend, model: Any, names: CheckpointNames) 
     """Return everything that a path writes into a model of these shapes.
 
     Args:
-        model: on the meta device, or anywhere.
-        names: the tensors that its parameters are made of, for those that adapters carry.
+        model: on any device; meta is enough.
+        names: the tensors that its parameters are made of, to compare carried tensors with.
 
     Raises:
-        BaseMismatch: a module is not there, or of another kind or shape; or a tensor that an
-            adapter replaces or carries is.
+        BaseMismatch: a module is missing, or has another kind or shape; or a tensor that an adapter
+            replaces or carries is missing or has another shape.
         TiedWeights: a parameter is another module's too, or has two names in the adapters.
         UnmergedOnly: a delta can't be written into its weight.
     """
@@ -131,8 +131,7 @@ def writes(tree: AdapterTree, blend: Blend, model: Any, names: CheckpointNames) 
 
     for node, coefficient, adapter in tree.terms(blend, bound=bound):
         for name, value in adapter.modules.items():
-            # As a switch does it: the coefficient goes into the scale, and the factors keep their
-            # bits.
+            # As in a switch, the coefficient goes into the scale, and the factors keep their bits.
             found.setdefault(name, []).append((node, value.scaled(coefficient)))
         for tensor, override in adapter.overrides.items():
             site, attribute = find_tensor_site(model, tensor)
@@ -146,7 +145,7 @@ def writes(tree: AdapterTree, blend: Blend, model: Any, names: CheckpointNames) 
 
 
 def _check_fits(adapter: Adapter, model: Any, sites: dict[str, Site]) -> None:
-    """Check an adapter in the model's names against the model's shapes; note its sites."""
+    """Check an adapter against the model's shapes, and add its sites to ``sites``."""
     for name, value in adapter.modules.items():
         site = sites.setdefault(name, find_site(model, name))
         site.check_shape(value)
@@ -168,12 +167,12 @@ def _check_fits(adapter: Adapter, model: Any, sites: dict[str, Site]) -> None:
 
 
 def _told_apart(adapter: Adapter, names: CheckpointNames) -> Adapter:
-    """Return an adapter with the carried tensors that are not the checkpoint's own as overrides."""
+    """Return the adapter with carried tensors that differ from the checkpoint's as overrides."""
     own: dict[str, torch.Tensor] = {}
     for name, tensor in adapter.unchanged.items():
         group = names.group(name)
-        # One that transformers fuses from several is not compared: no adapter of PEFT carries such
-        # one.
+        # A parameter that transformers fuses from several tensors is refused: no PEFT adapter
+        # carries one.
         stored = group.stored[0] if group.converter is None else None
         if stored is None or stored.dtype is None or math.prod(stored.shape) != tensor.numel():
             raise BaseMismatch(
@@ -193,9 +192,8 @@ def _writes_of_module(
 ) -> list[Write]:
     nodes = [node for node, _ in values]
     own = [value for _, value in values]
-    # What is written of a module: its weight and its bias where something is added, and every
-    # tensor that is replaced. The bias of the base is a parameter of its own, often in another file
-    # of the checkpoint.
+    # A module's weight and bias are written if something is added to them, and every tensor that is
+    # replaced. A bias is a parameter of its own, often in another file of the checkpoint.
     attributes: dict[str, None] = {}
     if own:
         attributes[site.weight_name] = None
@@ -225,12 +223,12 @@ def _writes_of_module(
 
 
 def _check_one_owner(made: Sequence[Write], model: Any) -> None:
-    """Check that a parameter is written under one name, and is no other module's.
+    """Check that each parameter is written under one name and belongs to one module.
 
     Raises:
         TiedWeights: two modules have it, or two names in the adapters mean it.
     """
-    # A skeleton made on the meta device has its tied weights apart until it is told to tie them.
+    # On the meta device tied weights are separate parameters until tie_weights is called.
     model.tie_weights()
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -250,7 +248,7 @@ def _check_one_owner(made: Sequence[Write], model: Any) -> None:
                 "call it by the same name in every adapter on the path",
             )
         others = [name for name in owners.get(write.parameter, []) if name != write.parameter]
-        # The trained rows of an embedding are those of its tied head, too.
+        # Trained rows of an embedding are meant for its tied head, too.
         are_rows = all(override.rows is not None for override in write.overrides)
         is_rows_alone = bool(write.overrides) and are_rows and not write.values
         if is_rows_alone and not any(name in written for name in others):

@@ -1,1 +1,1 @@
-"""Adapters on disk, one file per format; nothing outside this room knows the name of a key."""
+"""Adapter file formats, one module per format; nothing outside this room knows a key's name."""

@@ -1,5 +1,4 @@
-"""Block weights: a list of numbers for the blocks of a Stable Diffusion UNet, as a weight per
-module.
+"""Block weights: turn a list of numbers for a Stable Diffusion UNet's blocks into module weights.
 
     17   BASE IN01 IN02 IN04 IN05 IN07 IN08 MID OUT03 … OUT11   the blocks with attentions, SD 1.5
     26   BASE IN00 … IN11 MID OUT00 … OUT11                        every block, SD 1.5
@@ -7,7 +6,7 @@ module.
     20   BASE IN00 … IN08 MID OUT00 … OUT08                        every block, SDXL
 
 These are the lists of the extension "LoRA Block Weight" of the web UIs. BASE is the text encoders.
-The blocks are those of the original UNet, of which diffusers' are three to one:
+The blocks are those of the original UNet. Three of them make one block of diffusers:
 
     input_blocks.{3 i + j + 1}  down_blocks.i: resnets.j and attentions.j; j = 2 is the downsampler
     output_blocks.{3 i + j}     up_blocks.i: resnets.j and attentions.j; the upsampler is with j = 2
@@ -24,7 +23,7 @@ from ..weights import ModuleWeights, as_weight, check_finite, weight_within
 __all__ = ["block_weights"]
 
 _DOT = "[._]"
-"""Between the parts of a name: kohya's files have underscores for dots."""
+"""The separator in a name, as a glob: kohya's files have underscores instead of dots."""
 _WITH_ATTENTIONS = ("IN01", "IN02", "IN04", "IN05", "IN07", "IN08")
 
 
@@ -42,16 +41,15 @@ BLOCKS = {
 
 
 def block_weights(numbers: Sequence[float], adapter: Adapter) -> dict[str, float]:
-    """Return block weights as a weight per module, for `AdapterTree.add` and the like.
+    """Return block weights as a weight per module, for ``weight=`` of `AdapterTree.add` and others.
 
     Args:
         numbers: 12, 17, 20 or 26, in the order of the web UIs' extension.
-        adapter: the adapter that they are for, or its outline. It says which of the names that a
-            block has in kohya's and diffusers' files are in it; blocks without a module of it get
-            no pattern.
+        adapter: the adapter that they are for, or its outline. A block has other names in kohya's
+            files than in diffusers'; only patterns that match a module of the adapter are returned.
 
     Returns:
-        patterns on the names of its modules → their numbers. Modules of no block count in full.
+        patterns on the names of its modules → their numbers. Modules in no block have the weight 1.
 
     Raises:
         SpecError: the list has another length, or a number that is not finite; or no module of the

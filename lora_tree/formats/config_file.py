@@ -1,4 +1,4 @@
-"""The bytes of an adapter_config.json, PEFT's or mlx-lm's, which anybody may have written."""
+"""Read the bytes of an untrusted adapter_config.json, PEFT's or mlx-lm's."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ def read_config(file: str | Path, where: str, inside: Inside | None) -> bytes:
     """Return the bytes of a config.
 
     Args:
-        file: where it lies at the moment.
-        where: names it in errors.
+        file: its present path.
+        where: its name in errors.
         inside: where it may lie, all links followed; None: anywhere.
 
     Raises:
-        FormatError: it can't be read, is too large, or is a pointer of Git LFS.
+        FormatError: it can't be read, is too large, or is a Git LFS pointer.
     """
     try:
         with open_stream(file, inside=inside) as stream:
@@ -33,8 +33,8 @@ def read_config(file: str | Path, where: str, inside: Inside | None) -> bytes:
                     "and no adapter config is that large",
                     "is it another file of this name? save the adapter again with PEFT",
                 )
-            # Read at most the size that was checked: the file may grow meanwhile, and read()
-            # allocates what it reads.
+            # Read at most the size that was checked: the file may grow meanwhile, and read() would
+            # allocate memory for all of it.
             data = stream.read(size)
             check_pointer(data, where, "JSON")
             return data

@@ -1,4 +1,4 @@
-"""diffusers' files of LoRA factors: ``pytorch_lora_weights.safetensors``, in and out.
+"""Read and write diffusers' LoRA files, ``pytorch_lora_weights.safetensors``.
 
     unet.….to_q.lora_A.weight                     since 0.22; lora_B.bias with lora_bias
     unet.….proj_in.lora.down.weight               before, also ….lora_linear_layer.down.weight
@@ -7,8 +7,8 @@
 
     metadata: lora_adapter_metadata = {"unet.r": 4, "unet.lora_alpha": 8, …}
 
-The scale is alpha / r if an alpha stands beside the factors; else the metadata say it, which hold
-one PEFT config for each component; else it is 1.
+The scale is alpha / r if there is an alpha beside the factors. Otherwise it comes from the
+metadata, which hold one PEFT config per component. Without these it is 1.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ _OTHER_KINDS = {
     "lora_magnitude_vector": "DoRA rescales the whole weight, which is no sum of W and B·A",
     "dora_scale": "DoRA rescales the whole weight, which is no sum of W and B·A",
 }
-# A block's number stands between dots in every name. Without dots the underscores stand for them.
+# Every name has a block's number between two dots. A name without dots, but with a number between
+# underscores, is one of kohya's.
 _NUMBERED = re.compile(r"_[0-9]+(?:_|\Z)")
 # the projections of an attention, as the attention processors of old files call them
 _OF_AN_ENCODER = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
@@ -63,8 +64,7 @@ def read_diffusers(
         where: names the file in errors.
 
     Raises:
-        FormatError: a key that is none of the format, half a pair, or shapes that don't fit; names
-            the key.
+        FormatError: a key of another format, half a pair, or shapes that don't fit; names the key.
         UnsupportedAdapter: a kind that does not add up to W + B·A.
     """
     configs = _configs(metadata, where)
@@ -89,7 +89,7 @@ def read_diffusers(
 
 
 def _split(key: str, where: str) -> tuple[str, str]:
-    """A key → (component and module, part)."""
+    """Split a key into (component and module, part)."""
     for word, reason in _OTHER_KINDS.items():
         if word in key:
             raise UnsupportedAdapter(f"{where}: {key[:200]}: {reason}")
@@ -101,7 +101,7 @@ def _split(key: str, where: str) -> tuple[str, str]:
     path = key.removesuffix(end)
     first, _, rest = path.partition(".")
     if _COMPONENT.match(first) is None or not rest:
-        first, rest = "unet", path  # before components had prefixes there was the UNet alone
+        first, rest = "unet", path  # keys without a component are from old files, of the UNet alone
     if end.startswith("_lora"):
         rest = _of_a_processor(rest, encoder=first.startswith("text_encoder"))
     if "" in rest.split("."):
@@ -110,17 +110,17 @@ def _split(key: str, where: str) -> tuple[str, str]:
 
 
 def _of_a_processor(path: str, *, encoder: bool) -> str:
-    """The module that an attention processor's factors belong to."""
+    """Return the module to which an attention processor's factors belong."""
     above, _, leaf = path.replace(".processor.", ".").rpartition(".")
     if encoder:
         leaf = _OF_AN_ENCODER.get(leaf, leaf)
     elif leaf == "to_out":
-        leaf = "to_out.0"  # a list of the projection and a dropout
+        leaf = "to_out.0"  # to_out is a list: the projection and a dropout
     return f"{above}.{leaf}" if above else leaf
 
 
 def _configs(metadata: Mapping[str, str], where: str) -> dict[str, PeftConfig]:
-    """Component → the PEFT config that the metadata hold for it."""
+    """Return component → its PEFT config in the metadata."""
     said = metadata.get(METADATA)
     if said is None:
         return {}
@@ -134,17 +134,17 @@ def _configs(metadata: Mapping[str, str], where: str) -> dict[str, PeftConfig]:
     configs = {}
     for component, own in fields.items():
         own["peft_type"] = "LORA"
-        # As bytes through `parse_config`, so that these fields pass the very checks of a PEFT
-        # config, its refusals of DoRA and the like among them.
+        # Through `parse_config`, so that these fields pass the same checks as a PEFT config: it
+        # refuses DoRA, for example.
         configs[component] = parse_config(json.dumps(own).encode(), f"{named}: {component}")
     return configs
 
 
 def render_diffusers(adapter: Adapter) -> bytes:
-    """The bytes of a file that holds the adapter, its scales folded into the factors.
+    """Return the bytes of a file that holds the adapter, with scales folded into the factors.
 
-    Without an alpha every reader takes the scale to be 1. Old versions of diffusers, and other
-    programs, would pass over metadata.
+    Without an alpha every reader uses the scale 1. Metadata are not written, because old versions
+    of diffusers, and other programs, ignore them.
 
     Raises:
         FormatError: a module has no key in this format.
@@ -173,8 +173,8 @@ def render_diffusers(adapter: Adapter) -> bytes:
             A, B = down_and_up(folded)
         except LoraTreeError as error:
             raise error.within(module) from error
-        # diffusers expects the text_model that CLIP had before transformers 5, and drops it from
-        # the key for an encoder without it.
+        # diffusers expects the ``text_model`` that CLIP's names had before transformers 5, and
+        # removes it for an encoder without it.
         if component.startswith("text_encoder") and path.startswith("encoder.layers."):
             path = f"text_model.{path}"
         tensors[f"{component}.{path}.lora_A.weight"] = A

@@ -1,4 +1,4 @@
-"""kohya's single ``.safetensors`` file, which most trainers of image models write, in and out.
+"""Read and write kohya's single ``.safetensors`` file, which most trainers of image models use.
 
     in the file     lora_unet_mid_block_attentions_0_proj_in.lora_down.weight
                     └ component └ path of the module, dots as underscores
@@ -9,9 +9,9 @@
 
 LyCORIS' files have the same names with LoHa's and LoKr's parts (`products`).
 
-The underscores can't be turned back into dots without the model: ``to_q`` has one of its own. So
-the adapter keeps the name as it is, and the base says which of its modules is meant when the
-adapter is bound to it.
+The underscores can't be turned back into dots without the model, because names like ``to_q`` have
+underscores themselves. So the adapter keeps the name from the file, and when it is bound to a base,
+the name is matched with the base's modules.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .products import PRODUCT_PARTS, as_product, is_product
 __all__ = ["keys_of", "read_kohya", "render_kohya"]
 
 MAX_CHARACTERS = 1000
-"""Characters in a key; names that are looked up among a base's modules come from strangers."""
+"""The most characters in a key: they are untrusted, and are matched with a base's modules."""
 _KEY = re.compile(r"(?P<module>lora_(?P<word>unet|te[123]?)_(?P<rest>[^.]+))\.(?P<part>.+)\Z")
 _COMPONENT = {
     "unet": "unet",
@@ -65,8 +65,7 @@ def read_kohya(tensors: Mapping[str, Tensor], where: str) -> Adapter:
         where: names the file in errors.
 
     Raises:
-        FormatError: a key that is none of the format, half a pair, or shapes that don't fit; names
-            the key.
+        FormatError: a key of another format, half a pair, or shapes that don't fit; names the key.
         UnsupportedAdapter: a kind that does not add up to W + B·A.
     """
     words: dict[str, str] = {}
@@ -81,7 +80,7 @@ def read_kohya(tensors: Mapping[str, Tensor], where: str) -> Adapter:
             )
         part = _part(matched["part"], key, where)
         component = _COMPONENT[matched["word"]]
-        # lora_te and lora_te1 are one encoder; a file with both would say its modules twice
+        # lora_te and lora_te1 mean the same encoder; a file with both could hold a module twice
         word = words.setdefault(component, matched["word"])
         if word != matched["word"]:
             raise FormatError(f"{where}: keys of both lora_{word}_ and lora_{matched['word']}_")
@@ -97,14 +96,14 @@ def read_kohya(tensors: Mapping[str, Tensor], where: str) -> Adapter:
 
 
 def _part(part: str, key: str, where: str) -> str:
-    """The part of a pair that a key's end stands for."""
+    """Return the part of a pair that the end of a key means."""
     found = _PARTS.get(part)
     if found is not None:
         return found
     if part in PRODUCT_PARTS:
         return part
     for word, reason in _OTHER_KINDS.items():
-        # Whole words between dots: "diff" is a part of "diff_b", which is another kind.
+        # Compare whole words between dots: "diff" is also a substring of "diff_b", another kind.
         if word in part.split("."):
             raise UnsupportedAdapter(f"{where}: {key[:200]}: {reason}")
     raise FormatError(
@@ -113,14 +112,14 @@ def _part(part: str, key: str, where: str) -> str:
 
 
 def keys_of(module: str, value: LowRank, *, only_encoder: bool = False) -> dict[str, Tensor]:
-    """The three tensors of one module, by key: down, up and alpha.
+    """Return the three tensors of one module by key: down, up and alpha.
 
     Args:
         module: component and path.
-        only_encoder: no other text encoder has factors, so its word is ``lora_te``.
+        only_encoder: no other text encoder has factors, so the key begins with ``lora_te``.
 
     Raises:
-        FormatError: the format has no word for the component, or no way to hold the value.
+        FormatError: the format has no word for the component, or can't hold the value.
     """
     component, _, rest = module.partition(".")
     words = {name: word for word, name in _COMPONENT.items()}  # the last of two: lora_te1
@@ -150,10 +149,10 @@ def keys_of(module: str, value: LowRank, *, only_encoder: bool = False) -> dict[
 
 
 def render_kohya(adapter: Adapter) -> bytes:
-    """The bytes of a file that holds the adapter.
+    """Return the bytes of a file that holds the adapter.
 
     Raises:
-        FormatError: a module has no key in this format; or two would have the same.
+        FormatError: a module has no key in this format; or two modules would have the same key.
     """
     if not adapter.modules:
         raise FormatError("an adapter without modules can't be written")
@@ -162,13 +161,13 @@ def render_kohya(adapter: Adapter) -> bytes:
     tensors: dict[str, Tensor] = {}
     whose: dict[str, str] = {}
     for module, value in adapter.modules.items():
-        # The file has no scale, only an alpha in fp32. A scale that alpha / r does not give back
-        # bit for bit goes into the factors.
+        # The file has no scale, only an alpha in fp32. If alpha / r does not equal the scale bit
+        # for bit, the scale is folded into the factors.
         if not _is_alpha(value):
             value = value.folded()
         for key, tensor in keys_of(module, value, only_encoder=only_encoder).items():
-            # Two modules may differ in a dot and an underscore alone, which are one here. Without
-            # this check the second would replace the first.
+            # Two names that differ only in a dot and an underscore have the same key here. Without
+            # this check the second module would replace the first.
             if key in tensors:
                 raise FormatError(f"{module} and {whose[key]} would have the same key, {key}")
             tensors[key], whose[key] = tensor, module
@@ -176,7 +175,7 @@ def render_kohya(adapter: Adapter) -> bytes:
 
 
 def _is_alpha(value: LowRank) -> bool:
-    """Whether alpha / r gives the scale back bit for bit, after alpha was written in fp32."""
+    """Return whether alpha / r equals the scale bit for bit, with alpha rounded to fp32."""
     alpha = torch.tensor(value.scale * value.rank, dtype=torch.float32)
     return float(alpha) / value.rank == value.scale
 
@@ -184,7 +183,7 @@ def _is_alpha(value: LowRank) -> bool:
 def _clip(component: str, rest: str) -> str:
     """Return a CLIP module's path with the ``text_model`` that it had before transformers 5.
 
-    Every reader of these files expects that name.
+    All readers of these files expect that name.
     """
     is_clip = component.startswith("text_encoder") and rest.startswith(
         ("encoder.layers.", "encoder_layers_")

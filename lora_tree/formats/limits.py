@@ -1,6 +1,6 @@
-"""Limits on files that anybody may have written, checked before any work is done on them.
+"""Limits on untrusted files, which are checked before any work is done on them.
 
-Each is far above what real files need, and bounds the time and memory that a file can cost.
+Each is far above the needs of real files, and bounds the time and memory that a file can cost.
 docs/folder.md lists them.
 """
 

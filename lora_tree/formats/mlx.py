@@ -1,5 +1,4 @@
-"""mlx-lm's adapters: ``adapters.safetensors`` and ``adapter_config.json`` in one folder, in and
-out.
+"""Read and write mlx-lm's adapters: ``adapters.safetensors`` and ``adapter_config.json``.
 
     model.layers.0.self_attn.q_proj.lora_a    (in, r)       A transposed
     model.layers.0.self_attn.q_proj.lora_b    (r, out)      B transposed
@@ -9,10 +8,10 @@ out.
     adapter_config.json: {"fine_tune_type": "lora", "num_layers": 16,
                          "lora_parameters": {"rank": 8, "scale": 20.0, "dropout": 0.0, "keys": […]}}
 
-The scale is ``lora_parameters.scale`` as it is: mlx-lm divides by no rank, and passes over an
-``alpha``. Names are those of its models, which are transformers' own for most architectures; the
-experts of a mixture are named here as an earlier transformers did, one Linear each, and the base
-fuses them when the adapter is bound to it.
+The scale is ``lora_parameters.scale`` itself: mlx-lm does not divide it by the rank, and ignores an
+``alpha``. Names are those of mlx-lm's models, which equal transformers' for most architectures. The
+experts of a mixture get the names that transformers had before version 5, one Linear each, and the
+base fuses them when the adapter is bound to it.
 
 Written by ``mlx_lm.lora``; read and written by the rules of mlx-lm 0.32's ``load_adapters``.
 """
@@ -55,8 +54,8 @@ _EMBEDDINGS = frozenset(
         "wte",
     )
 )
-"""The last parts of the names that mlx-lm's models give to embeddings: the shapes of a Linear's
-factors are the same."""
+"""The last parts of embeddings' names in mlx-lm's models. Only the name tells an embedding from a
+Linear: their factors have the same shapes."""
 _MIXTRAL = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 _LAYER = re.compile(r".*?\.(?P<layer>\d+)\.(?P<key>.+)\Z", re.DOTALL)
 _FUSE = (
@@ -76,8 +75,8 @@ def read_mlx(
         where, config_named: name the two files in errors.
 
     Raises:
-        FormatError: a key that is none of the format, half a pair, shapes that don't fit, or a
-            config without a scale; names the file and the key.
+        FormatError: a key of another format, half a pair, shapes that don't fit, or a config
+            without a scale; names the file and the key.
         UnsupportedAdapter: DoRA, or a full fine-tuning.
     """
     fields = strict_json.loads(config, config_named)
@@ -126,7 +125,7 @@ def _check_type(fields: Mapping[str, object], where: str) -> None:
 
 
 def _parameters(fields: Mapping[str, object], where: str) -> tuple[int | None, float]:
-    """Return the rank, if it is said, and the scale."""
+    """Return the rank, None if the config lacks it, and the scale."""
     said = fields.get("lora_parameters")
     if not isinstance(said, dict):
         raise FormatError(
@@ -165,7 +164,7 @@ def _values(
     is_switch = a.ndim == 3 and (holder == "switch_mlp" or holder.endswith(".switch_mlp"))
     if a.ndim != b.ndim or (a.ndim != 2 and not is_switch):
         raise FormatError(f"{shapes}: expected (in, r) and (r, out)")
-    # In a mixture the factors lie as PEFT's do, in all others transposed.
+    # The factors of experts are oriented as in PEFT, all others are transposed.
     A, B = (a, b) if is_switch else (_turned(a), _turned(b))
     if A.shape[:-2] != B.shape[:-2] or A.shape[-2] != B.shape[-1]:
         raise FormatError(f"{shapes} do not multiply")
@@ -181,17 +180,15 @@ def _values(
 
 
 def _turned(tensor: Tensor) -> Tensor:
-    """Return a matrix transposed, in the very memory that it lies in: the one buffer of the
-    file.
-    """
+    """Return the transposed matrix, written over the original in the file's one buffer."""
     turned = tensor.mT.contiguous()
     return tensor.view(turned.shape).copy_(turned)
 
 
 def _expert(holder: str, number: int, leaf: str) -> str:
-    """Return the name of an expert's Linear as transformers had it, and as checkpoints have it."""
+    """Return the name of an expert's Linear, as in checkpoints and before transformers 5."""
     above = holder.removesuffix("switch_mlp")
-    # Mixtral alone numbers its projections.
+    # Only Mixtral calls its projections w1, w2 and w3.
     name = _MIXTRAL.get(leaf, leaf) if above.endswith("block_sparse_moe.") else leaf
     return f"{above}experts.{number}.{name}"
 
@@ -200,13 +197,14 @@ def _expert(holder: str, number: int, leaf: str) -> str:
 def render_mlx(adapter: Adapter, *, layers: int | None = None) -> dict[str, bytes]:
     """Return the two files: name → bytes.
 
-    mlx-lm makes factors of one rank for all modules that ``keys`` names, in the last ``num_layers``
-    layers, and then loads the file. So short factors are padded with zeros, the scale is folded
-    into B, and modules that the file does not have keep the zero B that they are made with.
+    mlx-lm creates factors of one rank for all modules that ``keys`` names, in the last
+    ``num_layers`` layers, and then loads the file. So factors of a smaller rank are padded with
+    zeros, and scales are folded into B. Modules that are not in the file keep their initial B of
+    zeros.
 
     Args:
-        layers: how many layers the base has; None: as many as the adapter's last one needs. mlx-lm
-            counts from the end, and refuses the file if that is too few.
+        layers: the number of layers of the base; None: up to the adapter's last one. mlx-lm counts
+            from the end, and refuses the file if the number is too small.
 
     Raises:
         FormatError: a module has no key in this format.
@@ -231,7 +229,7 @@ def render_mlx(adapter: Adapter, *, layers: int | None = None) -> dict[str, byte
         tensors[f"{module}.lora_b"] = whole.B.mT.contiguous()
         in_layer = _LAYER.match(module)
         if in_layer is None:
-            keys.add(module)  # a module beside the layers has its whole name there
+            keys.add(module)  # a module outside of the layers is listed by its whole name
         else:
             keys.add(in_layer["key"])
             deepest = max(deepest, int(in_layer["layer"]))

@@ -1,4 +1,4 @@
-"""Factors as the image formats hold them: a pair for each module, and an alpha beside it.
+"""Factors in the formats of image models: a pair for each module, and an alpha beside it.
 
     key             Linear      ConvNd
     down, lora_A    (r, in)     (r, in, *kernel)
@@ -6,9 +6,9 @@
     mid             —           (r, r, *kernel)     Tucker; down is (r, in, 1, …) then
     alpha           a number: scale = alpha / r     without it the scale is 1
 
-A Tucker convolution is a product of rank r all the same,
-ΔW[o, i, k] = Σ_p up[o, p] Σ_q mid[p, q, k] down[q, i], so A is mid contracted with down over q,
-once, when the file is read.
+A Tucker convolution also has rank r,
+ΔW[o, i, k] = Σ_p up[o, p] Σ_q mid[p, q, k] down[q, i], so when the file is read, mid and down are
+contracted over q into A.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class ModuleTensors:
     Args:
         module: its name, for the adapter.
         named: its name in the file, for messages.
-        parts: ``down``, ``up``, and where there are some ``mid``, ``alpha``, ``bias``.
+        parts: ``down`` and ``up``; optionally ``mid``, ``alpha``, ``bias``.
     """
 
     module: str
@@ -48,7 +48,7 @@ def as_lowrank(found: ModuleTensors, *, scale: float | None = None) -> LowRank:
     """Return one module's increment.
 
     Args:
-        scale: where the file says it elsewhere than in an alpha beside the factors.
+        scale: the scale, if the file states it elsewhere; None: from the alpha in ``found``.
 
     Raises:
         FormatError: half a pair, or shapes that don't fit; names the module.
@@ -67,7 +67,7 @@ def as_lowrank(found: ModuleTensors, *, scale: float | None = None) -> LowRank:
     if mid is None:
         A = down.flatten(1)
     else:
-        # A contraction in fp16 or bf16 would round every sum to their few digits.
+        # In fp16 or bf16 the contraction would round every sum to few digits.
         wide = torch.promote_types(torch.promote_types(mid.dtype, down.dtype), torch.float32)
         # (p, q, *k) with (q, i) → (p, i, *k), in the order of a kernel's numbers in its weight
         A = torch.einsum("pqk,qi->pik", mid.flatten(2).to(wide), down.flatten(1).to(wide))
@@ -75,16 +75,16 @@ def as_lowrank(found: ModuleTensors, *, scale: float | None = None) -> LowRank:
     layout = Layout("conv", kernel) if kernel else LINEAR
     try:
         return LowRank(A, B, scale, found.parts.get("bias"), layout)
-    # These tensors came out of a file, so a value that can't be made is an error of the file.
+    # The tensors come from a file, so a value that can't be built is an error of the file.
     except LoraTreeError as error:
         raise FormatError(f"{found.named}: {error.what}", *error.todo) from error
 
 
 def alpha_of(found: ModuleTensors, rank: int) -> float:
-    """The module's alpha; its rank where the file has none.
+    """Return the module's alpha, or its rank if the file has no alpha.
 
     Raises:
-        FormatError: it is no finite number.
+        FormatError: it is not one finite number.
     """
     alpha = found.parts.get("alpha")
     if alpha is None:
@@ -100,10 +100,10 @@ def alpha_of(found: ModuleTensors, rank: int) -> float:
 
 
 def down_and_up(value: LowRank) -> tuple[Tensor, Tensor]:
-    """A and B in the shapes of the module's own kernel, as the file has them.
+    """Return A and B in the shapes of the file, with the dimensions of the module's kernel.
 
     Raises:
-        FormatError: a kind of layer that these formats have no way to write.
+        FormatError: these formats can't hold factors of this kind of layer.
     """
     kind, kernel = value.layout.kind, value.layout.kernel
     if kind not in ("linear", "conv") or value.A.ndim != 2:

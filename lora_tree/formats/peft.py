@@ -1,17 +1,17 @@
-"""PEFT adapter folders, in and out: ``adapter_config.json`` and ``adapter_model.safetensors``.
+"""Read and write PEFT folders: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
     read_adapter(config_file, weights_file, where=folder) → Adapter
-    render(adapter) → {file name: its bytes};  peft_form(adapter): the same refusals, no bytes
+    render(adapter) → {file name: its bytes};  peft_form(adapter): the same checks, no bytes
 
     peft_config     the config: scales, targets, kinds that are refused
     peft_keys       names of modules ↔ keys
     peft_sorting    the keys of a file: factors, overrides, tensors of the base
     peft_outline    config and header → an adapter without numbers; peft_factors: one module of it
     peft_read       the files → the adapter
-    peft_write      the adapter → the files; peft_fields: the config of them
+    peft_write      the adapter → the files; peft_fields: their config
 
-Law: read, write and read again gives the same bits of the factors and the same scales. Write, read
-and write again gives the same bytes.
+Law: reading, writing and reading again gives bitwise equal factors and equal scales. Writing,
+reading and writing again gives the same bytes.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""PEFT's AdaLoRA, VeRA and VB-LoRA folders in: factors that are composed of several tensors.
+"""Read PEFT's AdaLoRA, VeRA and VB-LoRA folders, whose factors are composed of several tensors.
 
     AdaLoRA    ΔW = s · B diag(E) A         lora_A (r, in), lora_B (out, r), lora_E (r, 1)
-                                            s = lora_alpha / (init_r + 1e-5), as PEFT adds it
+                                            s = lora_alpha / (init_r + 1e-5), as in PEFT
     VeRA       ΔW = diag(b) B diag(d) A     vera_lambda_b (out,), vera_lambda_d (r,); and for all
                                             modules vera_A (r, in), vera_B (out, r)
     VB-LoRA    ΔW = B A                     vblora_logits_A (r, in / l, n), _B (out / l, r, n); and
@@ -9,10 +9,10 @@
                                             a factor is the softmax of its k largest logits times
                                             their vectors
 
-All three are exact at their own rank. VeRA's shared factors are as large as the largest module; a
-file does not say how wide a module's input is, so A has the whole width, and a base refuses it in
-a module that is narrower. Its projections can be left out of the file, and made again by the random
-generator of the system that reads it: such a file is refused.
+All three convert exactly, at their own rank. VeRA's shared factors are as large as the largest
+module. A file does not state the width of a module's input, so A gets the full width, and a base
+refuses it for a narrower module. PEFT can leave VeRA's projections out of the file and draw them
+again from a seed, with numbers that may differ between systems: such a file is refused.
 
 Sources: PEFT 0.21, tuners/adalora/layer.py, tuners/vera/layer.py, tuners/vblora/layer.py
 (arXiv 2303.10512, 2310.11454, 2405.15179).
@@ -37,7 +37,7 @@ from .peft_keys import PREFIX
 __all__ = ["ComposedConfig", "composed_config", "read_composed"]
 
 _ROOT = "base_model."
-"""Before the tensors that all modules share."""
+"""The prefix of the tensors that all modules share."""
 _PARTS = {
     "ADALORA": ("lora_A", "lora_B", "lora_E"),
     "VERA": ("vera_lambda_b", "vera_lambda_d"),
@@ -52,13 +52,13 @@ _SHARED: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class ComposedConfig:
-    """The config of such an adapter, checked.
+    """The checked config of an adapter with composed factors.
 
     Args:
         kind: its ``peft_type``.
         base: the base that it names.
         scale: of every module.
-        topk: of VB-LoRA.
+        topk: the number of vectors per piece, for VB-LoRA.
     """
 
     kind: str
@@ -68,13 +68,13 @@ class ComposedConfig:
 
 
 def composed_config(config: bytes, where: str) -> ComposedConfig | None:
-    """Return the checked config; None where it is of another kind, which others read.
+    """Return the checked config; None if it is of a kind that another reader handles.
 
     Raises:
         FormatError: it is broken.
         UnsupportedAdapter: it has parts that do not add up.
     """
-    # A look at the bytes first: nearly all adapters are LoRAs, whose config is parsed elsewhere.
+    # Search the bytes first: nearly all adapters are LoRAs, whose config is parsed elsewhere.
     if not any(f'"{kind}"'.encode() in config for kind in _PARTS):
         return None
     fields = strict_json.loads(config, where)
@@ -98,7 +98,8 @@ def composed_config(config: bytes, where: str) -> ComposedConfig | None:
         alpha = fields.get("lora_alpha", 8)
         if isinstance(alpha, bool) or not isinstance(alpha, int | float) or abs(alpha) > 1e30:
             raise FormatError(f"{where}: lora_alpha is {alpha!r:.80}, expected a number")
-        # PEFT takes the rank for an alpha of 0, and keeps init_r when it prunes ranks.
+        # For an alpha of 0 or less PEFT uses the rank. It divides by init_r even after it has
+        # pruned ranks.
         scale = (alpha if alpha > 0 else rank) / (rank + 1e-5)
     base = fields.get("base_model_name_or_path")
     topk = _number(fields, "topk", 2, where)
@@ -121,7 +122,7 @@ def read_composed(config: ComposedConfig, tensors: Mapping[str, Tensor], where: 
         where: names the file in errors.
 
     Raises:
-        FormatError: a key that is none of the kind's, or parts that don't fit; names the key.
+        FormatError: a key that the kind does not have, or parts that don't fit; names the key.
         UnsupportedAdapter: VeRA without its projections.
     """
     parts, shared = _PARTS[config.kind], _SHARED[config.kind]
@@ -157,7 +158,7 @@ def _common(kind: str, tensors: Mapping[str, Tensor], where: str) -> list[Tensor
     """Return the tensors that all modules share.
 
     Raises:
-        FormatError: one is missing, or no matrix of floating numbers.
+        FormatError: one is missing, or not a floating point matrix.
         UnsupportedAdapter: VeRA's are not in the file.
     """
     found = []
@@ -179,7 +180,7 @@ def _common(kind: str, tensors: Mapping[str, Tensor], where: str) -> list[Tensor
 
 
 def _check(own: Mapping[str, Tensor], dimensions: Mapping[str, int]) -> None:
-    """Refuse parts of other dimensions, or that are no floating numbers."""
+    """Refuse parts with another number of dimensions, or without a floating dtype."""
     for name, wanted in dimensions.items():
         tensor = own[name]
         if tensor.ndim != wanted or not tensor.is_floating_point():
@@ -190,7 +191,7 @@ def _check(own: Mapping[str, Tensor], dimensions: Mapping[str, int]) -> None:
 
 
 def _wide(*tensors: Tensor) -> list[Tensor]:
-    """Return tensors in one dtype, fp32 at least: a product in bf16 would round every number."""
+    """Return tensors in one dtype, at least fp32: products in bf16 would be rounded."""
     dtype = torch.float32
     for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype)
@@ -225,7 +226,7 @@ def _vera(
             f"{tuple(A.shape)} and vera_B {tuple(B.shape)}"
         )
     A, B, b, d = _wide(A, B, b, d)
-    # A is one tensor for all modules; what is a module's own goes into B.
+    # All modules share the tensor A, so the module's own vectors go into B.
     return LowRank(A, b[:, None] * B[: len(b)] * d)
 
 

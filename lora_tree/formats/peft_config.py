@@ -1,4 +1,4 @@
-"""adapter_config.json of a PEFT adapter: its scales and targets, and the kinds that we refuse.
+"""Parse the adapter_config.json of a PEFT adapter: scales, targets, and the kinds that are refused.
 
     scale = lora_alpha / r      or, with use_rslora,      lora_alpha / sqrt(r)
 
@@ -6,11 +6,11 @@
 module's name. The first key in the file's order wins, as in ``get_pattern_key`` of
 ``peft.utils.other`` (0.21). A raw parameter goes by ``module.parameter``.
 
-The patterns come from strangers, and Python's ``re`` can take forever. So all patterns of one file
-are matched out of one budget of work: see `patterns`.
+The patterns are untrusted, and Python's ``re`` can take exponential time. So all patterns of one
+file share one budget of matching work: see `patterns`.
 
-Law: only configs whose increment is B·A·scale pass, beside modules that are saved whole and trained
-token rows (`peft_overrides`).
+Law: a config passes only if its increments are B·A·scale, apart from modules that are saved whole
+and trained token rows (`peft_overrides`).
 """
 
 from __future__ import annotations
@@ -52,19 +52,19 @@ MUTATING = {
     "loftq": "LoftQ",
     "lora_ga": "LoRA-GA",
 }
-"""How ``init_lora_weights`` begins for methods that change the base's weights → the method."""
+"""The beginning of ``init_lora_weights`` → the method, for those that change the base's weights."""
 
 EXTRACT = (
     "what PEFT merged (merge_and_unload, save_pretrained) comes in as a difference: "
     "lora-tree extract BASE MERGED --max-error 0.05"
 )
-"""The way in for what is no sum of W and B·A."""
+"""The advice for adapters that do not add up to W + B·A."""
 
 KINDS = ("LORA", "TRAINABLE_TOKENS")
-"""The ``peft_type`` that is read here; the second one has trained token rows and no factors."""
+"""The values of ``peft_type`` that are read here; the second has trained token rows, no factors."""
 
 KNOWN_USES = {"use_rslora", "use_dora", "use_qalora", "use_bdlora"}
-"""The ``use_…`` fields that we know. Another one that is set is a kind of LoRA newer than this."""
+"""The ``use_…`` fields that are known here. If another one is set, it is a newer kind of LoRA."""
 
 FUSED = ("gate_proj", "gate_up_proj", "up_proj", "down_proj")
 """Parameters of fused experts, in the order in which all of transformers 5 registers them."""
@@ -81,16 +81,15 @@ DERIVED = {
     "runtime_config",
     "target_parameters",
 }
-"""Fields that follow from the values of an adapter; `Adapter.config` does not keep them."""
+"""Fields that are derived from the values of an adapter; `Adapter.config` does not keep them."""
 
 TRAINING = {"corda_config", "eva_config", "loftq_config", "lora_ga_config", "velora_config"}
-"""Fields that only the start or the course of a training needs; they are not written."""
+"""Fields that matter only for initialisation and training; they are not written."""
 
 TURNED = (0, 19, 1)
-"""The first PEFT in which a parameter (experts, out, in) has A for its in and B for its out.
+"""The first version of PEFT in which A has the in of a parameter (experts, out, in), and B the out.
 
-Before, PEFT took the second axis of every 3-D parameter for in, so the two were the other way
-round.
+Earlier versions took the second axis of every 3-D parameter for in, so A and B were swapped.
 """
 
 
@@ -100,11 +99,11 @@ class PeftConfig:
 
     Args:
         where: the file, as errors name it.
-        base: the base that it names; None where it names none.
+        base: the base that it names; None if it names none.
         saved: the modules that are saved whole, and the trained token rows.
-        velora: the factors were trained with VeLoRA, whose buffers may lie beside them.
+        velora: the factors were trained with VeLoRA, whose buffers may be in the same file.
         kept: the fields that do not change the value, for `Adapter.config`.
-        work: the budget out of which all its patterns are matched.
+        work: the budget that all its patterns share.
     """
 
     where: str
@@ -128,17 +127,17 @@ class PeftConfig:
         return self.rank_pattern.first(name, self.r)
 
     def scale(self, name: str) -> float:
-        """Return the scale of ``name``, by the very operations of PEFT, so that the bits agree."""
+        """Return the scale of ``name``, by PEFT's own operations, so that the bits are equal."""
         alpha = self.alpha_pattern.first(name, self.lora_alpha)
         r = self.rank(name)
         return alpha / math.sqrt(r) if self.use_rslora else alpha / r
 
     def targets(self, module: str) -> bool | None:
-        """Return whether ``target_modules`` names the module; None where only a base can tell.
+        """Return whether ``target_modules`` names the module; None if only a base can tell.
 
-        PEFT writes it for its own sake: the keys of the file say what was trained. So it counts
-        only where the keys can be read in two ways, and a pattern that can't be matched in bounded
-        time is no reason to refuse a file.
+        The keys of the file already say what was trained, so the field matters only if a key is
+        ambiguous. A pattern that can't be matched in bounded time is therefore no reason to refuse
+        the file.
         """
         if not isinstance(self.target_modules, str):  # a list of suffixes, as PEFT writes it
             return _ends(module, self.target_modules)
@@ -153,8 +152,8 @@ class PeftConfig:
     def parameters(self, module: str) -> tuple[str, ...]:
         """Return the parameters of ``module`` that ``target_parameters`` names.
 
-        They come in the order of `FUSED` where it has them all, else in that of the config. The
-        latter says little: for some models PEFT writes it from a set.
+        They are in the order of `FUSED` if it has them all, else in the order of the config. That
+        order is unreliable: for some models PEFT writes the field from a set.
         """
         exact: list[str] = []
         by_suffix: list[str] = []
@@ -164,7 +163,7 @@ class PeftConfig:
                 exact.append(parameter)
             elif _ends(f"{module}.{parameter}", (target,)):
                 by_suffix.append(parameter)
-        # a dict drops what occurs twice and keeps the order, which a set would not
+        # a dict removes duplicates and keeps the order, which a set would not
         names = dict.fromkeys(exact or by_suffix)
         if names.keys() <= set(FUSED):
             return tuple(sorted(names, key=FUSED.index))
@@ -201,9 +200,9 @@ def parse_config(data: bytes, where: str) -> PeftConfig:
 
 
 def says_which_way(config: Mapping[str, Any]) -> bool:
-    """Return whether a fused parameter's factors are known to lie as in PEFT since `TURNED`.
+    """Return whether ``peft_version`` proves that fused factors are oriented as since `TURNED`.
 
-    Its ``peft_version`` says so; older PEFT wrote none.
+    Older versions of PEFT did not write the field.
     """
     said = re.match(r"\d{1,9}(?:\.\d{1,9})*", str(config.get("peft_version") or ""))
     return said is not None and tuple(map(int, said[0].split("."))) >= TURNED
@@ -218,8 +217,8 @@ def mutates_base(init: Any) -> str | None:
 
 
 def _refuse(fields: Mapping[str, Any], where: str) -> None:
-    # Every reason to refuse is looked for before any number: a config of another method may have
-    # other types in fields of the same name.
+    # Refuse other methods before any number is parsed: in their configs a field of the same name
+    # may have another type.
     kind = fields.get("peft_type")
     if kind is None:
         raise FormatError(
@@ -240,7 +239,7 @@ def _refuse(fields: Mapping[str, Any], where: str) -> None:
                 f"train the adapter without {name}, or merge it into a base of its own with PEFT",
                 EXTRACT,
             )
-    # PEFT calls a new kind of LoRA use_…, and a PEFT that is too old for it drops the field.
+    # New kinds of LoRA get a field use_… in PEFT; a PEFT that is too old silently drops it.
     for name, value in fields.items():
         if name.startswith("use_") and name not in KNOWN_USES and value:
             raise UnsupportedAdapter(
@@ -259,9 +258,9 @@ def _refuse(fields: Mapping[str, Any], where: str) -> None:
 
 
 class _ConfigChecks:
-    """The fields of one config, each checked when it is read.
+    """Checked access to the fields of one config.
 
-    Python's bool is an int and PEFT's JSON is read as it is, so types are compared exactly.
+    Types are compared exactly, because Python's bool is an int.
     """
 
     def __init__(self, fields: Mapping[str, Any], where: str) -> None:
@@ -272,13 +271,13 @@ class _ConfigChecks:
         return FormatError(f"{self.where}: {name}: got {str(got)[:80]!r}, expected {expected}")
 
     def rank(self, value: Any, name: str) -> int:
-        # larger than any matrix; torch could not even say the shape
+        # the bound is larger than any matrix; beyond it torch can't even represent a shape
         if type(value) is not int or not 0 < value < 2**31:
             raise self.wrong(name, value, "a positive integer")
         return value
 
     def number(self, value: Any, name: str) -> int | float:
-        # Written so that it refuses NaN too. JSON's integers have no end, and the bound keeps
+        # The negated comparison refuses NaN too. JSON's integers are unbounded, and the bound keeps
         # alpha / r a finite float.
         if type(value) not in (int, float) or not abs(value) < 2**1000:
             raise self.wrong(name, value, "a number")
@@ -327,8 +326,8 @@ class _ConfigChecks:
     def understood(self, pattern: str, name: str) -> None:
         try:
             NamePattern(pattern, self.work)
-            # PEFT puts the key into this pattern, where some keys are no regular expression any
-            # more, (?i)q_proj for one: flags can't stand in the middle.
+            # PEFT puts the key into this pattern, which makes some keys invalid: (?i)q_proj, for
+            # example, because flags must be at the start.
             re.compile(rf"(.*\.)?({pattern})$")
         except re.error as error:
             raise FormatError(
@@ -344,5 +343,5 @@ class _ConfigChecks:
 
 
 def _ends(name: str, with_one_of: Iterable[str]) -> bool:
-    """Return whether a name is one of these or ends in one after a dot, which is PEFT's rule."""
+    """Return whether a name equals one of these or ends in one after a dot: PEFT's rule."""
     return any(name == end or name.endswith(f".{end}") for end in with_one_of)

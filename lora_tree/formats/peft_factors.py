@@ -1,4 +1,4 @@
-"""The factors of one module or parameter → its `LowRank`.
+"""Turn the factors of one module or parameter into its `LowRank`.
 
     kind             A in the file      B in the file      LowRank
     Linear, Conv1D   (r, in)            (out, r)           the same
@@ -11,7 +11,7 @@ The rows of a raw parameter's A are expert-major, the columns of its B rank-majo
 transformers class of GPT-2: its weight is stored (in, out), but PEFT's factors are those of a
 Linear.
 
-Law: a factor whose shape does not follow from r is refused, never reshaped until it fits.
+Law: a factor whose shape does not follow from r is refused, never reshaped to fit.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class FactorReader:
         """Return the increment of a Linear, Conv1D, Embedding or convolution.
 
         Args:
-            rank_of: the module whose r and lora_alpha count.
+            rank_of: the module whose r and lora_alpha apply.
 
         Raises:
             FormatError: a factor is missing, or its shape is not the one that r gives; names the
@@ -69,7 +69,7 @@ class FactorReader:
         return LowRank(A, B, scale, self._bias(name, parts, B.shape[0]), Layout("linear"))
 
     def parameter(self, name: str, parts: Parts) -> LowRank:
-        """Return the increment of a raw parameter, (in, out) or with experts before.
+        """Return the increment of a raw parameter, of one matrix or of one per expert.
 
         Raises:
             FormatError: as `module`; or there is a bias, which PEFT does not have for a parameter.
@@ -94,8 +94,7 @@ class FactorReader:
 
     def _convolution(self, name: str, parts: Parts, r: int, scale: float) -> LowRank:
         A, B = parts["lora_A"], parts["lora_B"]
-        # PEFT builds B as a convolution with the base's groups, so B says how many there are: r /
-        # its second size.
+        # PEFT builds B as a convolution with the base's groups, so its second size is r / groups.
         groups = 0
         if B.ndim == A.ndim and B.shape[1]:
             groups = r // B.shape[1]
@@ -112,8 +111,8 @@ class FactorReader:
         A = A.flatten(1)  # (r, in·kernel)
         B = B.flatten(1)  # (out, r/G)
         if groups > 1:
-            # Not block-diagonal: PEFT's A is no grouped convolution, each group's A reads all input
-            # channels.
+            # Not block-diagonal: PEFT's A is not a grouped convolution, so each group's A reads all
+            # input channels.
             A = A.reshape(groups, -1, A.shape[1])  # (G, r/G, in·kernel)
             B = B.reshape(groups, -1, B.shape[1])  # (G, out/G, r/G)
         return LowRank(A, B, scale, bias, layout)

@@ -1,12 +1,12 @@
-"""The fields of adapter_config.json for an adapter that is written.
+"""Write the fields of adapter_config.json for an adapter.
 
-    r, lora_alpha                the commonest of all modules
+    r, lora_alpha                the most frequent values of all modules
     rank_pattern, alpha_pattern  the others, under keys that match one full name and nothing else
     target_modules               the adapter's own list, if it still names exactly these modules
-    the rest                     as the adapter's config has it, unless the value says otherwise
+    other fields                 from the adapter's config, unless its value contradicts them
 
-Law: PEFT builds from these fields exactly the wrappers whose factors are in the weights file, with
-the scales of the value.
+Law: from these fields PEFT builds exactly the wrappers whose factors are in the weights file, with
+the same scales.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ OTHER_TARGETS = ("exclude_modules", "layers_to_transform", "layers_pattern")
 
 @dataclass(frozen=True)
 class PeftForm:
-    """The modules of an adapter as PEFT can say them.
+    """An adapter's modules with ranks and alphas that PEFT's files can express.
 
     Args:
         modules: name → value, with the ranks that are written.
@@ -43,7 +43,7 @@ class PeftForm:
         use_rslora: whether the scale is lora_alpha / √r.
         nested: module → its raw parameters, in the order in which PEFT nests their wrappers.
         attentions: the modules that are an nn.MultiheadAttention with both projections changed.
-        tokens_alone: there are no modules, and trained rows of one embedding.
+        tokens_alone: whether there are only trained rows of one embedding.
     """
 
     modules: Mapping[str, LowRank]
@@ -55,10 +55,7 @@ class PeftForm:
 
 
 def peft_rank(value: LowRank) -> int:
-    """Return r as PEFT counts it.
-
-    That is over all groups of a convolution, but for each single expert of a raw parameter.
-    """
+    """Return r as PEFT counts it: of all groups of a convolution together, but per expert."""
     if value.layout.kind == "conv" and value.A.ndim == 3:
         return value.rank * value.A.shape[0]
     return value.rank
@@ -73,7 +70,7 @@ def config_bytes(adapter: Adapter, form: PeftForm) -> bytes:
     """Return adapter_config.json, which depends on the value alone.
 
     Raises:
-        FormatError: a field of the adapter's config is no JSON.
+        FormatError: a field of the adapter's config can't be written as JSON.
     """
     try:
         text = json.dumps(_fields(adapter, form), indent=2, sort_keys=True, allow_nan=False)
@@ -89,8 +86,7 @@ def config_bytes(adapter: Adapter, form: PeftForm) -> bytes:
 def _fields(adapter: Adapter, form: PeftForm) -> dict[str, Any]:
     if form.tokens_alone:
         return _tokens_fields(adapter)
-    # PEFT makes the out_proj of an attention with the attention's r and alpha, and has no pattern
-    # for it.
+    # PEFT gives the out_proj of an attention the attention's r and alpha; no pattern applies to it.
     out_projections = {f"{name}.out_proj" for name in form.attentions}
     ranks: dict[str, int] = {}
     alphas: dict[str, int | float] = {}
@@ -98,14 +94,14 @@ def _fields(adapter: Adapter, form: PeftForm) -> dict[str, Any]:
         if name not in out_projections:
             ranks[name] = peft_rank(value)
             alphas[name] = form.alphas[name]
-    # An adapter of overrides alone has no rank; PEFT's own defaults stand there.
+    # An adapter with only overrides has no rank; use PEFT's defaults.
     r = _commonest(ranks.values() or [8])
     alpha = _commonest(alphas.values() or [8])
     lora_bias = any(value.bias is not None for value in form.modules.values())
     fields: dict[str, Any] = {"task_type": None, "lora_dropout": 0.0, "fan_in_fan_out": False}
     for key, kept in adapter.config.items():
         if key not in DERIVED | TRAINING:
-            # PEFT writes its sets in an order that changes from process to process.
+            # Sort sets: their order changes from process to process.
             fields[key] = sorted(kept) if isinstance(kept, (set, frozenset)) else kept
     fields |= {
         "peft_type": "LORA",
@@ -119,7 +115,7 @@ def _fields(adapter: Adapter, form: PeftForm) -> dict[str, Any]:
         "lora_bias": lora_bias,
         "bias": _bias(adapter),
     }
-    # An override of a module with factors is the weight below its wrapper, and no saved module.
+    # If a module has factors, its override is the weight inside the wrapper, not a saved module.
     own = {
         name: override
         for name, override in adapter.overrides.items()
@@ -131,20 +127,20 @@ def _fields(adapter: Adapter, form: PeftForm) -> dict[str, Any]:
         is_tied = _has_tied_factors(form.modules) or _has_tied_weights(adapter)
         fields["ensure_weight_tying"] = wanted and is_tied
     if fields.get("init_lora_weights") != "gaussian" or lora_bias:
-        # PEFT runs the named initialisation before it loads the factors over it. Most of them (an
-        # SVD of the weight, orthogonal A and B) fail at a rank over the weight's own, which a sum
-        # may have, and PEFT refuses them beside lora_bias. None of them says anything about a
-        # trained adapter.
+        # PEFT runs the named initialisation and then loads the factors over it. Most
+        # initialisations (an SVD of the weight, orthogonal A and B) fail if r exceeds the weight's
+        # size, as it may for a sum, and PEFT refuses them together with lora_bias. For a trained
+        # adapter they have no meaning.
         fields["init_lora_weights"] = fields.get("init_lora_weights") is not False
     if form.nested:
-        # PEFT refuses these two beside a raw parameter; neither changes the value.
+        # PEFT refuses other values of these two with a raw parameter; neither changes the value.
         fields |= {"lora_dropout": 0.0, "fan_in_fan_out": False}
         targeted: list[str] = []
         for module in sorted(form.nested):
             targeted += parameter_names(module, form.nested)
         fields["target_parameters"] = targeted
         if not says_which_way(fields):
-            # The factors lie as PEFT writes them since this version, and its readers go by it.
+            # The factors are oriented as in PEFT since this version, and readers check for it.
             fields["peft_version"] = ".".join(map(str, TURNED))
     _set_targets(fields, form, out_projections)
     return fields
@@ -166,7 +162,7 @@ def _tokens_fields(adapter: Adapter) -> dict[str, Any]:
 
 
 def _set_targets(fields: dict[str, Any], form: PeftForm, out_projections: set[str]) -> None:
-    """Set ``target_modules`` so that PEFT wraps the modules that have factors, and no other."""
+    """Set ``target_modules`` so that PEFT wraps exactly the modules that have factors."""
     targets: list[str] = []
     for name, value in form.modules.items():
         if value.layout.kind != "parameter" and name not in out_projections:
@@ -182,17 +178,17 @@ def _set_targets(fields: dict[str, Any], form: PeftForm, out_projections: set[st
     if _names_exactly(targets, targets, others, fields):
         fields["target_modules"] = targets
     else:
-        # One name is the end of another, so a list of suffixes would match both. PEFT matches a
-        # string as a regular expression on the whole name.
+        # One name is the end of another, so a list of suffixes would match both. A string works:
+        # PEFT matches it as a regular expression on the whole name.
         fields["target_modules"] = "|".join(map(re.escape, targets))
 
 
 def _names_exactly(
     entries: list[Any], targets: list[str], others: set[str], fields: Mapping[str, Any]
 ) -> bool:
-    """Return whether a list stands for these targets and for none of the others, by PEFT's rule.
+    """Return whether a list names all these targets and none of the others, by PEFT's rule.
 
-    That rule takes every module whose name is an entry or ends in ``.entry``.
+    The rule matches every module whose name equals an entry or ends in ``.entry``.
     """
     if any(fields.get(field) is not None for field in OTHER_TARGETS):
         return False
@@ -200,8 +196,8 @@ def _names_exactly(
     if len(known) < len(entries):
         return False
     used: set[str] = set()
-    # Names are cut at their dots and looked up. A comparison with each entry would take the product
-    # of the two numbers, and a mixture of experts has some ten thousand of both.
+    # Look up every end of a name in a set. To compare each name with each entry would be quadratic,
+    # and a mixture of experts has some ten thousand of both.
     for target in targets:
         naming = known.intersection(_ends_of(target))
         if not naming:
@@ -209,7 +205,7 @@ def _names_exactly(
         used |= naming
     if any(known.intersection(_ends_of(name)) for name in others):
         return False
-    # An entry that names none of them is a word about another model.
+    # An entry that names none of the targets was meant for another model.
     return used == known
 
 
@@ -226,9 +222,9 @@ def _ends_of(name: str) -> list[str]:
 def _has_tied_factors(modules: Mapping[str, LowRank]) -> bool:
     """Return whether every head of an embedding's size has its factors, transposed.
 
-    With ``ensure_weight_tying`` PEFT reads the factors of the embedding alone and uses them for the
-    head as well. That is true of what it has just trained, but not of a sum with a node that
-    changes one of the two by itself.
+    With ``ensure_weight_tying`` PEFT reads only the embedding's factors and uses them for the head
+    as well. That is right for an adapter that it trained so, but not for a sum with a node that
+    changes only one of the two.
     """
     embeddings = [value for value in modules.values() if value.layout.kind == "embedding"]
     linear = [
@@ -260,9 +256,9 @@ def _has_tied_weights(adapter: Adapter) -> bool:
 
 
 def _bias(adapter: Adapter) -> str:
-    """Return ``bias``, by which PEFT looks for biases of the base in the weights."""
+    """Return the field ``bias``, which tells PEFT whether the weights hold biases of the base."""
     carried = list(adapter.unchanged)
-    # Of a module that has factors the bias is below the wrapper, and no part of a saved module.
+    # If a module has factors, its overridden bias is inside the wrapper, not in a saved module.
     carried += [name for name in adapter.overrides if tensor_owner(name)[0] in adapter.modules]
     if not any(name.rpartition(".")[2] == "bias" for name in carried):
         return "none"
@@ -275,13 +271,13 @@ def _pattern(of: Mapping[str, Any], default: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in of.items():
         if value != default:
-            # PEFT (0.21) matches ``(.*\.)?(key)$``. The ^ inside the key leaves the first part
-            # empty, so that a key never matches the end of a longer name.
+            # PEFT (0.21) matches ``(.*\.)?(key)$``. The ^ in the key forces the first part to be
+            # empty, so that the key never matches the end of a longer name.
             found["^" + re.escape(name)] = value
     return found
 
 
 def _commonest(values: Iterable[Any]) -> Any:
     counts = Counter(values)
-    # If two are as common, take the smaller one, so that the file does not depend on any order.
+    # If two are equally frequent, take the smaller one, so that the result ignores their order.
     return min(counts, key=lambda value: (-counts[value], value))

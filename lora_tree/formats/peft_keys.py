@@ -1,4 +1,4 @@
-"""Names of modules ↔ keys of a PEFT file.
+"""Convert names of modules to the keys of a PEFT file, and back.
 
     base_model.model.                                   before every key, left out below
     layers.0.self_attn.q_proj.lora_A.weight             q_proj
@@ -11,7 +11,8 @@
 PEFT puts wrappers around a module, and each wrapper adds ``.base_layer`` to the names of everything
 below it. So a key is the plain name with ``.base_layer`` after every wrapped module on the way.
 
-Law: `key_path` is that rule, the only one, and a key that it would not write is refused.
+Law: `key_path` is the only implementation of that rule, and a key that it would not write is
+refused.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def split_key(path: str) -> tuple[str, str | None]:
     >>> split_key("mlp.up_proj.lora_A.weight"), split_key("norm.bias")
     (('mlp.up_proj', 'lora_A'), ('norm.bias', None))
     """
-    # The suffixes do not overlap, so their order is of no consequence.
+    # No suffix is the end of another, so their order does not matter.
     for suffix, part in PARTS.items():
         if path.endswith(suffix):
             return path.removesuffix(suffix), part
@@ -59,15 +60,15 @@ def split_key(path: str) -> tuple[str, str | None]:
 
 
 def plain(path: str) -> tuple[str, int]:
-    """Turn a path into (the plain name, how many wrappers deep its module lies).
+    """Turn a path into (the plain name, the depth of its module's wrapper).
 
     >>> plain("mlp.experts.base_layer.base_layer"), plain("attn.base_layer.out_proj")
     (('mlp.experts', 2), ('attn.out_proj', 0))
     """
     if "base_layer" not in path:  # nearly every key; there may be a hundred thousand
         return path, 0
-    # At the end of a path base_layer counts the wrappers of the module itself. Further up it
-    # belongs to a module around it, and says nothing of this one's depth.
+    # At the end of a path, base_layer counts the wrappers of the module itself. Further up it
+    # belongs to a module around this one.
     names = path.split(".")
     depth = 0
     while names and names[-1] == "base_layer":
@@ -77,7 +78,7 @@ def plain(path: str) -> tuple[str, int]:
 
 
 def key_path(name: str, wrappers: Mapping[str, int]) -> str:
-    """Turn a plain name into the path in a key, given how many wrappers each wrapped module has.
+    """Turn a plain name into the path in a key, given the number of wrappers of each module.
 
     >>> key_path("attn.out_proj", {"attn": 1})
     'attn.base_layer.out_proj'

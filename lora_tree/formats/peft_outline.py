@@ -1,18 +1,18 @@
-"""The outline of an adapter: all that its config and the header of its weights say, and no numbers.
+"""The outline of an adapter: everything that its config and its weights' header say, no numbers.
 
     keys ──▶ wrappers: module → depth → tensors ──▶ increments: name → LowRank
          └─▶ whole tensors of the base: replaced, or carried along        (peft_sorting.py)
 
-Most adapters of a tree have the same two texts and so the same outline. It is made once for them,
-and all that is left to do for each is to read its numbers (`Outline.filled`).
+Most adapters of a tree have the same config and header, and so the same outline. It is cached, and
+for each further adapter only the numbers are read (`Outline.filled`).
 
-PEFT puts one wrapper around a module, or one for each raw parameter of it that was trained (see
+PEFT puts one wrapper around a module, or one for each trained raw parameter of it (see
 `peft_keys`). So the depth of a wrapper says which parameter it holds: the outermost holds the one
-that the module registers last. The file does not say the order in which the module registers them.
-Where our own metadata does not say it either, an order is assumed, and `Adapter.assumed` names the
-module; the base puts it right when the adapter is bound to it.
+that the module registers last. PEFT's file does not record the order of registration. If our own
+metadata do not record it either, an order is assumed, `Adapter.assumed` names the module, and the
+order is corrected when the adapter is bound to a base.
 
-Law: whatever the file and its config say ends up in the outline or in an error.
+Law: everything in the file and its config ends up in the outline or in an error.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ __all__ = ["Outline", "PeftTexts", "outline_of"]
 
 KEPT_OUTLINES = 8
 MAX_KEPT_BYTES = 256 << 10
-"""The most bytes of config and header whose outline is kept; it takes ten times as much."""
+"""The largest config and header whose outline is cached; the outline takes ten times as much."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,9 @@ class Outline:
     Args:
         adapter: its tensors are views of the header's storage, on the meta device.
         header: of the weights.
-        unused_biases: module → a bias that PEFT wrote and never reads. The adapter leaves it out,
-            so it must be zero.
-        repeated: name of a tensor → its two values, if the file has it by two keys. They must be
+        unused_biases: module → a bias that PEFT writes but never applies. It must be zero, because
+            the adapter leaves it out.
+        repeated: name of a tensor → its two values, if the file has it under two keys. They must be
             equal.
     """
 
@@ -82,16 +82,16 @@ class Outline:
                     f"{where}: {name}: the file has it by two keys, with two values",
                     "save the adapter again with PEFT, which writes the same numbers to both",
                 )
-        # The outline permutes the axes of a raw parameter's B. Its numbers are brought into that
-        # order here, once, and not in every product.
+        # In the outline, a raw parameter's B is a permuted view. Make it contiguous once, here, and
+        # not in every product.
         return self.adapter.with_tensors(lambda tensor: in_memory(tensor).contiguous())
 
 
 @dataclass(frozen=True)
 class PeftTexts:
-    """The two texts that make an outline, and how errors name their files.
+    """The config and the header that make an outline, and the names of their files for errors.
 
-    The names do not count in a comparison: two folders with the same texts have the same outline.
+    Names are not compared: two folders with the same texts share a cached outline.
     """
 
     config: bytes
@@ -102,15 +102,14 @@ class PeftTexts:
 
 
 def outline_of(texts: PeftTexts) -> Outline:
-    """Return the outline of an adapter, kept from before where its texts were seen lately.
+    """Return the outline of an adapter, from a cache of the last few texts.
 
     Raises:
         FormatError: one of the two is broken, or they do not fit each other; names the file and the
             key.
         UnsupportedAdapter: the adapter does not add up to W + B·A.
     """
-    # A refusal is never kept: lru_cache keeps no exceptions, so each folder's own name stands in
-    # its error.
+    # lru_cache does not cache exceptions, so every error names its own folder.
     if len(texts.config) + len(texts.head) <= MAX_KEPT_BYTES:
         return _kept_outline(texts)
     return _make_outline(texts)
@@ -132,9 +131,9 @@ class _Registered:
     """The raw parameters of one module that its wrappers hold.
 
     Args:
-        names: in the order in which the module registers them; empty where the wrapper is the
-            module's own.
-        is_assumed: nothing in the file says so; only a base can tell.
+        names: in the order in which the module registers them; empty if the wrapper holds the
+            module's own factors.
+        is_assumed: the file does not prove it; only a base can.
     """
 
     names: tuple[str, ...] = ()
@@ -142,7 +141,7 @@ class _Registered:
 
 
 class _OutlineMaker:
-    """One config and one header on their way to an outline; `outline` is called once."""
+    """The work from one config and one header to an outline; `outline` is called once."""
 
     def __init__(self, config: PeftConfig, where: str, header: Header) -> None:
         self._config = config
@@ -176,7 +175,7 @@ class _OutlineMaker:
 
     # ------------------------------------------------------------------ modules and raw parameters
     def _raw_parameters(self, module: str, wrappers: Wrappers) -> _Registered:
-        """Say whether the wrappers of ``module`` hold its own factors or raw parameters'."""
+        """Decide whether the wrappers of ``module`` hold its own factors or raw parameters'."""
         recorded = self._recorded.get(module)
         names = recorded or self._config.parameters(module)
         is_own: bool | None = not names
@@ -200,9 +199,9 @@ class _OutlineMaker:
             return _Registered(names)
         if not self._differ(module, names):
             return _Registered(names, is_assumed=is_own is None or len(names) > 1)
-        # Each parameter has an r or alpha of its own, so a wrong order would give wrong scales, and
-        # a base could not put it right afterwards. Only for the fused experts of transformers we
-        # know the order.
+        # The parameters differ in r or alpha, so a wrong order would give wrong scales, which a
+        # base could not correct afterwards. The order is known only for transformers' fused
+        # experts.
         if set(names) <= set(FUSED):
             return _Registered(names)
         raise FormatError(
@@ -221,24 +220,23 @@ class _OutlineMaker:
         return len(kinds) > 1
 
     def _is_its_own(self, module: str, names: tuple[str, ...], parts: Parts) -> bool | None:
-        """Tell a module's own pair from that of a raw parameter which ``target_parameters`` names.
+        """Return whether a pair is the module's own, not that of a raw parameter of it.
 
-        A Linear and its raw weight have the same keys, so ``target_modules`` says which was
-        trained. Return None where only a base can say what that matches: the parameter is assumed
-        then, and the base decides in the end.
+        A Linear and its raw weight have the same keys, so ``target_modules`` decides. Return None
+        if only a base can tell: then the raw parameter is assumed until the adapter is bound.
         """
         A = parts.get("lora_A")
         if A is None or A.ndim != 2:
             return True  # an embedding or a convolution; a raw parameter has a matrix called lora_A
         if A.shape[0] != self._config.rank(module) and len(names) == 1:
-            return False  # the factors of several experts, one below the other
+            return False  # the stacked factors of several experts
         targeted = self._config.targets(module)
         if targeted is None and len(names) > 1:
             return True  # several parameters would have several pairs
         return targeted
 
     def _module_around(self, module: str) -> str | None:
-        """Return the nearest module around this one that has factors of its own."""
+        """Return the nearest module around this one that has its own factors."""
         for above in peft_keys.ancestors(module):
             if above in self._keys.modules and not self._registered[above].names:
                 return above
@@ -248,7 +246,7 @@ class _OutlineMaker:
         """Check that a module inside another one is the out_proj of an nn.MultiheadAttention.
 
         PEFT (0.21) wraps that out_proj as a part of the attention, with the attention's r and
-        alpha. Everywhere else a wrapped module has no wrapped module inside.
+        alpha. No other wrapped module contains a wrapped module.
         """
         if module != f"{owner}.out_proj" or "lora_A" not in parts:
             raise FormatError(
@@ -257,7 +255,7 @@ class _OutlineMaker:
             )
 
     def _in_projection_bias(self, name: str, value: LowRank) -> Tensor | None:
-        """Return the lora_bias of an in-projection, which PEFT (0.21) writes and never reads."""
+        """Return the lora_bias of an in-projection, which PEFT (0.21) writes but never applies."""
         if value.layout.kind != "linear" or value.A.ndim != 2:
             raise FormatError(
                 f"{self._where}: {name}: A is {tuple(value.A.shape)} ({value.layout.kind}), "
@@ -307,7 +305,7 @@ class _OutlineMaker:
 
 
 def _recorded_nesting(metadata: Mapping[str, str], where: str) -> dict[str, tuple[str, ...]]:
-    """Return the order of raw parameters that a file of ours records: module → names."""
+    """Return module → its raw parameters in order, as our own metadata record it."""
     if NESTING not in metadata:
         return {}
     where = f"{where}: metadata {NESTING}"

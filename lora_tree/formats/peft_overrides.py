@@ -1,18 +1,18 @@
-"""Replacements in PEFT's folders: modules that are saved whole, and trained token rows.
+"""Overrides in PEFT's folders: modules that are saved whole, and trained token rows.
 
-    config    modules_to_save: [score]              every tensor of a module whose name ends so
-              task_type: SEQ_CLS                    the head, named or not: older PEFT left it out
-              trainable_token_indices: [5, 7]       rows of the one embedding that the file has
+    config    modules_to_save: [score]              all tensors of modules with names ending in it
+              task_type: SEQ_CLS                    the head, even if older PEFT did not list it
+              trainable_token_indices: [5, 7]       rows of the only embedding in the file
               trainable_token_indices: {embed_tokens: [5, 7], lm_head: [9]}
     keys      score.weight                          as PEFT's save_pretrained writes them
               score.modules_to_save.weight,         as a state dict, or PEFT before 0.4, has them;
               score.modules_to_save.default.weight  with bias="all" PEFT writes a bias in both ways,
-              score.original_module.bias            and the base's own beside, which says nothing
+              score.original_module.bias            and the base's own beside it, which is ignored
               embed_tokens.token_adapter.trainable_tokens_delta      (tokens, dim), the rows' values
               embed_tokens.trainable_tokens_delta   of peft_type TRAINABLE_TOKENS, which has no LoRA
 
-A tied head has the rows of its embedding. PEFT writes them once, for the embedding, and so do we:
-only a base knows what is tied.
+A tied head shares the rows of its embedding. PEFT writes them only once, for the embedding, and so
+does this module: only a base knows what is tied.
 """
 
 from __future__ import annotations
@@ -45,13 +45,11 @@ HEADS = {
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
 }
-"""``task_type`` → the modules that PEFT saves by itself; it adds them when it opens a folder,
-too.
-"""
+"""``task_type`` → the modules that PEFT always saves; it also adds them when it loads a folder."""
 
 
 def is_original(path: str) -> bool:
-    """Return whether a key is the base's own tensor beside the one that replaces it."""
+    """Return whether a key is the base's original tensor, saved beside its replacement."""
     return ".original_module." in path
 
 
@@ -69,13 +67,13 @@ def without_wrapper(path: str) -> tuple[str, bool]:
 
 @dataclass(frozen=True)
 class SavedWhole:
-    """The words of a config about replacements.
+    """The fields of a config about overrides.
 
     Args:
         where: the file, as errors name it.
         modules: ends of the names of modules that are saved whole.
-        tokens: end of a module's name → its rows; the key ``""``: of the one that the file has.
-        asked: those of `modules` that the task does not add by itself.
+        tokens: end of a module's name → its rows; the end ``""`` matches every name.
+        asked: those of `modules` that the config lists, without those that the task implies.
     """
 
     where: str
@@ -86,7 +84,7 @@ class SavedWhole:
     def has(self, tensor: str) -> bool:
         """Return whether a tensor belongs to a module that is saved whole.
 
-        By PEFT's rule, which takes any end of a module's name, not only after a dot.
+        PEFT's rule matches any end of a module's name, not only after a dot.
         """
         module, _ = tensor_owner(tensor)
         parts = module.split(".")
@@ -97,7 +95,7 @@ class SavedWhole:
         """Return the trained rows of an embedding, (tokens, dim), as an override.
 
         Raises:
-            FormatError: the config does not say which rows, or another number of them.
+            FormatError: the config lists no rows for the module, or another number of them.
         """
         tokens = self.tokens or {}
         found = [rows for end, rows in tokens.items() if module.endswith(end)]
@@ -113,7 +111,7 @@ class SavedWhole:
     def check_found(self, overrides: Mapping[str, Override], weights: str) -> None:
         """Check that the file has the tensors that the config announces.
 
-        A word of the config may name no module of the model, but not all of them.
+        Some names in the config may match no module of the model, but not all of them.
 
         Args:
             overrides: those in the file.
@@ -138,10 +136,10 @@ class SavedWhole:
 
     @classmethod
     def of(cls, fields: Mapping[str, Any], where: str) -> SavedWhole:
-        """Return the words of a parsed adapter_config.json.
+        """Return the fields about overrides of a parsed adapter_config.json.
 
         Raises:
-            FormatError: a field is of another kind.
+            FormatError: a field has a wrong type.
         """
         named = fields.get("modules_to_save")
         if named is not None and not _are_names(named):
@@ -186,14 +184,13 @@ def _tokens(value: Any, where: str) -> dict[str, tuple[int, ...]] | None:
 
 # ---------------------------------------------------------------------- out
 def words_for(overrides: Mapping[str, Override], config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``modules_to_save`` and ``trainable_token_indices`` for the overrides that are
-    written.
+    """Return ``modules_to_save`` and ``trainable_token_indices`` for the overrides to write.
 
-    The adapter's own words are kept as far as they name these overrides, so that a file that was
-    read is written with the same text.
+    The values in the adapter's own config are kept if they name these overrides, so that a file
+    that was read is written with the same text.
 
     Args:
-        overrides: tensor → override; those of modules with factors of their own left out.
+        overrides: tensor → override, without those of modules that have factors.
         config: the adapter's.
     """
     whole = [name for name, override in overrides.items() if override.rows is None]
@@ -211,8 +208,8 @@ def _module_words(whole: Sequence[str], config: Mapping[str, Any]) -> list[str] 
     said = config.get("modules_to_save") or ()
     kept: list[str] = []
     for word in said if _are_names(said) else ():
-        # A word that names nothing here would have PEFT look for keys that the file does not have;
-        # the words of the task it adds in any case.
+        # Drop a name that matches nothing here: PEFT would look for keys that the file lacks. PEFT
+        # adds the names of the task in any case.
         if word in by_task or any(SavedWhole("", (word,)).has(name) for name in whole):
             kept.append(word)
     known = SavedWhole("", tuple(kept))
@@ -235,7 +232,7 @@ def _token_words(
 
 
 def _same_rows(said: Mapping[str, Any], rows: Mapping[str, list[int]]) -> bool:
-    """Return whether a config's words name these modules, each by one word, with these rows."""
+    """Return whether the config's entries name exactly these modules, one each, with these rows."""
 
     def ends(module: str) -> Iterable[str]:
         return [end for end in said if isinstance(end, str) and module.endswith(end)]

@@ -1,11 +1,11 @@
-"""PEFT's LoHa and LoKr folders in, as exact factors: see `products`.
+"""Read PEFT's LoHa and LoKr folders as exact factors: see `products`.
 
     base_model.model.<module>.hada_w1_a, hada_w1_b, hada_w2_a, hada_w2_b
                              .hada_t1, hada_t2                               of some convolutions
                              .lokr_w1 or lokr_w1_a, lokr_w1_b; lokr_w2 or …
                              .lokr_t2                                        of some convolutions
 
-The scale is alpha / r of the config, also where both halves of a LoKr are full.
+The scale is alpha / r of the config, even if both halves of a LoKr are full.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ KINDS = {"LOHA": "hada_", "LOKR": "lokr_"}
 
 
 def product_config(config: bytes, where: str) -> PeftConfig | None:
-    """The checked config of a LoHa or LoKr; None where it is of another kind, which others read.
+    """Return the checked config of a LoHa or LoKr; None if another reader handles its kind.
 
     Raises:
         FormatError: it is broken.
         UnsupportedAdapter: it has parts that do not add up.
     """
-    # A look at the bytes first: nearly all adapters are LoRAs, whose config is parsed elsewhere.
+    # Search the bytes first: nearly all adapters are LoRAs, whose config is parsed elsewhere.
     if not any(f'"{kind}"'.encode() in config for kind in KINDS):
         return None
     fields = strict_json.loads(config, where)
@@ -48,8 +48,8 @@ def product_config(config: bytes, where: str) -> PeftConfig | None:
             f"{fields['peft_type']}, which is read for LORA alone",
             "save its modules with a LoRA of their own, as another node of the lineage",
         )
-    # The other fields stay behind: `parse_config` would take use_effective_conv2d, which these
-    # kinds have, for an unknown kind of LoRA.
+    # Pass only these fields on: these kinds have use_effective_conv2d, which `parse_config` would
+    # refuse as an unknown kind of LoRA.
     taken = ("r", "rank_pattern", "alpha_pattern", "target_modules")
     own = {name: fields[name] for name in taken if name in fields}
     own["lora_alpha"] = fields.get("alpha", 8)
@@ -67,7 +67,7 @@ def read_products(config: PeftConfig, tensors: Mapping[str, Tensor], where: str)
         where: names the file in errors.
 
     Raises:
-        FormatError: a key that is none of the kinds, or parts that don't fit; names the key.
+        FormatError: a key of neither kind, or parts that don't fit; names the key.
     """
     groups: dict[str, dict[str, Tensor]] = {}
     for key in sorted(tensors):

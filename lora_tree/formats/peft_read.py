@@ -1,11 +1,11 @@
-"""PEFT adapters in: the two files of a folder → `Adapter`.
+"""Read a PEFT adapter: the two files of a folder → `Adapter`.
 
     adapter_config.json            what was trained, with which r and lora_alpha
     adapter_model.safetensors      header: the keys and shapes of the factors │ their numbers
 
 The config and the header make an `Outline` (see `peft_outline`); then the numbers are read into one
-buffer. No model is needed. What the files leave open without one (the order of two raw parameters
-of one module) is assumed, and the adapter says so in `Adapter.assumed`.
+buffer. No model is needed. The files do not record the order of two raw parameters of one module;
+it is assumed, and `Adapter.assumed` names the module.
 
 Written by PEFT's ``save_pretrained``, and so by the programs that train with PEFT.
 """
@@ -36,7 +36,7 @@ from .safetensors import open_tensors, parse_header
 __all__ = ["PICKLE", "read_adapter", "read_folder"]
 
 PICKLE = "adapter_model.bin"
-"""The weights as older PEFT wrote them, and as it still does with safe_serialization=False."""
+"""The weights' file of older PEFT, and of PEFT with safe_serialization=False."""
 
 
 def read_folder(folder: Path) -> Adapter:
@@ -59,12 +59,12 @@ def read_adapter(
     The factors are copies in memory.
 
     Args:
-        config_file, weights_file: where the two files lie at the moment.
+        config_file, weights_file: the present paths of the two files.
         where: the folder that errors name.
-        outline: read headers only; the factors have shapes and dtypes, and no numbers (the meta
-            device).
-        allocate: makes the one buffer in which they lie; None: ordinary memory.
-        witness: is shown every byte of the two files that is read.
+        outline: read headers only; the factors are on the meta device, with shapes and dtypes but
+            no numbers.
+        allocate: allocates the one buffer that holds the factors; None: ordinary memory.
+        witness: is called with every byte of the two files that is read.
         inside: where the files may lie, all links followed; None: anywhere.
 
     Raises:
@@ -81,8 +81,7 @@ def read_adapter(
         witness_weights = partial(witness, WEIGHTS)
     with (
         open_tensors(weights_file, weights_named, witness_weights, inside) as weights,
-        # A caller may hold inference_mode while it serves. Tensors made under it could never train
-        # afterwards.
+        # A serving caller may be in inference_mode. Tensors made in it could never train.
         torch.inference_mode(False),
     ):
         products = product_config(config, config_named)
@@ -91,8 +90,8 @@ def read_adapter(
             header = parse_header(weights.head, weights.nbytes, weights_named)
             tensors = dict(header.tensors)
             if not outline:
-                # Not in the caller's memory: the factors that stay are products, new and larger
-                # tensors.
+                # Not in the caller's memory: the adapter gets products of these tensors, which are
+                # new and larger.
                 in_memory = over(weights.numbers(header))
                 tensors = {key: in_memory(tensor) for key, tensor in tensors.items()}
             if composed is not None:
@@ -116,8 +115,8 @@ def _check_present(config_file: str | Path, weights_file: str | Path, where: str
         FormatError: one is missing.
     """
     has_config, has_weights = os.path.isfile(config_file), os.path.isfile(weights_file)
-    # While a save is under way the files lie in its stage, and the pickle beside them or in the
-    # folder itself.
+    # During a save the files are in its staging folder, and the pickle may be beside them or in the
+    # adapter's own folder.
     pickles = [os.path.join(folder, PICKLE) for folder in (os.path.dirname(weights_file), where)]
     if not has_weights and any(os.path.isfile(pickle) for pickle in pickles):
         raise UnsupportedAdapter(
@@ -133,10 +132,10 @@ def _check_present(config_file: str | Path, weights_file: str | Path, where: str
 
 
 def _warn_if_turned(adapter: Adapter, config_named: str) -> None:
-    """Warn where the factors of fused experts may lie the other way round.
+    """Warn if the factors of fused experts may be swapped.
 
-    PEFT before `TURNED` took A's input side from the wrong axis of (experts, out, in). Its file
-    looks the same unless out and in differ, so only ``peft_version`` tells.
+    PEFT before `TURNED` took A's input side from the wrong axis of (experts, out, in). If out and
+    in are equal, its file looks the same, so only ``peft_version`` can tell.
     """
     if says_which_way(adapter.config):
         return

@@ -30,7 +30,7 @@ LEFTOVERS = {
     "lora_magnitude_vector": VARIANTS["use_dora"],
     "lora_diag": VARIANTS["kasa_config"],
 }
-"""Parts of a key that tell a kind of adapter that we refuse, if the config says so or not."""
+"""Parts of keys that only a refused kind of adapter has, whatever the config says."""
 
 WHOLE = {
     "embed_in",
@@ -43,30 +43,31 @@ WHOLE = {
     "word_embeddings",
     "wte",
 }
-"""Embeddings and heads: PEFT writes them whole after the vocabulary was resized.
+"""Embeddings and heads, which PEFT writes whole if the vocabulary was resized.
 
-That is ``save_embedding_layers="auto"``, its default.
+That is its default, ``save_embedding_layers="auto"``.
 """
 
 VELORA_BUFFER = ".lora_velora_embed"
-"""The end of a key of VeLoRA's projection, which compresses activations and adds nothing."""
+"""The end of the key of VeLoRA's projection, which compresses activations and adds nothing to W."""
 
 Wrappers = dict[int, Parts]
-"""The wrappers around one module: how deep → the tensors of that wrapper."""
+"""The wrappers around one module: depth → the tensors of that wrapper."""
 
 
 @dataclass(frozen=True)
 class SortedKeys:
-    """The tensors of a file, by what they are.
+    """The tensors of a file, sorted by kind.
 
     Args:
         config: of the adapter.
         where: names the file in errors.
         modules: module → its wrappers.
         paths: module → the paths of its keys, as the file spells them.
-        overrides: name of a tensor of the base → what stands there instead.
-        whole: path → a whole tensor of the base that is no override by the config or its key.
-        repeated: name of a tensor → its two values, if the file has it by two keys.
+        overrides: name of a tensor of the base → its replacement.
+        whole: path → a whole tensor of the base that neither the config nor its key calls an
+            override.
+        repeated: name of a tensor → its two values, if the file has it under two keys.
     """
 
     config: PeftConfig
@@ -79,11 +80,11 @@ class SortedKeys:
 
     @property
     def depths(self) -> dict[str, int]:
-        """Module → how many wrappers are around it."""
+        """Module → the number of wrappers around it."""
         return {module: len(wrappers) for module, wrappers in self.modules.items()}
 
     def check_paths(self) -> None:
-        """Compare each key with the one that we would write, because PEFT has one spelling alone.
+        """Compare each key with the one that we would write: PEFT has only one spelling.
 
         Raises:
             FormatError: names the key, and the one expected.
@@ -101,11 +102,11 @@ class SortedKeys:
                     )
 
     def carried(self) -> dict[str, Tensor]:
-        """Return the tensors of the base that came along, by the plain names of its parameters.
+        """Return the tensors of the base that the file carries, by the names of its parameters.
 
-        PEFT saves a targeted embedding's own weight beside its factors, embeddings and heads after
-        a resize, and all biases or those of trained modules with ``bias="all"`` or ``"lora_only"``.
-        Binding compares them with the base's: one that is another is an override.
+        PEFT saves the own weight of a targeted embedding, embeddings and heads after a resize, and
+        with ``bias="all"`` or ``"lora_only"`` all biases or those of trained modules. When the
+        adapter is bound, each is compared with the base's: one that differs is an override.
 
         Raises:
             FormatError: PEFT writes no such tensor beside the factors; names the key.
@@ -146,23 +147,21 @@ class SortedKeys:
         if kind == "weight":
             return module in depths or module.rpartition(".")[2] in WHOLE
         if kind == "bias":
-            # save_embedding_layers takes all parameters of a head, so its weight brings its bias
-            # along.
+            # save_embedding_layers saves all parameters of a head: the bias comes with the weight.
             has_weight = f"{path.removesuffix('.bias')}.weight" in self.whole
             return self.config.bias != "none" or has_weight
         return False
 
 
 def sort_keys(header: Header, config: PeftConfig, where: str) -> SortedKeys:
-    """Return the tensors of a file, sorted by what their keys say that they are.
+    """Return the tensors of a file, sorted by their keys.
 
     Raises:
-        FormatError: PEFT writes no such key, or the file holds nothing that is an adapter's.
+        FormatError: PEFT writes no such key, or the file has neither factors nor overrides.
         UnsupportedAdapter: a key belongs to a kind of adapter that does not add up to W + B·A.
     """
     found = SortedKeys(config, where)
-    # In the order of names, not of the file, so that the same tensors always give the same
-    # adapter or error.
+    # Sorted by name, so that the order in the file has no effect on the adapter or the error.
     for key in sorted(header.tensors):
         path, part = _split(key, where)
         tensor = header.tensors[key]
@@ -186,9 +185,9 @@ def sort_keys(header: Header, config: PeftConfig, where: str) -> SortedKeys:
 
 # ---------------------------------------------------------------------- private
 def _sort_whole(found: SortedKeys, key: str, path: str, tensor: Tensor) -> None:
-    """Take a whole tensor as an override if the key, or the config, says that it is one."""
+    """Sort a whole tensor: an override if its key or the config says so, else ``whole``."""
     if is_original(path):
-        return  # the base's own beside its replacement: nothing is computed from it
+        return  # the base's original beside its replacement is not used
     path, is_wrapped = without_wrapper(path)
     name, _ = peft_keys.plain(path)
     known = found.overrides.get(name)

@@ -1,8 +1,8 @@
-"""PEFT adapters out: `Adapter` → the bytes of the two files, which depend on its value alone.
+"""Write a PEFT adapter: `Adapter` → the bytes of the two files, which depend on its value alone.
 
-PEFT knows a scale only as lora_alpha / r, or / √r with use_rslora. So lora_alpha is chosen as the
-number whose quotient is the scale, bit for bit; where no float has that quotient, the scale is
-folded into B. `peft_fields` writes the config, this file the factors.
+PEFT computes a scale as lora_alpha / r, or / √r with use_rslora. So lora_alpha is chosen such that
+the quotient equals the scale bit for bit. If no float does, the scale is folded into B.
+`peft_fields` writes the config, this module the factors.
 
 Read by PEFT, transformers, diffusers, vLLM and SGLang. vLLM before 0.32 ignores rank_pattern and
 alpha_pattern, and SGLang (0.5) wants one rank for all modules: `export.portable` makes an adapter
@@ -31,7 +31,7 @@ from .peft_overrides import TOKENS, TOKENS_ALONE
 __all__ = ["peft_form", "render"]
 
 DIMENSIONS = {"linear": (2,), "embedding": (2,), "conv": (2, 3), "parameter": (3,)}
-"""How many dimensions the factors of each kind have; the first of three is groups or experts."""
+"""Layout kind → the allowed numbers of dimensions; the first of three is groups or experts."""
 
 _Nested = Mapping[str, tuple[str, ...]]
 """Module → its raw parameters, in the order in which PEFT nests their wrappers."""
@@ -40,17 +40,16 @@ _Nested = Mapping[str, tuple[str, ...]]
 def render(adapter: Adapter) -> dict[str, bytes]:
     """Return the files of a PEFT folder, name → bytes.
 
-    PEFT can give only one r and one lora_alpha to an nn.MultiheadAttention's two projections, and
-    to raw parameters whose order is assumed. There the smaller rank is padded, and scales that
-    differ are folded.
+    PEFT has only one r and one lora_alpha for the two projections of an nn.MultiheadAttention, and
+    raw parameters whose order is assumed must not differ in them. For these the smaller rank is
+    padded, and scales that differ are folded.
 
     Raises:
-        FormatError: PEFT has no way to write this value; names the module and the reason.
+        FormatError: PEFT's files can't hold this value; names the module and the reason.
     """
     form = peft_form(adapter)
     config = config_bytes(adapter, form)
-    # A config that our own reader refuses is never written: it would be a folder that can't be
-    # opened again.
+    # Never write a config that our own reader refuses: the folder could not be opened again.
     parse_config(config, CONFIG)
     tensors = _tensors(adapter, form)
     return {CONFIG: config, WEIGHTS: safetensors.render_tensors(tensors, _metadata(adapter, form))}
@@ -69,10 +68,10 @@ def _metadata(adapter: Adapter, form: PeftForm) -> dict[str, str]:
 
 
 def _check(name: str, value: LowRank) -> None:
-    """Check one module by itself: a shape, a dtype and a name that PEFT can have.
+    """Check that PEFT's files can hold one module, by its shape, dtype and name.
 
     Raises:
-        FormatError: it has none; names the module.
+        FormatError: they can't; names the module.
     """
     if value.is_sharded:
         raise FormatError(
@@ -110,7 +109,7 @@ def _check(name: str, value: LowRank) -> None:
             f"{name}: PEFT can't train a raw parameter of the top module",
             "put the parameter into a module of its own",
         )
-    # In a key, base_layer stands for a wrapper of PEFT's, and a dot for a step down.
+    # In a key, base_layer means one of PEFT's wrappers, and a dot separates modules.
     if "" in name.split(".") or "base_layer" in name.split("."):
         raise FormatError(
             f"{name}: PEFT's keys have no way to write this name",
@@ -119,10 +118,10 @@ def _check(name: str, value: LowRank) -> None:
 
 
 def _check_override(name: str, override: Override, adapter: Adapter) -> None:
-    """Check that PEFT can have an override.
+    """Check that PEFT's files can hold an override.
 
     Raises:
-        FormatError: it can't; names the tensor and the reason.
+        FormatError: they can't; names the tensor and the reason.
     """
     if is_sharded(override.values):
         raise FormatError(
@@ -155,7 +154,7 @@ def _check_override(name: str, override: Override, adapter: Adapter) -> None:
 
 
 def peft_form(adapter: Adapter) -> PeftForm:
-    """Return the modules as PEFT can say them. No number is written yet.
+    """Return the adapter's modules in the form that PEFT's files can hold.
 
     Raises:
         FormatError: as `render`.
@@ -175,13 +174,13 @@ def peft_form(adapter: Adapter) -> PeftForm:
     for attention in sorted(attentions):
         _make_alike(modules, (attention, f"{attention}.out_proj"))
     for module in sorted(adapter.assumed & set(nested)):
-        # With one rank and one scale it makes no difference which parameter registered first.
+        # With one rank and one scale the config is right for any order of registration.
         _make_alike(modules, parameter_names(module, nested))
     use_rslora = adapter.config.get("use_rslora") is True and _all_rslora(modules)
     alphas: dict[str, int | float] = {}
     for name, value in modules.items():
         alpha = _alpha(value.scale, peft_rank(value), rslora=use_rslora)
-        if alpha is None:  # never with rslora: that was tried for every module
+        if alpha is None:  # never with rslora: `_all_rslora` has tried every module
             modules[name] = value.folded()
             alpha = peft_rank(value)
         alphas[name] = alpha
@@ -192,7 +191,7 @@ def peft_form(adapter: Adapter) -> PeftForm:
 
 
 def _tokens_alone(adapter: Adapter) -> bool:
-    """Return whether it is one embedding's trained rows, for which PEFT has a kind of its own."""
+    """Return whether the adapter has only one embedding's trained rows: PEFT has a type for it."""
     overrides = list(adapter.overrides.values())
     return not adapter.modules and len(overrides) == 1 and overrides[0].rows is not None
 
@@ -201,8 +200,8 @@ def _nested(adapter: Adapter) -> dict[str, tuple[str, ...]]:
     """Return module → its raw parameters, in the order in which PEFT nests their wrappers.
 
     Raises:
-        FormatError: a module has several, and the adapter does not say their order; or it has
-            factors of its own as well.
+        FormatError: a module has several, and the adapter does not record their order; or the
+            module has its own factors as well.
     """
     found: dict[str, list[str]] = {}
     for name, value in adapter.modules.items():
@@ -236,11 +235,11 @@ def _nested(adapter: Adapter) -> dict[str, tuple[str, ...]]:
 def _attentions(modules: Mapping[str, LowRank], nested: _Nested) -> set[str]:
     """Return the modules that must be an nn.MultiheadAttention: both projections have factors.
 
-    PEFT (0.21) wraps an attention as a whole, and its out_proj inside. No other wrapper has a
-    wrapped module inside it.
+    PEFT (0.21) wraps an attention as a whole, and its out_proj inside. No other wrapped module
+    contains a wrapped module.
 
     Raises:
-        FormatError: a module lies in another one in any other way.
+        FormatError: a module with factors is inside another one in any other way.
     """
     wrapped = [name for name, value in modules.items() if value.layout.kind != "parameter"]
     found: set[str] = set()
@@ -264,7 +263,7 @@ def _both_linear(x: LowRank, y: LowRank) -> bool:
 
 
 def _make_alike(modules: dict[str, LowRank], names: tuple[str, ...]) -> None:
-    """Give some modules one rank and one scale, without a change of their values."""
+    """Give some modules the same rank and scale, without changing their values."""
     rank = max(modules[name].rank for name in names)
     scales = {modules[name].scale for name in names}
     for name in names:
@@ -273,7 +272,9 @@ def _make_alike(modules: dict[str, LowRank], names: tuple[str, ...]) -> None:
 
 
 def _all_rslora(modules: Mapping[str, LowRank]) -> bool:
-    """Return whether every scale has a lora_alpha under rslora, which holds for all or none."""
+    """Return whether every scale has an exact lora_alpha with rslora, which is set for all modules
+    or none.
+    """
     alphas = [_alpha(value.scale, peft_rank(value), rslora=True) for value in modules.values()]
     return None not in alphas
 
@@ -281,7 +282,7 @@ def _all_rslora(modules: Mapping[str, LowRank]) -> bool:
 def _alpha(scale: float, r: int, *, rslora: bool) -> int | float | None:
     """Return the lora_alpha whose quotient is ``scale``, bit for bit; None if no float has it.
 
-    An integer where one will do, since PEFT's own configs have integers and readers expect them.
+    Prefer an integer, because PEFT's own configs have integers and readers expect them.
     """
     divisor = math.sqrt(r) if rslora else r
     near = scale * divisor
@@ -294,7 +295,7 @@ def _alpha(scale: float, r: int, *, rslora: bool) -> int | float | None:
 
 
 def _with_biases(modules: Mapping[str, LowRank]) -> dict[str, LowRank]:
-    """Give a bias of zeros to those without one, since lora_bias holds for all modules or none.
+    """Add a bias of zeros to modules without one if any has one: lora_bias is for all or none.
 
     Raises:
         FormatError: a module is of a kind for which PEFT has no lora_bias.

@@ -1,6 +1,6 @@
-"""Git LFS pointers: the three lines that stand in a clone for a file that was never fetched.
+"""Recognise Git LFS pointers: three lines of text in place of a file that was never fetched.
 
-A clone made without git-lfs has these in place of every weights file. As safetensors they would
+A clone made without git-lfs has them in place of every weights file. Taken for safetensors they
 look like a broken download, and the advice to download again would not help.
 """
 
@@ -11,11 +11,11 @@ from ..errors import FormatError
 __all__ = ["check_pointer"]
 
 _START = b"version https://git-lfs.github.com/spec/"
-_ENOUGH = 8  # characters that no other file of an adapter begins with
+_ENOUGH = 8  # bytes that tell a pointer from any other file of an adapter
 
 
 def check_pointer(first: bytes, where: str, kind: str) -> None:
-    """Refuse a file that begins as a pointer does.
+    """Refuse a file that begins like a Git LFS pointer.
 
     Args:
         first: its first bytes; eight are enough.

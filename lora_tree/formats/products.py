@@ -3,13 +3,13 @@
     LoHa   ΔW = (B₁A₁) ∘ (B₂A₂)     B's columns are the products b₁ᵢ ∘ b₂ⱼ, A's rows a₁ᵢ ∘ a₂ⱼ
     LoKr   ΔW = W₁ ⊗ W₂             (U₁V₁) ⊗ (U₂V₂) = (U₁ ⊗ U₂)(V₁ ⊗ V₂)
 
-The rank is r₁·r₂. A full half of a LoKr is W = W·I or I·W, whichever is of the smaller rank. A
-Tucker core (``t``) is contracted with the factor beside it:
+The rank is r₁·r₂. If a LoKr stores one half whole, it is factored as W·I or I·W, whichever has the
+smaller rank. A Tucker core (``t``) is contracted with the factor beside it:
 W[p, c, k] = Σᵢ a[i, p] Σⱼ t[i, j, k] b[j, c].
 
-The numbers are products of two, or sums of such for a Tucker core, in fp32 or wider; the product of
-two fp16 or bf16 numbers is exact there. The ranks grow, so a caller may cut them:
-`lora_tree.Adapter.truncate` tells the error.
+Each number is a product of two, or for a Tucker core a sum of such products, in fp32 or wider,
+where the product of two fp16 or bf16 numbers is exact. The ranks are large: a caller may cut them
+with `lora_tree.Adapter.truncate`, which returns the error.
 
 References: FedPara, https://arxiv.org/abs/2108.06098 (LoHa's Hadamard product); KronA,
 https://arxiv.org/abs/2212.10650; LyCORIS, https://arxiv.org/abs/2309.14859.
@@ -39,12 +39,12 @@ PRODUCT_PARTS = (*HADAMARD, *HADAMARD_CORES, *KRONECKER)
 
 
 class _Factored(NamedTuple):
-    """W = U V, with the kernel that V's columns count; () for a plain matrix.
+    """One half of a product as W = U V.
 
     Args:
         U: (out, r).
         V: (r, in · kernel).
-        kernel: of a convolution.
+        kernel: of a convolution; () for a plain matrix.
         is_full: the file holds W itself, and U or V is the identity.
     """
 
@@ -55,7 +55,7 @@ class _Factored(NamedTuple):
 
 
 def is_product(parts: Collection[str]) -> bool:
-    """Whether a module's tensors belong to a LoHa or a LoKr."""
+    """Return whether a module's tensors belong to a LoHa or a LoKr."""
     return any(part in PRODUCT_PARTS for part in parts)
 
 
@@ -63,12 +63,12 @@ def as_product(found: ModuleTensors, *, scale: float | None = None) -> LowRank:
     """Return one module's increment as factors.
 
     Args:
-        found: with parts of LoHa, or of LoKr, and perhaps an ``alpha``.
-        scale: where a config says it; None: as LyCORIS does, from alpha and the rank of the halves.
+        found: the parts of a LoHa or a LoKr, optionally with an ``alpha``.
+        scale: from a config; None: as in LyCORIS, from alpha and the rank of the halves.
 
     Raises:
         FormatError: parts are missing, or don't fit together; names the module.
-        BudgetError: the factors would take more memory than there is.
+        BudgetError: the factors would take more memory than is available.
     """
     parts = found.parts
     others = [part for part in parts if part not in PRODUCT_PARTS and part != "alpha"]
@@ -89,7 +89,7 @@ def as_product(found: ModuleTensors, *, scale: float | None = None) -> LowRank:
         second = _half(found, widened, "lokr_w2", core="lokr_t2")
         A, B = _kronecker(found.named, first, second)
         ranks = [half.V.shape[0] for half in (second, first) if not half.is_full]
-        # LyCORIS applies alpha only where a half is factored: two full halves have no rank.
+        # LyCORIS applies alpha only if a half is factored: two full halves have no rank.
         rank = ranks[0] if ranks else None
     if scale is None:
         scale = 1.0 if rank is None else alpha_of(found, rank) / rank
@@ -101,7 +101,7 @@ def as_product(found: ModuleTensors, *, scale: float | None = None) -> LowRank:
 def _half(
     found: ModuleTensors, parts: Mapping[str, Tensor], name: str, *, core: str | None
 ) -> _Factored:
-    """One of the two matrices of a product, as factors.
+    """Return one of the two matrices of a product, as factors.
 
     Raises:
         FormatError: a part is missing, or the parts don't multiply.
@@ -131,7 +131,7 @@ def _half(
 
 
 def _full(found: ModuleTensors, full: Tensor, name: str) -> _Factored:
-    """A half that the file holds whole, beside the identity of its shorter side."""
+    """Factor a half that the file holds whole, with the identity of its shorter side."""
     if full.ndim not in (2, 3, 4, 5) or (name == "lokr_w1" and full.ndim != 2):
         raise FormatError(f"{found.named}: {name} is {tuple(full.shape)}, expected a matrix")
     kernel = tuple(full.shape[2:])
@@ -144,7 +144,7 @@ def _full(found: ModuleTensors, full: Tensor, name: str) -> _Factored:
 
 
 def _hadamard(named: str, first: _Factored, second: _Factored) -> tuple[Tensor, Tensor]:
-    """A and B of an elementwise product: the row-wise Khatri–Rao products of the factors."""
+    """Return A and B of an elementwise product: the Khatri–Rao products of the factors."""
     if first.U.shape[0] != second.U.shape[0] or first.V.shape[1] != second.V.shape[1]:
         raise FormatError(
             f"{named}: the two matrices of a LoHa differ in shape: {_shapes(first, second)}"
@@ -160,7 +160,7 @@ def _hadamard(named: str, first: _Factored, second: _Factored) -> tuple[Tensor, 
 
 
 def _kronecker(named: str, first: _Factored, second: _Factored) -> tuple[Tensor, Tensor]:
-    """A and B of a Kronecker product: the Kronecker products of the factors."""
+    """Return A and B of a Kronecker product: the Kronecker products of the factors."""
     rank = first.V.shape[0] * second.V.shape[0]
     out = first.U.shape[0] * second.U.shape[0]
     into = first.V.shape[1] * second.V.shape[1]
@@ -175,15 +175,15 @@ def _kron(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _check_room(named: str, rank: int, out: int, into: int, like: Tensor) -> None:
-    """Refuse factors that memory can't hold, before they are made.
+    """Refuse factors that memory can't hold, before they are allocated.
 
-    The factors of a product are larger than those in the file, so a small file may ask for much.
+    The factors of a product are larger than those in the file, so a small file may need much.
     """
     check_fits(rank * (out + into) * like.element_size(), named)
 
 
 def _shapes(first: _Factored, second: _Factored) -> str:
-    """The (out, in) of both halves."""
+    """Return the (out, in) of both halves, as text."""
     shapes = [(half.U.shape[0], half.V.shape[1]) for half in (first, second)]
     return f"{shapes[0]} and {shapes[1]}"
 

@@ -1,4 +1,4 @@
-"""Recognise the format of an adapter's files, by a sign that can be named.
+"""Recognise the format of an adapter's files, by a sign that messages can name.
 
     a folder with adapter_config.json         PEFT
     a folder with adapters.safetensors only   mlx-lm
@@ -9,8 +9,8 @@
         ….lora_a, ….lora_b                        mlx-lm; its config lies beside it
         base_model.model.…                        PEFT; refused, since its config is missing
 
-Law: nothing is tried out. A folder is recognised by the names in it, a file by the keys in its
-header. The reader of that format then refuses every key that is not its own.
+Law: no reader is tried to see if it fails. A folder is recognised by the names of its files, a file
+by the keys in its header. The reader of that format then refuses every foreign key.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ _SIGNS: tuple[tuple[FileKind, re.Pattern[str], str], ...] = (
     ),
     ("mlx", re.compile(r"[^\n]+\.(?:lora_[ab]|m)\Z"), "its keys end in .lora_a and .lora_b"),
 )
-"""A key is of the first format whose pattern matches it from its beginning; no key matches two."""
+"""(format, pattern, description): a key belongs to the first format whose pattern matches its
+beginning."""
 
 
 @dataclass(frozen=True)
@@ -77,24 +78,24 @@ class Recognised:
 
 
 def recognise(path: Path) -> Recognised:
-    """Say what lies at ``path``. Of a file no more than the header is read.
+    """Return the format of the adapter at ``path``. Only the header of a file is read.
 
-    A path that can only be meant as a PEFT folder is one here, even if nothing is there: the reader
-    of that format says what it lacks.
+    A path that can only be meant as a PEFT folder is recognised as one even if it does not exist:
+    PEFT's reader then says what is missing.
 
     Raises:
-        FormatError: a file of no known format; names some of its keys.
+        FormatError: a file of an unknown format; names some of its keys.
         UnsupportedAdapter: a pickle, or a GGUF file.
     """
     if is_folder(path):
-        # mlx-lm's config has the name of PEFT's, so the factors' file counts.
+        # mlx-lm's config has the same name as PEFT's, so the weights' file decides.
         if not is_file(path / WEIGHTS) and is_file(path / MLX_WEIGHTS):
             return Recognised("mlx", f"a folder with {MLX_WEIGHTS}", path / MLX_WEIGHTS)
         is_peft = is_file(path / CONFIG) or is_file(path / WEIGHTS)
         if is_peft or not is_file(path / DIFFUSERS_WEIGHTS):
             return Recognised("peft", f"a folder with {CONFIG} and {WEIGHTS}")
         return _file(path / DIFFUSERS_WEIGHTS)
-    # Refused by its name alone: even a look into a pickle may run its code.
+    # Refused by its name alone: opening a pickle may run its code.
     if path.suffix in _PICKLES and is_file(path):
         raise UnsupportedAdapter(
             f"{path}: {path.suffix} files are pickles, which can run code when they are opened",
@@ -106,14 +107,14 @@ def recognise(path: Path) -> Recognised:
             "renamed the modules and turned some of their rows",
             "add the adapter that the file was made from",
         )
-    # adapter_model.safetensors by itself is half an adapter, and its folder is what was meant.
+    # adapter_model.safetensors by itself is half an adapter: the user must name its folder.
     if path.name == WEIGHTS or path.suffix != ".safetensors" or not is_file(path):
         return Recognised("peft", "an adapter is a folder unless it is a .safetensors file")
     return _file(path)
 
 
 def _file(path: Path) -> Recognised:
-    """Tell the format of a single file by the keys of its header."""
+    """Return the format of a single file, by the keys of its header."""
     where = str(path)
     try:
         with open_tensors(path, where) as reading:
@@ -125,14 +126,14 @@ def _file(path: Path) -> Recognised:
                 "their scales"
             )
     except FormatError as error:
-        # The user may have meant another file, so every error says what an adapter is.
-        # It keeps its type, so that an UnsupportedAdapter is not taken for a broken file.
+        # The user may have meant another file, so every error says what an adapter is. The error
+        # keeps its type, so that an UnsupportedAdapter is not taken for a broken file.
         raise type(error)(error.what, *error.todo, _EXPECTED) from error
     return Recognised(kind, sign, path)
 
 
 def kind_of_keys(keys: Iterable[str], where: str) -> tuple[FileKind, str]:
-    """The format of a single file, and the sign, from the keys of its header.
+    """Return the format of a single file and its sign, from the keys of its header.
 
     Raises:
         FormatError: the keys are of no known format, or of two; names some of them.
@@ -144,7 +145,7 @@ def kind_of_keys(keys: Iterable[str], where: str) -> tuple[FileKind, str]:
     unknown = []
     # Sorted, so that the keys in an error do not depend on the order of the file.
     for key in sorted(keys):
-        # Only the beginning of a key: a hostile one may be as long as its header.
+        # Match only the beginning of a key: a hostile one may be as long as the header.
         hit = next((sign for sign in _SIGNS if sign[1].match(key[:500])), None)
         if hit is None:
             unknown.append(key[:200])

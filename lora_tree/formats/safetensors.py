@@ -1,12 +1,11 @@
-"""safetensors files, out by the package of that name and in by a reader of our own.
+"""Write safetensors files with the package of that name, and read them with a reader of our own.
 
-The package writes (`render_tensors`). It writes metadata in a changing order (that of a hash
-table), so we sort it afterwards. The package also reads where speed does not matter
-(`read_tensors`).
+The package writes (`render_tensors`). The order of its metadata is that of a hash table and varies,
+so we sort them afterwards. The package also reads where speed does not matter (`read_tensors`).
 
-Adapters are read by `TensorFile`: one read from a descriptor that was checked, past a hash, into
-one buffer of our own. The package can't do that. It opens a file by name and maps it into memory,
-and a mapped file that is cut short later takes the process with it (SIGBUS). Or it wants all bytes
+Adapters are read by `TensorFile`: one pass over a descriptor that was checked, through a hash, into
+one buffer of our own. The package can't do that. Either it opens a file by name and maps it into
+memory, and a mapped file that is truncated later kills the process (SIGBUS). Or it needs all bytes
 in memory first, and copies each tensor out of them.
 
 Law: the bytes of a written file depend on the names and values of its tensors alone. For reading
@@ -53,23 +52,23 @@ __all__ = [
 
 
 PART = 8 << 20
-"""Bytes that are read at once: a witness can work on a part while the next is read."""
+"""Bytes per read: a witness can process one part while the next one is read."""
 
 MOST_READERS = 4
-"""More gain little: memory is written no faster by eight threads than by four."""
+"""The most reader threads: eight write to memory no faster than four."""
 
 
 class TensorFile:
-    """A file that is being read; see `open_tensors`.
+    """An open safetensors file; see `open_tensors`.
 
     Args:
-        stream: at its beginning.
+        stream: the file, at its beginning.
         where: names the file in errors.
-        witness: is shown the file's bytes, in order; see `lora_tree.storage.Witness`.
+        witness: is called with the file's bytes, in order; see `lora_tree.storage.Witness`.
 
     Attributes:
-        head: the header, as it stands in the file.
-        nbytes: of the tensors.
+        head: the bytes of the header.
+        nbytes: the size of the tensors.
     """
 
     def __init__(
@@ -80,7 +79,7 @@ class TensorFile:
         self.nbytes = size - stream.tell()
 
     def whole(self) -> bytes:
-        """Return the whole file, its header too. Call it once, instead of `numbers`.
+        """Return the whole file with its header. Call it once, instead of `numbers`.
 
         Raises:
             FormatError: the file was cut short meanwhile.
@@ -91,17 +90,17 @@ class TensorFile:
         return data
 
     def numbers(self, header: Header, allocate: Allocate | None = None) -> Tensor:
-        """Read the storage of the header's tensors: (header.nbytes,) uint8. Call it once.
+        """Read the tensors into one buffer, (header.nbytes,) uint8. Call it at most once.
 
         Args:
             header: `head`, parsed.
-            allocate: makes the memory; None: ordinary memory.
+            allocate: allocates the buffer; None: ordinary memory.
 
         Raises:
             FormatError: the file was cut short meanwhile.
             BudgetError: the memory is too small.
         """
-        # Memory that is handed in may come from a pool, which is taken already.
+        # The caller's allocator may own a pool, whose memory does not count as free any more.
         check_fits(header.nbytes, self._where, free=allocate is None)
         memory = (allocate or _ordinary)(header.nbytes)
         start = memory.data_ptr()
@@ -111,11 +110,11 @@ class TensorFile:
             for begin in range(place, end, PART):
                 # Straight into the tensor's memory: read() would make a bytes object of that size.
                 part: Any = (ctypes.c_char * min(PART, end - begin)).from_address(start + begin)
-                # The witness may look at the part while the next one is read, and after an error.
-                # It must not lose its memory then.
+                # The witness may still use the part while the next one is read, or after an error,
+                # so the part keeps the memory alive.
                 part.memory = memory
                 parts.append(part)
-        # Closed on any way out: no thread may go on reading from a file that is closed next.
+        # Close the generator on every exit: its threads must stop before the file is closed.
         with closing(self._filled(parts)) as filled:
             for part in filled:
                 if self._witness:
@@ -123,11 +122,10 @@ class TensorFile:
         return memory
 
     def _filled(self, parts: Sequence[Any]) -> Generator[Any, None, None]:
-        """Yield each part, in order, when its bytes have been read.
+        """Yield each part, in order, once its bytes have been read.
 
-        Most of the time goes into new pages, which the system clears when they are first written
-        to, and several threads clear more of them at once. So several read, where there are
-        processors for them.
+        Most of the time goes into new pages, which the system clears at the first write. Several
+        threads do that in parallel, so several read if there are enough processors.
         """
         done, count = 0, processors()
         readers = min(len(parts), count // 2, MOST_READERS)
@@ -141,7 +139,8 @@ class TensorFile:
                         yield parts[done]
                         done += 1
                 finally:
-                    # After an error, or an interrupt, no more is read. The pool waits for what is.
+                    # After an error or an interrupt, cancel the reads that have not begun. The pool
+                    # waits for the others.
                     for read in reads:
                         read.cancel()
         for part in parts[done:]:
@@ -150,15 +149,15 @@ class TensorFile:
             yield part
 
     def _reads(self, pool: ThreadPoolExecutor, parts: Sequence[Any]) -> list[Future[int]]:
-        """Have the pool read each part; return the reads, or none if no thread can be started."""
+        """Submit a read of each part; return the futures, or none if no thread can be started."""
         file, place = self._stream.fileno(), self._stream.tell()
         reads: list[Future[int]] = []
         try:
             for part in parts:
                 reads.append(pool.submit(os.preadv, file, [part], place))
                 place += len(part)
-        # The interpreter is shutting down, or the system allows no more threads. What was begun
-        # writes the bytes that the caller reads into the same place.
+        # The interpreter is shutting down, or the system allows no more threads. Then the caller
+        # reads all parts itself; reads that were submitted write the same bytes to the same place.
         except RuntimeError:
             return []
         return reads
@@ -171,11 +170,11 @@ def open_tensors(
     witness: Callable[[memoryview], object] | None = None,
     inside: Inside | None = None,
 ) -> Iterator[TensorFile]:
-    """Have a file open to read while the block runs.
+    """Open a file for reading while the block runs.
 
     Args:
         where: names it in errors.
-        witness: is shown its bytes; see `TensorFile`.
+        witness: is called with its bytes; see `TensorFile`.
         inside: where it may lie, all links followed; None: anywhere.
 
     Raises:
@@ -195,11 +194,11 @@ def read_tensors(
 
     Args:
         where: names the file in errors.
-        outline: read the header only; the tensors have shapes and dtypes, and no numbers (the meta
-            device).
+        outline: read the header only; the tensors are on the meta device, with shapes and dtypes
+            but no numbers.
 
     Raises:
-        FormatError: the file can't be read, is cut short, or is not what its header says.
+        FormatError: the file can't be read, is cut short, or does not match its header.
     """
     # Tensors made under a caller's inference_mode could never train.
     with open_tensors(file, where) as reading, torch.inference_mode(False):
@@ -226,7 +225,7 @@ def read_tensors(
 def render_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     """Return the bytes of a file, which depend on names and values alone.
 
-    Wide dtypes come first and names are sorted, as the package does it, so every tensor is aligned.
+    As the package does it, wide dtypes come first and names are sorted, so every tensor is aligned.
 
     Raises:
         FormatError: a name or a dtype can't be written; names the tensor.
@@ -235,7 +234,7 @@ def render_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -
     >>> len(data) % 8, data[-4:].hex()
     (0, '0000803f')
     """
-    # The package gets addresses, so the copies have to live until it has read their memory.
+    # The package gets addresses, so these copies must stay alive until it has read their memory.
     held: dict[str, Tensor] = {}
     for name in sorted(tensors):
         if tensors[name].dtype not in NAMES:
@@ -261,8 +260,8 @@ def render_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -
 def _spec(tensor: Tensor) -> Any:
     """Return a contiguous tensor as the package's ``serialize`` takes it.
 
-    `safetensors.torch.save` would do the same by way of numpy, and it refuses two tensors that
-    share memory, as the factors of a flattened adapter may.
+    `safetensors.torch.save` goes through numpy, and refuses two tensors that share memory, as the
+    factors of a flattened adapter may.
     """
     dtype = str(tensor.dtype).removeprefix("torch.")
     shape = list(tensor.shape)
@@ -276,30 +275,30 @@ def _spec(tensor: Tensor) -> Any:
 
 
 def _without_tensors(metadata: Mapping[str, str]) -> bytes:
-    """Return a file without tensors; for one without metadata the package (0.8) writes no JSON.
+    """Return a file without tensors, for which the package (0.8) writes invalid JSON.
 
-    Its header is ``{},"__metadata__":{}``, which it refuses itself.
+    Without metadata its header is ``{},"__metadata__":{}``, which it refuses to read.
     """
     fields: dict[str, Any] = {}
     if metadata:
         fields["__metadata__"] = {key: metadata[key] for key in sorted(metadata)}
     text = _shortest_json(fields)
-    text += b" " * (-len(text) % 8)  # the format wants the tensors to begin at a multiple of 8
+    text += b" " * (-len(text) % 8)  # the format requires the tensors to begin at a multiple of 8
     return len(text).to_bytes(8, "little") + text
 
 
 def _in_order(data: bytes, metadata: Mapping[str, str]) -> bytes:
-    """Return the same file with its metadata sorted, in place of the order of a hash table."""
+    """Return the same file with its metadata sorted by key."""
     if len(metadata) < 2:
         return data
     start = 8 + int.from_bytes(data[:8], "little")
     fields = json.loads(data[8:start])
     fields["__metadata__"] = {key: metadata[key] for key in sorted(metadata)}
-    # Sorting changes no length, so the header keeps its size, padding of spaces included, and every
-    # offset stays right.
+    # Sorting does not change the length, so the header keeps its size with its padding of spaces,
+    # and every offset stays valid.
     text = _shortest_json(fields).ljust(start - 8)
     if len(text) != start - 8:
-        # Then the offsets would be wrong. No known version of the package does it.
+        # The offsets would be wrong. No known version of the package gets here.
         raise FormatError(
             f"safetensors wrote a header of {start - 8} bytes, expected its shortest form, "
             f"{len(text)} bytes",
@@ -321,10 +320,10 @@ def header_fields(stream: BinaryIO, where: str) -> tuple[dict[str, Any], int, in
     """Parse the header of an open file without checking its entries.
 
     Returns:
-        its fields, where the tensors begin, and the size of the file.
+        its fields, the offset of the first tensor, and the size of the file.
 
     Raises:
-        FormatError: it is cut short, or no header.
+        FormatError: it is cut short, or not a header.
     """
     head, size = _head(stream, where)
     return strict_json.loads(head, f"{where}: header"), 8 + len(head), size
@@ -333,17 +332,17 @@ def header_fields(stream: BinaryIO, where: str) -> tuple[dict[str, Any], int, in
 def _head(
     stream: BinaryIO, where: str, witness: Callable[[memoryview], object] | None = None
 ) -> tuple[bytes, int]:
-    """Return the header and the size of the file; leave the stream where the tensors begin."""
-    # The descriptor is asked, and not the name, which may be another file's by now.
+    """Return the header and the size of the file; leave the stream at the first tensor."""
+    # Ask the descriptor, not the name, which may belong to another file by now.
     size = os.fstat(stream.fileno()).st_size
     first = stream.read(8)
     length = int.from_bytes(first, "little")
-    # Before the length is judged: a pointer's text is an enormous length, and the advice for that,
-    # to download again, would not help.
+    # Check for a pointer before the length: read as a number, its text is an enormous length, and
+    # the advice for that, to download again, would not help.
     check_pointer(first, where, "safetensors")
-    # Before the read: the first eight bytes of any file are a length, and it may be exabytes.
+    # Check the length before reading: in another kind of file these bytes may mean exabytes.
     if size < 8 or length > min(HEADER_BYTES, size - 8):
-        # Only where it is no length: that of a good header may have the code of "<" in it.
+        # Look for "<" only now: a valid length may contain the same byte.
         if first.lstrip().startswith(b"<"):
             raise FormatError(
                 f"{where}: not a safetensors file, it begins like a web page",
@@ -357,7 +356,7 @@ def _head(
     head = stream.read(length)
     if len(head) != length:
         raise _cut_short(where)
-    # In the order of the file, so that the hash is that of the whole file.
+    # In the order of the file, so that the witness can hash the whole file.
     if witness:
         witness(memoryview(first))
         witness(memoryview(head))

@@ -1,12 +1,12 @@
-"""The header of a safetensors file: where each tensor lies, checked before anything is allocated.
+"""Parse the header of a safetensors file, and check it before anything is allocated.
 
     8 bytes: n, little-endian │ n bytes: the header, padded with spaces │ the tensors, back to back
     header: {"name": {"dtype": "BF16", "shape": [2, 3], "data_offsets": [begin, end]}, …,
              "__metadata__": {"str": "str"}}
 
-Law: what `parse_header` accepts the package accepts, and reads to the same bits. It refuses more: a
-key that occurs twice, fields that the format does not have, dtypes that no adapter has, tensors
-without numbers. It never crashes, and takes no more memory than the header itself.
+Law: every header that `parse_header` accepts, the package accepts too, and reads to the same bits.
+`parse_header` refuses more: duplicate keys, fields that the format does not have, dtypes that no
+adapter has, empty tensors. It never crashes, and takes memory in proportion to the header only.
 
 Format: https://github.com/huggingface/safetensors#format
 """
@@ -34,13 +34,13 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Header:
-    """Everything about a file but its numbers.
+    """A file without its numbers.
 
     Args:
-        tensors: on the meta device, each at its place in the one storage that all of them share.
-        metadata: what the writer says beside.
-        spans: (place, bytes) of what is read into that storage, in the order of the file. It is all
-            one span, unless a tensor lies in the file where no tensor of its dtype can.
+        tensors: on the meta device, as views of one storage that all of them share.
+        metadata: the file's ``__metadata__``.
+        spans: (offset in the storage, bytes) of each run to read, in the order of the file. There
+            is one span, unless a tensor in the file is not aligned for its dtype.
     """
 
     tensors: Mapping[str, Tensor]
@@ -58,24 +58,24 @@ def parse_header(head: bytes, nbytes: int, where: str) -> Header:
     """Parse the header of a file, and check it against the bytes of tensors that follow it.
 
     Args:
-        head: the header, as it stands in the file.
-        nbytes: how many bytes of tensors follow.
+        head: the bytes of the header.
+        nbytes: the size of the tensors that follow.
         where: names the file in errors.
 
     Raises:
         FormatError: it is malformed, or the file does not match it.
     """
     fields = strict_json.loads(head, f"{where}: header")
-    # The plain search comes first: the regular expression would go over a header of up to 100 MB.
+    # The plain search comes first: the regular expression is slow on a header of up to 100 MB.
     if b"-0" in head and _minus_zero(head):
         raise FormatError(
             f"{where}: header: -0 is no size and no place, expected 0",
             "write the file again with the safetensors package",
         )
-    # The one key that is no tensor; the format reserves it.
+    # The format reserves this one key for metadata.
     metadata = fields.pop("__metadata__", None)
     if metadata is None:
-        metadata = {}  # MLX writes null where there are none, which the package takes too
+        metadata = {}  # MLX writes null if there are none, which the package accepts too
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise FormatError(
             f"{where}: header: __metadata__ must map strings to strings, got {str(metadata)[:80]}",
@@ -93,18 +93,18 @@ def parse_header(head: bytes, nbytes: int, where: str) -> Header:
 def _laid_out(
     entries: Mapping[str, _HeaderEntry], metadata: Mapping[str, str], nbytes: int, where: str
 ) -> Header:
-    """Give each tensor its place in one storage.
+    """Assign each tensor an offset in one storage.
 
-    The places are those in the file, so that one read fills the storage. Only where a tensor of the
-    file is not aligned for its dtype, which a torch view has to be, a gap comes before it and a new
-    span begins: the package aligns what it writes, but the format does not ask for it.
+    The offsets are those in the file, so that one read fills the storage. A torch view has to be
+    aligned for its dtype. The package aligns what it writes, but the format does not require it: a
+    tensor that is not aligned is moved up, and begins a new span.
     """
-    read = 0  # bytes of the file that are spoken for
-    place = 0  # bytes of the storage that are spoken for
+    read = 0  # bytes of the file so far
+    place = 0  # bytes of the storage so far
     places: dict[str, int] = {}
     spans = [(0, 0)]
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
-        # No gap and no overlap: the package asks for that too, so a file can't hide bytes.
+        # No gaps and no overlaps, which the package refuses too: a file can't hide bytes.
         if entry.begin != read:
             raise FormatError(
                 f"{where}: {name}: its bytes begin at {entry.begin}, expected {read}",
@@ -122,7 +122,7 @@ def _laid_out(
             f"{where}: the header describes {read} bytes of tensors, the file holds {nbytes}",
             "download or save it again",
         )
-    # The meta device allocates nothing: a header may describe a terabyte that the file lacks.
+    # The meta device allocates nothing, however large the tensors are.
     storage = torch.empty(place, dtype=torch.uint8, device="meta")
     tensors = {name: _view(storage, entry, places[name]) for name, entry in entries.items()}
     return Header(tensors, metadata, tuple(spans))
@@ -165,7 +165,7 @@ def _entry(value: Any, where: str) -> _HeaderEntry:
             "8-bit floats and integers are quantised values: save the adapter dequantised, in bf16 "
             "or wider",
         )
-    # The format allows it and the package reads it, but no factor is empty: this is a lost shard.
+    # The format and the package allow empty tensors, but no factor is empty: this is a lost shard.
     if not math.prod(shape):
         raise FormatError(
             f"{where}: the tensor is empty, shape {tuple(shape)}",
@@ -183,20 +183,20 @@ def _entry(value: Any, where: str) -> _HeaderEntry:
 def _are_sizes(value: Any) -> bool:
     """Return whether a value is a short list of sizes.
 
-    The bounds keep products small: Python's integers have no end, and a product of a thousand huge
-    ones would take minutes.
+    The bounds keep products cheap: Python's integers are unbounded, and a product of a thousand
+    huge ones would take minutes.
     """
     if not isinstance(value, list) or len(value) > 8:
         return False
-    # `type` and not isinstance, because JSON's `true` is an int in Python.
+    # `type` instead of isinstance, because JSON's `true` is an int for isinstance.
     return all(type(size) is int and 0 <= size < 2**48 for size in value)
 
 
 def _minus_zero(head: bytes) -> bool:
     """Return whether a number of a header is -0.
 
-    Python reads it as the integer 0, the package as a fraction, which it refuses. Names may well
-    hold these two characters, so strings are taken out first.
+    Python reads it as the integer 0; the package reads it as a float, and refuses it. Names may
+    contain these two characters, so strings are removed first.
     """
     outside_of_strings = re.sub(rb'"(?:[^"\\]|\\.)*"', b'""', head, flags=re.DOTALL)
     return re.search(rb"-0(?![0-9])", outside_of_strings) is not None

@@ -1,4 +1,4 @@
-"""An adapter in one ``.safetensors`` file, read by the one format that has such keys."""
+"""Read an adapter in one ``.safetensors`` file, in the format that `recognise` found."""
 
 from __future__ import annotations
 
@@ -32,14 +32,15 @@ def read_single(
     witness: Witness | None = None,
     inside: Inside | None = None,
 ) -> Adapter:
-    """Read a single file of another program's format; the factors are in memory, in its dtypes.
+    """Read a single file of another program's format into memory, in the file's dtypes.
 
     Args:
-        found: what `recognise` said of the file.
-        outline: the factors have shapes and dtypes, and no numbers (the meta device). The file is
-            read all the same, because its scales lie among the tensors.
-        allocate: makes the one buffer in which they lie; None: ordinary memory.
-        witness: is shown every byte of the file, and of the config that mlx-lm writes beside it.
+        found: the result of `recognise`.
+        outline: return factors on the meta device, with shapes and dtypes but no numbers. The whole
+            file is still read, because its scales are among the tensors.
+        allocate: allocates the one buffer that holds the factors; None: ordinary memory.
+        witness: is called with every byte of the file, and of the config that mlx-lm writes beside
+            it.
         inside: where the file may lie, all links followed; None: anywhere.
 
     Raises:
@@ -48,7 +49,7 @@ def read_single(
     """
     assert found.file is not None
     file, where = found.file, str(found.file)
-    # Outside of inference mode: tensors made within it could never train.
+    # Leave inference mode: tensors made in it could never train.
     shown = partial(witness, file.name) if witness is not None else None
     with open_tensors(file, where, shown, inside) as reading, torch.inference_mode(False):
         header = parse_header(reading.head, reading.nbytes, where)

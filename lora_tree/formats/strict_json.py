@@ -1,6 +1,6 @@
-"""JSON from strangers' files: one object, UTF-8, no key twice, no NaN, of bounded size and depth.
+"""Parse untrusted JSON: one object, UTF-8, no duplicate keys, no NaN, of bounded size and depth.
 
-Python's own parser accepts NaN and takes the last of two equal keys, where another program may take
+Python's own parser accepts NaN, and takes the last of two equal keys where another program may take
 the first: a file could show one value to us and another one to PEFT or to safetensors.
 """
 
@@ -19,11 +19,11 @@ DAMAGED = "correct it there; or, if a program wrote the file, download it or sav
 
 
 def loads(data: bytes, where: str) -> dict[str, Any]:
-    """Return the object that ``data`` spells.
+    """Return the object in ``data``.
 
     Raises:
-        FormatError: it is not UTF-8, not JSON, too large, nested too deeply, not an object, or says
-            one key twice.
+        FormatError: it is not UTF-8, not JSON, too large, nested too deeply, not an object, or has
+            a duplicate key.
 
     >>> loads(b'{"r": 8}', "adapter_config.json")
     {'r': 8}
@@ -33,11 +33,10 @@ def loads(data: bytes, where: str) -> dict[str, Any]:
         text = data.decode("utf-8")
         value = json.loads(text, object_pairs_hook=_without_repeats, parse_constant=_no_constant)
         if "\\u" in text:
-            # JSON may spell half a surrogate pair, which Python reads and no file can hold: it
-            # would fail only when the value is written again.
+            # JSON escapes can spell half a surrogate pair. Python reads it, but UTF-8 can't encode
+            # it: find out now, not when the value is written again.
             json.dumps(value, ensure_ascii=False).encode("utf-8")
-    # UnicodeError is a kind of ValueError, so it comes first: below, it would be told as broken
-    # JSON.
+    # UnicodeError is a ValueError, so it comes first: below it would be reported as broken JSON.
     except UnicodeError as error:
         raise FormatError(f"{where}: not valid UTF-8: {error}", DAMAGED) from error
     except RecursionError as error:
@@ -47,7 +46,7 @@ def loads(data: bytes, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         kind = _JSON_NAMES.get(type(value), type(value).__name__)
         raise FormatError(f"{where}: expected a JSON object, got {kind}", DAMAGED)
-    # A text with fewer brackets can't be nested so deeply, and most have fewer.
+    # A text with fewer brackets can't be nested so deeply: skip the walk for it.
     if text.count("{") + text.count("[") > JSON_DEPTH:
         _check_depth(value, where)
     return value
@@ -67,7 +66,7 @@ def _check_size(data: bytes, where: str) -> None:
 
 
 def _check_depth(value: Any, where: str) -> None:
-    # Level by level in a loop: a recursion would fail on the very texts that are looked for.
+    # Level by level in a loop: a recursion would fail on exactly the texts that it looks for.
     level = [value]
     for _ in range(JSON_DEPTH):
         inner: list[Any] = []

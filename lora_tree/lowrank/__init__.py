@@ -1,18 +1,18 @@
-"""One increment of one weight, kept as its factors, and the algebra on them.
+"""One increment of one weight, stored as its factors, and the algebra on them.
 
     ΔW = scale · B A            A: (*batch, r, in)    B: (*batch, out, r)
 
-    layout.py    how the (out, in) matrix lies in a module's weight
-    fitting.py   whether A, B and a bias make one increment
-    magnitude.py how large its numbers are, and which dtypes hold them
-    value.py     LowRank, and what one value becomes: scaled, cast, truncated, dense
-    cast.py      a value moved or rounded, and whether that lost a number
+    layout.py    the place of the (out, in) matrix in a module's weight
+    fitting.py   checks that A, B and a bias make one increment
+    magnitude.py whether its numbers are finite and fit into a dtype
+    value.py     LowRank, and operations on one value: scale, cast, truncate, dense
+    cast.py      moves or rounds a value, and tells whether a number changed
     qr_core.py   the (r, r) core of a product, and its nearest smaller rank
-    adding.py    what several values make: their sum, their inner product
-    drawing.py   new factors, whose product is nothing yet
+    adding.py    operations on several values: sum, inner product
+    drawing.py   initial factors, whose product is zero
 
-Law: no operation builds an (out, in) matrix except `LowRank.dense`, and that one can be had in
-blocks of rows.
+Law: no operation builds an (out, in) matrix except `LowRank.dense`; `LowRank.dense_blocks` yields
+it in blocks of rows.
 
 References: LoRA, https://arxiv.org/abs/2106.09685 §4.1 (ΔW = α/r · B A);
 rsLoRA, https://arxiv.org/abs/2312.03732 (α/√r).

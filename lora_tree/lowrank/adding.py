@@ -19,8 +19,9 @@ __all__ = ["concat", "inner", "same_place", "stacked"]
 def concat(terms: Sequence[LowRank]) -> LowRank:
     """Return Σ of the terms as one value: A's rows stacked, B's columns side by side, rank Σr.
 
-    A common scale is kept; otherwise every scale is folded into its B. The sum is exact but for
-    that rounding (see `LowRank.folded`), and the result has the widest dtype of its terms.
+    A common scale is kept; otherwise every scale is folded into its B. Apart from the rounding of
+    that product (see `LowRank.folded`) the sum is exact. The result has the widest dtype of its
+    terms.
 
     Raises:
         SpecError: no terms, or one is no `LowRank`, or they are on several devices.
@@ -69,8 +70,8 @@ def stacked(
         terms: of one (\\*batch, out, in) and layout; not empty, and not checked.
         dtype: of the result, fp32 or wider unless a rounded scale · B is wanted.
         device: of the result.
-        into: the memory of A and of B, in their shapes; None: ordinary memory, and autograd may
-            record.
+        into: tensors to write A and B into, in their shapes; None: new memory, and autograd may
+            record the operation.
 
     >>> import torch
     >>> x = LowRank(torch.ones(1, 4), torch.ones(2, 1), scale=0.1)
@@ -81,7 +82,7 @@ def stacked(
 
     def folded(tensor: Tensor, scale: float) -> Tensor:
         there = tensor.to(device=device, dtype=dtype)
-        # A product with 1.0 would copy the tensor, which may be used where it lies.
+        # A product with 1.0 would copy the tensor needlessly.
         return there if scale == 1.0 else there * scale
 
     into_a, into_b = into or (None, None)
@@ -92,13 +93,13 @@ def stacked(
 
 
 def _of_checked(A: Tensor, B: Tensor, bias: Tensor | None, layout: Layout) -> LowRank:
-    """Return the sum of values that were checked when they were made; it need not be.
+    """Return a `LowRank` without checks, for parts of values that were checked already.
 
     Every switch makes hundreds of them.
     """
     value = LowRank.__new__(LowRank)
-    # Past `__setattr__`, which a frozen class refuses; and not by `vars`, which would leave a
-    # dictionary with every value.
+    # `object.__setattr__`, because a frozen class refuses its own; and not `vars`, which would
+    # materialise a dictionary in every value.
     for name, part in (("A", A), ("B", B), ("scale", 1.0), ("bias", bias), ("layout", layout)):
         object.__setattr__(value, name, part)
     return value
@@ -127,7 +128,7 @@ def inner(x: LowRank, y: LowRank) -> float:
 
 
 def same_place(x: LowRank, y: LowRank) -> None:
-    """Check that the two change one weight, from their shapes alone.
+    """Check, by shapes and layouts alone, that the two change the same weight.
 
     Raises:
         ShapeMismatch: they do not have the same (\\*batch, out, in) or layout.
@@ -144,7 +145,7 @@ def same_place(x: LowRank, y: LowRank) -> None:
 
 def _check_same_device(terms: Sequence[LowRank]) -> None:
     devices = {str(term.device) for term in terms}
-    # torch would say so too, but not which argument moves a value.
+    # torch would raise too, but without the advice how to move a value.
     if len(devices) > 1:
         raise SpecError(
             f"the terms are on {' and '.join(sorted(devices))}: expected one device",

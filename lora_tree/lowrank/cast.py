@@ -21,8 +21,8 @@ def cast(value: LowRank, device: torch.device | str | None, dtype: torch.dtype |
         return moved
     largest = max(float(t.abs().max()) for t in value.tensors)
     most = torch.finfo(moved.dtype).max
-    # The numbers before the cast are asked: some dtypes make such a number
-    # infinite, others their own largest.
+    # Compare the numbers before the cast: a number that is too large becomes infinite in some
+    # dtypes, and the dtype's largest number in others.
     if largest > most and value.is_finite:
         raise SpecError(
             f"a factor goes up to {largest:.5g}, {_name(moved.dtype)} to {most:.5g}",
@@ -42,7 +42,7 @@ def differs(old: LowRank, new: LowRank) -> bool:
 
 
 def _may_lose(old: LowRank, new: LowRank) -> bool:
-    """Return whether some new dtype holds fewer numbers than the old one; no outline loses any."""
+    """Return whether a new dtype is narrower than the old one; False on the meta device."""
     if old.A.is_meta or new.A.is_meta:
         return False
     for was, now in zip(old.tensors, new.tensors, strict=True):

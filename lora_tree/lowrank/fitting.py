@@ -1,8 +1,7 @@
-"""Check that A, B and a bias make one increment: their kinds, their shapes, their device.
+"""Check that A, B and a bias make one increment: their types, shapes and device.
 
-Every value is checked when it is made, and thousands are made when a tree is opened: the checks
-    read
-no number, and pass with a few comparisons.
+Every value is checked when it is made, and opening a tree makes thousands. So the checks read no
+numbers, and take only a few comparisons.
 """
 
 from __future__ import annotations
@@ -19,10 +18,10 @@ __all__ = ["check_one_device", "check_shapes", "check_tensors"]
 
 
 def check_tensors(A: Tensor, B: Tensor, bias: Tensor | None) -> None:
-    """Refuse factors that are no floating point tensors.
+    """Refuse factors that are not floating point tensors.
 
     Raises:
-        SpecError: one is none.
+        SpecError: one is not.
     """
     is_bias = bias is None or isinstance(unchecked(bias), Tensor)
     if not (isinstance(unchecked(A), Tensor) and isinstance(unchecked(B), Tensor) and is_bias):
@@ -46,12 +45,11 @@ def check_shapes(a: torch.Size, b: torch.Size, bias: Tensor | None) -> None:
         bias: (batch · out,), or None.
 
     Raises:
-        ShapeMismatch: they do not fit together; says all shapes.
+        ShapeMismatch: they do not fit together; the error has all shapes.
     """
-    # Sizes and not the product itself: no number is read, so an outline on the meta device passes
-    # too.
+    # Only shapes are compared, so factors on the meta device pass too.
     is_product = len(a) >= 2 and len(a) == len(b) and a[-2] == b[-1]
-    # Slices of a Size are slow, and nearly all factors have no batch.
+    # Slicing a torch.Size is slow, and nearly all factors have no batch dimension.
     if not is_product or (len(a) > 2 and a[:-2] != b[:-2]):
         raise ShapeMismatch(
             f"A is {tuple(a)}, B is {tuple(b)}: they do not multiply to an (out, in)",
@@ -74,7 +72,7 @@ def check_one_device(A: Tensor, B: Tensor, bias: Tensor | None) -> None:
     """Refuse factors that are on several devices.
 
     Raises:
-        SpecError: they are; says which is where.
+        SpecError: they are; the error has each one's device.
     """
     if A.device == B.device and (bias is None or bias.device == A.device):
         return

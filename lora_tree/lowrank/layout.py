@@ -1,4 +1,4 @@
-"""How an increment's matrix lies in a weight: as it is, transposed, as a kernel, per expert."""
+"""Layout: the form of an increment's matrix in a weight: plain, transposed, kernel, per expert."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LAYOUT_KINDS = ("linear", "embedding", "conv", "parameter")
 
 @dataclass(frozen=True)
 class Layout:
-    """How the (out, in) matrix of a `LowRank` lies in the weight that it changes.
+    """The place of the (out, in) matrix of a `LowRank` in the weight that it changes.
 
     Args:
         kind: ``linear`` (the matrix, or its transpose in a Conv1D), ``embedding`` (the transpose),
@@ -24,7 +24,7 @@ class Layout:
         kernel: the kernel's size, for ``conv`` only.
 
     Raises:
-        SpecError: the kind is unknown, or the kernel is missing, superfluous or no tuple of
+        SpecError: the kind is unknown, or the kernel is missing, superfluous or not a tuple of
             positive integers.
 
     >>> str(Layout("conv", (3, 3)))
@@ -41,8 +41,8 @@ class Layout:
             raise SpecError(
                 f"a layout's kind is one of {', '.join(LAYOUT_KINDS)}, got {kind!r:.80}{hint}"
             )
-        # `type(size) is int`, since True is an int too. An empty tuple passes
-        # here and is judged by the kind.
+        # `type(size) is int`, because isinstance accepts True. An empty tuple passes here; whether
+        # it is right depends on the kind.
         is_sizes = isinstance(kernel, tuple) and all(
             type(size) is int and size > 0 for size in kernel
         )

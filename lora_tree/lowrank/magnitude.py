@@ -1,9 +1,9 @@
-"""How large the numbers of an increment are: whether they are finite, and fit into a dtype.
+"""Tell whether the numbers of an increment are finite, and fit into a dtype.
 
     max |scale · B A|  ≤  |scale| · r · max |A| · max |B|
 
-Law: numbers are said to fit only if each of them does. The bound costs one pass over the factors
-and nearly always decides; where it is too large, the product is looked at, in blocks of its rows.
+Law: the answer is yes only if every number fits. The bound costs one pass over the factors and
+nearly always decides; if it is too large, the product is computed in blocks of its rows.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ __all__ = ["all_finite", "check_has_numbers", "increment_fits"]
 
 
 def check_has_numbers(A: Tensor) -> None:
-    """Refuse a factor of an outline: shapes on the meta device.
+    """Refuse a factor without numbers, on the meta device.
 
     Raises:
-        SpecError: it is one.
+        SpecError: it is on the meta device.
     """
     if A.is_meta:
         raise SpecError(
@@ -59,7 +59,7 @@ def increment_fits(
     scale = abs(scale)
     a, b = _largest(A), _largest(B)
     sizes = [b] if bias is None else [b, _largest(bias)]
-    # A NaN compares as false, so it fails here.
+    # Comparisons with NaN are false, so a NaN fails here.
     if not all(scale * size <= most for size in sizes) or not math.isfinite(a):
         return False
     if scale * A.shape[-2] * a * b <= most:
@@ -68,7 +68,7 @@ def increment_fits(
 
 
 def _comparable(t: Tensor) -> Tensor:
-    """Return the tensor in a dtype that torch compares: it has no kernels for 8-bit floats."""
+    """Return the tensor in a dtype that torch can compare, which 8-bit floats are not."""
     return t.float() if t.element_size() == 1 else t
 
 

@@ -3,11 +3,11 @@
     scale · B A = Q_B M Q_Aᵀ      Q_B: (*batch, out, k)  M: (*batch, k, l)  Q_A: (*batch, in, l)
 
 Q_B and Q_A have orthonormal columns, so the norm and the singular values of the product are those
-of M. Two QRs and an SVD of (r, r) replace one SVD of (out, in). All of it is computed in float64:
-the result is rounded once, by the caller.
+of M. Two QRs and an SVD of (r, r) replace one SVD of (out, in). Everything is computed in float64,
+and the caller rounds the result once.
 
-Reference: Eckart and Young, 1936; the batch shares one rank, and its error is the root of the
-summed squares.
+Reference: Eckart and Young, 1936. The matrices of a batch are cut to one rank, and the error is the
+root of the sum of their squared errors.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["Core", "SingularValues", "core_of"]
 
 
 class Core(NamedTuple):
-    """A product as Q_B M Q_Aᵀ; see the module."""
+    """A product as Q_B M Q_Aᵀ; see the module's docstring."""
 
     Qb: Tensor
     M: Tensor
@@ -35,7 +35,7 @@ class Core(NamedTuple):
 
 
 class SingularValues:
-    """The singular values of a core, from which every smaller rank can be read.
+    """The singular values of a core, which give the factors and the error of every smaller rank.
 
     Args:
         core: of the product.
@@ -45,7 +45,7 @@ class SingularValues:
         self._Qb, self._Qa = core.Qb, core.Qa
         self._U, self._S, self._Vh = torch.linalg.svd(core.M)  # (k, k) (m,) (l, l), m = min(k, l)
         squares = self._S.square().reshape(-1, self._S.shape[-1]).sum(0)  # (m,): over the batch
-        # Summed from the smallest up, so that small values are not lost beside large ones.
+        # Summed from the smallest up, so that adding small values to large ones does not lose them.
         tails = squares.flip(0).cumsum(0).flip(0)
         self._errors = torch.cat([tails, tails.new_zeros(1)]).sqrt()  # [k]: the error of rank k
 
@@ -55,7 +55,7 @@ class SingularValues:
         return float(self._errors[0])
 
     def error(self, rank: int) -> float:
-        """Return ‖ΔW − ΔW'‖ of the nearest ΔW' of that rank; 0.0 from the largest rank on."""
+        """Return ‖ΔW − ΔW'‖ for the nearest ΔW' of that rank; 0.0 if nothing is cut."""
         return float(self._errors[min(rank, self._S.shape[-1])])
 
     def least_rank(self, max_error: float) -> int:
@@ -68,8 +68,8 @@ class SingularValues:
 
         Args:
             most: the largest rank to keep.
-            max_error: the largest relative error allowed: the smallest rank that reaches it is
-                kept. None: ``most`` is kept.
+            max_error: the largest relative error allowed: the smallest rank within it is kept.
+                None: ``most`` is kept.
 
         Raises:
             SpecError: both bounds can't be met.
@@ -82,14 +82,14 @@ class SingularValues:
                 f"rank {most} leaves a relative error of {self.error(most) / self.norm:.3g}, "
                 f"max_error={max_error:g} needs rank {least}"
             )
-        # A product that is zero needs rank 0, and there is no value of rank 0.
+        # A zero product needs rank 0, but no value has rank 0.
         return max(least, 1)
 
     def factors(self, rank: int) -> tuple[Tensor, Tensor]:
         """Return B (*batch, out, rank) and A (*batch, rank, in) of the nearest such product.
 
         Each gets the square roots of the singular values, so that neither overflows a narrow dtype
-        alone.
+        before the other.
         """
         rank = min(rank, self._S.shape[-1])
         root = self._S[..., :rank].sqrt()
@@ -108,5 +108,5 @@ def core_of(B: Tensor, A: Tensor, scale: float) -> Core | None:
     Qb, Rb = torch.linalg.qr(B.detach().double())  # (out, k) (k, r)
     Qa, Ra = torch.linalg.qr(A.detach().double().mT)  # (in, l) (l, r)
     M = (Rb @ Ra.mT) * scale
-    # A NaN or an infinity in a factor reaches its R and so M: no pass over the factors is needed.
+    # A NaN or an infinity in a factor propagates to its R and to M, so checking M is enough.
     return Core(Qb, M, Qa) if bool(M.isfinite().all()) else None

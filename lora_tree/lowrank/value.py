@@ -1,8 +1,7 @@
-"""LowRank: one increment of one weight as a frozen value, and everything that is made of it alone.
+"""LowRank: one increment of one weight as a frozen value, and all operations on one value.
 
-The increment is a matrix, or a batch of them: the experts of a fused parameter, the groups of a
-convolution. Nothing here depends on the `Layout`, which says how the matrix lies in a module's
-weight.
+The increment is a matrix, or a batch of matrices: the experts of a fused parameter, the groups of a
+convolution. No operation here depends on the `Layout`.
 """
 
 from __future__ import annotations
@@ -55,8 +54,8 @@ class LowRank:
 
     Raises:
         ShapeMismatch: A, B and bias do not fit together, or are empty.
-        SpecError: a factor is no floating point tensor, or they are on several devices; or the
-            scale is no finite number, or ``layout`` no `Layout`.
+        SpecError: a factor is not a floating point tensor, or they are on several devices; or the
+            scale is not a finite number, or ``layout`` not a `Layout`.
 
     >>> import torch
     >>> x = LowRank(torch.ones(2, 5), torch.ones(3, 2), scale=0.5)
@@ -71,7 +70,7 @@ class LowRank:
     layout: Layout = LINEAR
 
     def __post_init__(self) -> None:
-        # The kinds first: only tensors have a shape and a device to compare.
+        # Check types first: only tensors have a shape and a device to compare.
         check_tensors(self.A, self.B, self.bias)
         if type(self.scale) is not float or not math.isfinite(self.scale):
             object.__setattr__(self, "scale", finite_number(self.scale, "scale"))
@@ -98,7 +97,7 @@ class LowRank:
     def dtype(self) -> torch.dtype:
         """The wider of the factors' dtypes."""
         a, b = self.A.dtype, self.B.dtype
-        if a == b:  # nearly always, and cheaper than to ask torch
+        if a == b:  # nearly always true, and cheaper than promote_types
             return a
         return torch.promote_types(a, b)
 
@@ -116,35 +115,35 @@ class LowRank:
 
     @property
     def numel(self) -> int:
-        """The count of its numbers: r · (in + out) for each matrix of the batch, and the bias."""
+        """The size of A, B and the bias: r · (in + out) for each matrix, plus the bias."""
         return sum(t.numel() for t in self.tensors)
 
     @property
     def nbytes(self) -> int:
-        """The bytes of its numbers."""
+        """The bytes of A, B and the bias."""
         return sum(t.numel() * t.element_size() for t in self.tensors)
 
     @property
     def is_sharded(self) -> bool:
-        """Whether each rank of a run holds only a part of the factors (FSDP2)."""
+        """Return whether the factors are sharded over the ranks of a run (FSDP2)."""
         return any(is_sharded(t) for t in self.tensors)
 
     @property
     def trains(self) -> bool:
-        """Whether autograd follows a factor: a step of an optimiser will change it."""
-        # Asked of every term at every switch, so without a generator.
+        """Return whether a factor requires a gradient, so that an optimiser may change it."""
+        # Called for every term at every switch, so written without a generator.
         if self.A.requires_grad or self.B.requires_grad:
             return True
         return self.bias is not None and self.bias.requires_grad
 
     @property
     def is_trainable(self) -> bool:
-        """Whether a factor is a parameter: an optimiser may have changed it since it was read."""
+        """Return whether a factor is an nn.Parameter, which an optimiser may have changed."""
         return any(isinstance(t, torch.nn.Parameter) for t in self.tensors)
 
     @property
     def is_finite(self) -> bool:
-        """Whether A, B and the bias are free of NaN and infinities.
+        """Return whether A, B and the bias are free of NaN and infinities.
 
         Raises:
             SpecError: the factors have no numbers (the meta device).
@@ -159,7 +158,7 @@ class LowRank:
             dtype: None: fp32, or the factors' own if that is wider.
 
         Raises:
-            SpecError: ``dtype`` is no floating dtype, or the factors have no numbers (the meta
+            SpecError: ``dtype`` is not a floating dtype, or the factors have no numbers (the meta
                 device).
 
         >>> import torch
@@ -182,7 +181,7 @@ class LowRank:
         """Return ``by`` · ΔW; the factors are shared, and nothing is rounded.
 
         Raises:
-            SpecError: ``by`` is no finite number, or makes the scale one that is not finite.
+            SpecError: ``by`` is not a finite number, or the new scale is not.
 
         >>> import torch
         >>> x = LowRank(torch.ones(1, 4), torch.ones(2, 1))
@@ -194,23 +193,23 @@ class LowRank:
         return self if by == 1.0 else replace(self, scale=self.scale * by)
 
     def with_tensors(self, change: Callable[[Tensor], Tensor]) -> LowRank:
-        """Return the value with other tensors, of the same shapes, in the places of its own."""
+        """Return the value with ``change`` applied to A, B and the bias; shapes must stay."""
         bias = None if self.bias is None else change(self.bias)
         return LowRank(change(self.A), change(self.B), self.scale, bias, self.layout)
 
     def to(
         self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> LowRank:
-        """Return the value on another device, or, only if ``dtype`` is given, rounded to that.
+        """Return the value on another device, or rounded to another dtype, if these are given.
 
         Raises:
-            SpecError: torch knows no such device, or ``dtype`` is not a floating one.
+            SpecError: torch does not know the device, or ``dtype`` is not a floating one.
         """
         check_dtype(dtype)
         check_device(device)
         moved = [t.to(device=device, dtype=dtype) for t in self.tensors]
-        # The same object where nothing changes: a plan and its kept side
-        # paths go by the identity of values.
+        # Return the same object if nothing changes: cached plans and side paths are looked up by
+        # the identity of values.
         if all(new is old for new, old in zip(moved, self.tensors, strict=True)):
             return self
         bias = moved[2] if len(moved) > 2 else None
@@ -219,7 +218,7 @@ class LowRank:
     def folded(self) -> LowRank:
         """Return the value with scale 1, folded into B.
 
-        The product is in fp32 or wider, unless it is exact in B's own dtype.
+        The new B is in fp32 or wider, unless the product is exact in B's own dtype.
 
         >>> import torch
         >>> x = LowRank(torch.ones(1, 4).bfloat16(), torch.ones(2, 1).bfloat16(), scale=0.5)
@@ -233,10 +232,10 @@ class LowRank:
     def padded(self, rank: int) -> LowRank:
         """Return the value with zero rows and columns up to ``rank``.
 
-        Some engines want one rank for all modules.
+        Some engines require one rank for all modules.
 
         Raises:
-            SpecError: ``rank`` is no whole number, or smaller than the value's own.
+            SpecError: ``rank`` is not a whole number, or is smaller than the value's own.
 
         >>> import torch
         >>> LowRank(torch.ones(1, 4), torch.ones(2, 1)).padded(8).rank
@@ -269,13 +268,13 @@ class LowRank:
         """Yield ΔW in blocks of its rows, (\\*batch, ≤ rows, in), top to bottom.
 
         Raises:
-            SpecError: ``rows`` is no whole number of at least 1, or ``dtype`` no floating dtype.
+            SpecError: ``rows`` is not a whole number from 1, or ``dtype`` not a floating dtype.
         """
         check_whole_number(rows, "rows")
         check_dtype(dtype)
         dtype = dtype or self.dtype
         A = self.A.to(dtype)
-        # A is small beside ΔW, so it is cast once; B is cast a block at a time.
+        # Cast A once, because every block needs it; cast B one block at a time.
         for start in range(0, self.B.shape[-2], rows):
             B = self.B[..., start : start + rows, :].to(dtype)  # (*batch, ≤ rows, r)
             yield (B @ A) * self.scale
@@ -315,17 +314,16 @@ class LowRank:
 
         Args:
             rank: the rank to keep; or the most to keep, if ``max_error`` is given too.
-            max_error: the largest ‖ΔW − ΔW'‖ / ‖ΔW‖ allowed; the smallest rank that reaches it is
-                taken.
+            max_error: the largest ‖ΔW − ΔW'‖ / ‖ΔW‖ allowed; the smallest rank within it is taken.
 
         Returns:
-            The value (scale 1, in fp32 or wider), and its error in the Frobenius norm. A value
-            whose rank is small enough already comes back as it is, with error 0. ``bias`` is kept,
-            up to its scale.
+            The value (scale 1, in fp32 or wider), and its error in the Frobenius norm. If the rank
+            is small enough already, the same value is returned, with error 0. ``bias`` is kept,
+            multiplied by the scale.
 
         Raises:
-            SpecError: neither bound is given, or one makes no sense, or both can't be met; or a
-                factor of this value, or of the one to return, is not finite.
+            SpecError: neither bound is given, or one is not valid, or both can't be met; or a
+                factor of this value, or of the result, is not finite.
 
         >>> import torch
         >>> x = LowRank(torch.eye(3, 4), torch.diag(torch.tensor([3.0, 2.0, 1.0])))
@@ -341,14 +339,14 @@ class LowRank:
                 return Truncated(self, 0.0, 0.0)
         if max_error is not None:
             check_max_error(max_error)
-        # One decomposition serves both bounds: every rank's error can be read from it.
+        # One decomposition serves both bounds: it gives the error of every rank.
         cut = SingularValues(self.core())
         most = self.rank if rank is None else min(rank, self.rank)
         keep = cut.rank_to_keep(most, max_error)
         if keep >= self.rank:
             return Truncated(self, 0.0, 0.0)
         B, A = cut.factors(keep)
-        # Rounded once, from float64; contiguous, since a view of Q would keep all of it alive.
+        # Round once, from float64; and copy, because a view would keep the whole product alive.
         dtype = torch.promote_types(self.dtype, torch.float32)
         value = LowRank(
             A.to(dtype).contiguous(),
@@ -362,7 +360,7 @@ class LowRank:
                 f"the factors of the nearest value of rank {value.rank} are too large for {narrow}"
             )
         error = cut.error(keep)
-        # `keep` is below the rank of the factors. ΔW itself may be of lower rank still, or zero.
+        # ΔW may be zero although its factors have a rank.
         relative_error = error / cut.norm if cut.norm else 0.0
         return Truncated(value, error, relative_error)
 
@@ -371,7 +369,7 @@ class LowRank:
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Return whether every rank of a run holds only a part of a tensor, as FSDP2 leaves it."""
+    """Return whether a tensor is sharded over the ranks of a run, as FSDP2 does it."""
     return hasattr(tensor, "full_tensor")
 
 
@@ -381,6 +379,6 @@ def _times(t: Tensor, scale: float) -> Tensor:
     is_power_of_two = abs(math.frexp(scale)[0]) == 0.5
     if wide.dtype == t.dtype or not is_power_of_two:
         return wide
-    # A power of two moves the exponent alone. It is exact unless a number leaves the dtype's range.
+    # A power of two changes only the exponent: exact unless a number leaves the dtype's range.
     narrow = wide.to(t.dtype)
     return narrow if torch.equal(narrow.to(wide.dtype), wide) else wide

@@ -1,11 +1,11 @@
-"""Patterns on module names that came with a download, matched within a bounded amount of work.
+"""Untrusted patterns on module names, matched within a bounded amount of work.
 
 A file may hold thousands of patterns, a base thousands of names, and one pattern may make ``re``
-run for years. So every step of every match is paid for out of a `MatchingBudget`: one for all
+run for years. So every step of every match is subtracted from a `MatchingBudget`: one for all
 patterns of an adapter, one for all of a tree.
 
-    parse.py             a pattern → instructions; refuses what bounded matching can't do
-    match.py             NamePattern: the instructions, run over a name
+    parse.py             a pattern → instructions; refuses patterns that need unbounded work
+    match.py             NamePattern: runs the instructions over a name
     tables.py            ByPattern, Patterns: many patterns on many names
     glob.py              globs like ``*.down_proj``, which need no budget
     matching_budget.py   MatchingBudget

@@ -1,9 +1,9 @@
 """Globs on module names: ``q_proj``, ``*.down_proj``, ``layers.[0-7].*``.
 
-A glob stands for the whole name, or for the rest of it after one of its dots, as PEFT's
-``target_modules`` and ``rank_pattern`` do. ``*`` is any text, with dots; ``?`` one character;
-``[0-7]`` one of several. ``fnmatch`` never goes back over a star, so a match takes at most
-len(name) · len(pattern) steps, and there is no budget to pay from.
+A glob matches the whole name, or the rest of it after one of its dots, as PEFT's
+``target_modules`` and ``rank_pattern`` do. ``*`` is any text, dots included; ``?`` one character;
+``[0-7]`` one of several. ``fnmatch`` does not backtrack over a star, so a match takes at most
+len(name) · len(pattern) steps, and needs no budget.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ __all__ = ["check_glob", "glob_means"]
 
 _OF_A_REGEX = frozenset("\\()|^$+")
 _OF_OUR_TEXTS = frozenset("{}=,:;")
-"""They stand between the patterns and numbers of a weight that is written in one line."""
+"""The separators of weights per module that are written in one line; see `lora_tree.weights`."""
 
 
 def check_glob(pattern: str) -> str:
-    """Return a pattern if it is a glob on module names.
+    """Return the pattern if it is a valid glob on module names.
 
     Raises:
-        ValueError: it is none; says what is wrong.
+        ValueError: it is not; the message completes a sentence about the pattern.
     """
     if not pattern:
         raise ValueError("is empty; '*' names every module")
@@ -45,14 +45,14 @@ def check_glob(pattern: str) -> str:
 
 
 def glob_means(pattern: str, name: str) -> bool:
-    """Return whether a glob stands for a module's name, or for its end after a dot.
+    """Return whether a glob matches a module's name, or its end after a dot.
 
     >>> glob_means("layers.[0-7].*", "model.layers.3.mlp.down_proj")
     True
     >>> glob_means("down_proj", "model.layers.3.mlp.down_proj"), glob_means("proj", "down_proj")
     (True, False)
     """
-    # The names first: one that holds a bracket is no glob for itself.
+    # Compare literally first: a name that contains brackets does not match itself as a glob.
     if name == pattern or name.endswith(f".{pattern}"):
         return True
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")

@@ -1,12 +1,12 @@
 r"""Match names against one pattern in bounded time.
 
-Python's ``re`` tries one way after the other, and ``(a|a)*b`` on forty letters has 2⁴⁰ of them.
-Here all ways are followed at once, a character at a time (Thompson,
-https://swtch.com/~rsc/regexp/regexp1.html): at most len(name) · len(instructions) visits. Only
-whether a name matches is asked for, so greedy or not makes no difference.
+Python's ``re`` backtracks: it tries one way after the other, and ``(a|a)*b`` has 2⁴⁰ ways on forty
+letters. Here all ways are followed at once, one character at a time (Thompson,
+https://swtch.com/~rsc/regexp/regexp1.html): at most len(name) · len(instructions) visits. The
+answer is only whether a name matches, so greediness makes no difference.
 
-The names of a base are much alike. So a pattern remembers where a character led it before, and most
-names cost it a look-up for each of their characters.
+The names of a base are similar. So a pattern caches its moves from one set of steps to the next,
+and most names cost one look-up per character.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from .parse import MAX_CHARACTERS, Instruction, LookAround, check_pattern
 
 __all__ = ["NamePattern", "starts"]
 
-_COST_OF_PLAIN = 4  # a match by re where there is only one way through the pattern
+_COST_OF_PLAIN = 4  # of a match by re, for a pattern that can't backtrack
 _COST_OF_VISIT = 4
-_COST_OF_ATOM = 200  # to compile a set of characters when a name first meets it
-_MAX_REMEMBERED = 20_000  # steps in the moves that a pattern remembers
+_COST_OF_ATOM = 200  # of compiling a set of characters, when a name first reaches it
+_MAX_REMEMBERED = 20_000  # steps in a pattern's cached moves
 
 
 class NamePattern:
     r"""A regular expression that is matched in bounded time.
 
     Args:
-        text: of the pattern.
-        work: the budget that its matches are paid from; None: one of its own.
+        text: the regular expression.
+        work: the budget for its matches; None: a new one.
 
     Raises:
-        ValueError: it is no regular expression (an `re.error`), or can't be matched in bounded
-            time; says why.
+        ValueError: it is not a regular expression (an `re.error`), or can't be matched in bounded
+            time; the message has the reason.
 
     >>> NamePattern(r"layers\.[0-3]\..*(q|v)_proj").ends("model.layers.2.self_attn.q_proj")
     True
@@ -45,8 +45,7 @@ class NamePattern:
     def __init__(self, text: str, work: MatchingBudget | None = None) -> None:
         self.text = text
         self._work = work or MatchingBudget(f"the pattern {text[:80]!r}")
-        # Paid before it is parsed: a file with ten thousand long
-        # patterns must not be parsed for free.
+        # Spend before parsing: to parse ten thousand long patterns must count, too.
         self._work.spend(4 * len(text[:MAX_CHARACTERS]), text)
         self._steps = check_pattern(text)
         self._work.spend(len(self._steps), text)
@@ -54,10 +53,10 @@ class NamePattern:
         self._compiled: dict[tuple[str, int], re.Pattern[str]] = {}
         self._moves: dict[tuple[frozenset[int], str, bool], tuple[bool, frozenset[int]]] = {}
         self._remembered = 0
-        # A look around may see the whole name, every other step only the characters beside it. Only
-        # a move that depends on these alone can be remembered for another name.
+        # A look around may read the whole name, every other step only the adjacent characters. A
+        # move can be cached for other names only if it depends on adjacent characters alone.
         self._looks_near = all(step.around is None for step in self._steps)
-        # With only one way through it, re has nothing to go back to, and is faster.
+        # A pattern without repetitions and choices can't backtrack, and re is faster.
         if re.search(r"[*+?{(|]", text) is None:
             self._plain = re.compile(rf"(.*\.)?({text})$"), re.compile(text)
 
@@ -113,7 +112,7 @@ class NamePattern:
     def _move(
         self, steps: tuple[Instruction, ...], now: frozenset[int], name: str, at: int
     ) -> tuple[bool, frozenset[int]]:
-        """Return whether the steps can end here, and the steps that the character leads to."""
+        """Return whether the steps can end here, and the steps after the character at ``at``."""
         self._work.spend(1, self.text)
         if not self._looks_near:
             return self._moved(steps, now, name, at)[:2]
@@ -123,7 +122,7 @@ class NamePattern:
             accepted, after, visited = self._moved(steps, now, name, at)
             self._remembered += visited
             if self._remembered > _MAX_REMEMBERED:
-                # Names of a stranger may have no two characters alike: the memory is bounded too.
+                # Hostile names may all differ: bound the memory of the cache too.
                 self._moves.clear()
                 self._remembered = visited
             known = self._moves[key] = accepted, after
@@ -143,7 +142,7 @@ class NamePattern:
     def _spread(
         self, steps: tuple[Instruction, ...], now: frozenset[int], name: str, at: int
     ) -> set[int]:
-        """Return these steps and all that they reach without taking a character."""
+        """Return these steps and all steps reachable from them without taking a character."""
         stack, seen = list(now), set(now)
         while stack:
             i = stack.pop()
@@ -174,7 +173,7 @@ class NamePattern:
     def _matches(self, step: Instruction, name: str, at: int) -> bool:
         if len(step.atom) == 1 and step.width and step.atom != "." and not step.flags:
             return name.startswith(step.atom, at)
-        # Compiled late: most sets of characters never meet a name.
+        # Compile lazily: most sets of characters are never reached by a name.
         known = self._compiled.get((step.atom, step.flags))
         if known is None:
             self._work.spend(_COST_OF_ATOM, self.text)
@@ -183,6 +182,9 @@ class NamePattern:
 
 
 def starts(name: str) -> list[int]:
-    """Return where the parts of a dotted name begin, in its first line: ``.`` takes no newline."""
+    """Return the offset of each part of a dotted name, in its first line only.
+
+    PEFT's ``(.*\\.)?`` does not reach beyond it, because ``.`` does not match a newline.
+    """
     line = name.partition("\n")[0]
     return [0, *(at + 1 for at, character in enumerate(line) if character == ".")]

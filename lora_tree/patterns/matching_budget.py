@@ -1,4 +1,4 @@
-"""The budget of work for matching patterns: an error in seconds instead of a hanging program."""
+"""MatchingBudget: bounds the work of matching patterns, so that a hostile one raises in seconds."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from ..errors import LoraTreeError, SpecError
 __all__ = ["MatchingBudget"]
 
 STEPS_OF_WORK = 8_000_000
-"""Steps that all patterns of one adapter, or of one tree, may take: one to three seconds."""
+"""The most steps for all patterns of one adapter, or of one tree: one to three seconds."""
 
 
 class MatchingBudget:
@@ -15,8 +15,8 @@ class MatchingBudget:
 
     Args:
         whose: the file or the tree, for the error.
-        error: the kind of error to raise.
-        steps: how many steps it allows.
+        error: the class of the error to raise.
+        steps: the number of steps that it allows.
 
     >>> MatchingBudget("tree.yaml", steps=10).spend(11)
     Traceback (most recent call last):
@@ -34,12 +34,12 @@ class MatchingBudget:
         """Subtract steps that a match takes, or is about to take.
 
         Args:
-            steps: how many.
+            steps: their number.
             pattern: the text of the pattern, for the error.
 
         Raises:
-            LoraTreeError: of the kind given: the budget is spent; names the pattern that took the
-                last step.
+            LoraTreeError: the budget is spent; of the class ``error``, and names the pattern that
+                took the last step.
         """
         self.left -= steps
         if self.left < 0:

@@ -1,9 +1,10 @@
-r"""Parse a pattern into instructions that are followed all at once.
+r"""Parse a pattern into the instructions of a Thompson automaton, which `match` runs.
 
     a|b     go(1, 3) a go(2) b          a*      go(1, 3) a go(-2)          a?      go(1, 2) a
 
-A look ahead or behind is a pattern of its own, tried at its place in the same way. A pattern that
-has to remember what it took (``(a)\1``, ``(?>a)``) has no such instructions, and is refused.
+A look ahead or behind is a nested pattern, which is matched at its place in the same way. A pattern
+that depends on what an earlier part matched (``(a)\1``, ``(?>a)``) has no such instructions, and is
+refused.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ __all__ = ["MAX_CHARACTERS", "Instruction", "LookAround", "check_pattern"]
 MAX_CHARACTERS = 2000
 """The length of the longest pattern that is parsed."""
 
-# Repetitions are written out, so `((a{99}){99}){99}` would be a million instructions; and each
-# nested group takes a frame of Python's stack. No pattern on module names comes near either bound.
+# Repetitions are expanded, so `((a{99}){99}){99}` would be a million instructions; and each nested
+# group takes frames of Python's stack. No real pattern on module names comes near either bound.
 _MAX_STEPS = 4000
 _MAX_NESTING = 50
 
-# The grammar that is understood. `here` takes no character, `one` takes one. Everything else, such
-# as a back-reference, matches none of these and is refused where it stands.
+# The supported grammar. `here` takes no character, `one` takes one. Everything else, such as a
+# back-reference, matches none of these and is refused.
 _HERE = r"\^|\$|\\[AZbB]"
 _CHARACTER = r"\\[afnrtv]|\\x[0-9a-fA-F]{2}|\\[^0-9A-Za-z]|[^\\\[\](){}*+?|^$.]"
 _ONE = rf"\.|\\[dDwWsS]|\[\^?\]?(?:\\.|[^\]\\])*\]|{_CHARACTER}"
@@ -37,7 +38,7 @@ _GROUP = re.compile(
     r"|(?P<on>[ims]*)(?:-(?P<off>[ims]+))?:)|(?!\?))"
 )
 _FLAGS = re.compile(r"\(\?(?P<on>[ims]+)\)")  # for the whole pattern, at its start only
-# A set may span a million characters beyond ASCII, which re takes a while to compile.
+# A set may span a million characters beyond ASCII, which re compiles slowly.
 _WIDE = re.compile(r"\\[uUN]|[^\x00-\x7f]")
 
 
@@ -47,8 +48,8 @@ class Instruction:
 
     width 1     take the next character, if ``atom`` matches it
     width 0     go on, if ``atom`` matches at this place without taking a character
-    around      go on, if a pattern of its own matches there, or does not
-    to          leap to other instructions, by these distances
+    around      go on, if a nested pattern matches at this place, or does not
+    to          jump to other instructions, by these relative distances
     """
 
     atom: str = ""
@@ -63,7 +64,7 @@ class LookAround:
     """A look ahead or behind.
 
     Args:
-        steps: the pattern that is tried there.
+        steps: the nested pattern.
         behind: whether it has to end here (look behind) or to begin here (look ahead).
         wanted: whether it has to match (``=``), or must not (``!``).
     """
@@ -77,11 +78,11 @@ class LookAround:
 def check_pattern(text: str) -> tuple[Instruction, ...]:
     r"""Parse a pattern into its instructions.
 
-    Its sets of characters are compiled when a name first meets them.
+    Its sets of characters are compiled later, when a name first reaches them.
 
     Raises:
-        ValueError: it is no regular expression (an `re.error`), or can't be written as
-            instructions; says why.
+        ValueError: it is not a regular expression (an `re.error`), or can't be written as
+            instructions; the message has the reason.
 
     >>> len(check_pattern("layers.[0-3]"))
     8
@@ -95,21 +96,20 @@ def check_pattern(text: str) -> tuple[Instruction, ...]:
         raise ValueError("characters beyond ASCII beside a [set] are not understood here")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "possible nested set" is not the caller's concern
-        # re has the last word on what is a pattern at all. Compiling takes
-        # no more than linear time here.
+        # re decides what is a valid pattern. Without wide sets, compiling takes linear time.
         re.compile(text)
     return tuple(_Parser(text).whole())
 
 
 @dataclass
 class _Parser:
-    """A recursive-descent parser: a method for each level of the grammar, the loosest first.
+    """A recursive-descent parser: one method per level of the grammar, the loosest first.
 
     Args:
-        text: of the pattern.
-        at: the next character to read.
-        depth: how many groups are open.
-        flags: re's flags that hold at this place.
+        text: the pattern.
+        at: the offset of the next character to read.
+        depth: the number of open groups.
+        flags: re's flags that apply at this place.
     """
 
     text: str
@@ -152,7 +152,7 @@ class _Parser:
             steps += self.piece()
             self.few(
                 steps
-            )  # now, and not at the end: a long row of repetitions would take the memory first
+            )  # check after each piece: a long row of repetitions would exhaust the memory first
         return steps
 
     def piece(self) -> list[Instruction]:
@@ -195,7 +195,7 @@ class _Parser:
         return steps
 
     def repeated(self, steps: list[Instruction], times: re.Match[str]) -> list[Instruction]:
-        """Write out a repetition of steps: ``*`` is {0,}, ``+`` is {1,} and ``?`` is {0,1}."""
+        """Expand a repetition of steps: ``*`` is {0,}, ``+`` is {1,} and ``?`` is {0,1}."""
         sign = times["sign"]
         least = int(sign == "+") if sign else int(times["least"] or 0)
         most: int | None
@@ -205,7 +205,7 @@ class _Parser:
             most = int(times["most"]) if times["most"] else None
             if not times["comma"]:
                 if not times["least"]:
-                    raise self.beyond()  # `{}`, which re takes for two characters
+                    raise self.beyond()  # `{}`, which re matches literally
                 most = least
         if len(steps) * max(least, most or 0) > _MAX_STEPS:
             raise self.many()
@@ -213,7 +213,7 @@ class _Parser:
             maybe = [Instruction(to=(1, len(steps) + 1)), *steps]
             return self.few(steps * least + maybe * (most - least))
         if least:
-            # The last of the required copies leaps back to its own beginning.
+            # The last of the required copies jumps back to its own beginning.
             return self.few([*steps * least, Instruction(to=(-len(steps), 1))])
         return self.few(
             [Instruction(to=(1, len(steps) + 2)), *steps, Instruction(to=(-len(steps) - 1,))]

@@ -1,4 +1,4 @@
-"""Many patterns on many names: values by pattern, and answers that are remembered."""
+"""Match many patterns on many names: values by pattern, and cached answers."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ __all__ = ["ByPattern", "Patterns"]
 
 T = TypeVar("T")
 
-_COST_OF_KNOWN = 8  # to remember an answer; this bounds the memory that the answers take
+_COST_OF_KNOWN = 8  # of caching an answer; this bounds the memory of the cache
 
 _LETTERS = re.compile(r"\\?.")
 _PLAIN_NAME = re.compile(r"\^?(?:[A-Za-z0-9_.-]|\\[.-])+\Z")
 
 
 class ByPattern(Generic[T]):
-    r"""Values by patterns on the ends of names. The first pattern that matches counts.
+    r"""Values by patterns on the ends of names. The first pattern that matches wins.
 
     Most patterns in files are plain names (``^model\.layers\.0\.mlp``, or with bare dots, each of
     which matches any character). These are looked up in a table, so that a file with a pattern for
     each of its thousand modules does not cost a million matches.
 
     Args:
-        entries: patterns with their values, in the order in which they count.
-        work: the budget that building and asking it are paid from.
+        entries: patterns with their values, the first match first.
+        work: the budget for building the table and for every look-up.
 
     Raises:
-        ValueError: a pattern is no regular expression, or can't be matched in bounded time.
+        ValueError: a pattern is not a regular expression, or can't be matched in bounded time.
 
     >>> ranks = ByPattern([(r"^a\.q", 4), ("(q|v)", 8)], MatchingBudget("a test"))
     >>> ranks.first("a.q", 2), ranks.first("b.q", 2), ranks.first("b.k", 2)
@@ -41,10 +41,10 @@ class ByPattern(Generic[T]):
     def __init__(self, entries: Iterable[tuple[str, T]], work: MatchingBudget) -> None:
         self._work = work
         self._values: list[T] = []
-        self._patterns: list[tuple[int, NamePattern]] = []  # (place, pattern), but for plain names
+        self._patterns: list[tuple[int, NamePattern]] = []  # (index, pattern), without plain names
         self._all: list[NamePattern] = []
-        # (anchored at the start, where its bare dots are) → its letters → its place. A name is
-        # looked up once for each key, with dots put where the key has them.
+        # (is anchored at the start, positions of its bare dots) → its letters → its index. A name
+        # is looked up once for each key, with its letters at these positions replaced by dots.
         self._spelled: dict[tuple[bool, tuple[int, ...]], dict[str, int]] = {}
         for at, (text, value) in enumerate(entries):
             pattern = NamePattern(text, work)
@@ -62,9 +62,10 @@ class ByPattern(Generic[T]):
         """Return the value of the first pattern that matches ``name``, or its rest after a dot.
 
         Raises:
-            LoraTreeError: the patterns have cost too much.
+            LoraTreeError: the budget is spent.
         """
-        # "." does not match a newline and "$" may stand before one; the table knows neither rule.
+        # "." does not match a newline, and "$" matches before one. The table ignores both rules, so
+        # such a name is matched pattern by pattern.
         if "\n" in name:
             for value, pattern in zip(self._values, self._all, strict=True):
                 if pattern.ends(name):
@@ -73,14 +74,14 @@ class ByPattern(Generic[T]):
         found = self._looked_up(name)
         for at, pattern in self._patterns:
             if at > found:
-                break  # a plain name that stands earlier matches
+                break  # a plain name with a smaller index matches
             if pattern.ends(name):
                 found = at
                 break
         return self._values[found] if found < len(self._values) else default
 
     def _looked_up(self, name: str) -> int:
-        """Return the place of the first plain name that matches; the number of all if none does."""
+        """Return the index of the first plain name that matches; the number of entries if none."""
         found = len(self._values)
         ends = [name[start:] for start in starts(name)]  # the first is the whole name
         for (anchored, holes), table in self._spelled.items():
@@ -96,12 +97,12 @@ class ByPattern(Generic[T]):
 
 
 class Patterns:
-    """The patterns of one tree: each is parsed once, and asked about each name once.
+    """The patterns of one tree: each is parsed once, and matched with each name once.
 
-    Nodes of a tree mostly share their patterns, so ten thousand nodes cost what one does.
+    The nodes of a tree mostly share their patterns, so ten thousand nodes cost as much as one.
 
     Args:
-        work: the budget that all of it is paid from.
+        work: the budget for all patterns together.
     """
 
     def __init__(self, work: MatchingBudget) -> None:
@@ -113,16 +114,16 @@ class Patterns:
         """Return whether the pattern matches the whole name.
 
         Raises:
-            SpecError: the patterns of this tree have cost too much.
+            SpecError: the budget of this tree is spent.
         """
         return bool(self._asked("whole", text, name))
 
     def ends(self, text: str, name: str) -> bool:
-        """Return whether the pattern matches the name, or its rest after a dot; raises likewise."""
+        """Return whether the pattern matches the name or an end of it; raises as `whole`."""
         return bool(self._asked("ends", text, name))
 
     def layer(self, text: str, name: str) -> int | None:
-        """Return the layer that the name lies in, see `NamePattern.layer`; raises likewise."""
+        """Return the number of the name's layer, as `NamePattern.layer`; raises as `whole`."""
         return self._asked("layer", text, name)
 
     def _asked(self, what: str, text: str, name: str) -> bool | int | None:

@@ -1,4 +1,4 @@
-"""Renaming: an adapter's names and factors, as one base has them."""
+"""Renaming: convert an adapter's names and factors to those of one base."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ __all__ = ["Renaming"]
 
 
 class Renaming:
-    """An adapter's names and factors, as one base has them.
+    """The conversion of adapters to the names and factors of one base.
 
     Args:
-        base: the model; on the meta device as well.
+        base: the model, possibly on the meta device.
 
     >>> base = nn.ModuleDict({"lin": nn.Linear(4, 4)})
     >>> fr = Adapter({"lin": LowRank(torch.ones(1, 4), torch.ones(4, 1))})
@@ -36,11 +36,11 @@ class Renaming:
     def bound(self, adapter: Adapter) -> Adapter:
         """Return the adapter in the base's names; the same object if it has them already.
 
-        A name that the base does not have, and that no mapping knows, stays as it is: the caller
-        looks for its site, and reports that there is none.
+        A name that neither the base nor a mapping knows is kept: the caller looks for its site, and
+        reports that there is none.
 
         Raises:
-            BaseMismatch: factors can't be put together into the parameter that they are a part of
+            BaseMismatch: factors can't be converted to the parameter that their module is a part of
                 today; names the module.
             ShapeMismatch: two names become one, and their increments don't add up.
         """
@@ -48,7 +48,7 @@ class Renaming:
             return self._assembled.bound(adapter)
         renamed = adapter
         if self._may_change(adapter):
-            # Outside of inference mode: tensors made within it could never train.
+            # Leave inference mode: tensors made in it could never train.
             with torch.inference_mode(False):
                 renamed = Moving(self._base, adapter).moved()
         renamed = self._in_layouts_of_sites(renamed)
@@ -57,7 +57,7 @@ class Renaming:
         return renamed.renested(_registered(self._base, renamed))
 
     def _in_layouts_of_sites(self, adapter: Adapter) -> Adapter:
-        """Give a matrix that stands for a convolution the module's kernel; some files say none."""
+        """Give values the layouts of their modules; some files do not state a kernel's size."""
         changed: dict[str, LowRank] = {}
         for name, value in adapter.modules.items():
             own = as_site_has_it(self._base, name, value)
@@ -72,10 +72,10 @@ class Renaming:
         return is_there(self._base, name)
 
     def _may_change(self, adapter: Adapter) -> bool:
-        """Return whether a name, or the kind of its factors, may be another one in this base.
+        """Return whether a name, or the layout of its factors, may differ in this base.
 
-        The answer is nearly always no, and costs a look-up for each name. A `Moving` asks
-        transformers.
+        The answer is nearly always no, and costs one look-up per name. Only if it is yes, a
+        `Moving` asks transformers.
         """
         if any(self._may_move(adapter, name, value) for name, value in adapter.modules.items()):
             return True

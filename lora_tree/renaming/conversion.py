@@ -1,16 +1,16 @@
-"""Several modules that became one parameter, by transformers' own conversion.
+"""Convert several modules that became one parameter, by transformers' own operation.
 
-They are the experts of a layer, or its gate and up, which are fused now.
+Such modules are the experts of a layer, or its gate and up projections, which are fused now.
 
-    W = op(W_1, W_2, …)  and op moves rows and nothing else, so
+    W = op(W_1, W_2, …), where op only moves rows, so
     ΔW = Σ op(0, …, B_k, …, 0) A_k
 
-transformers' operation is applied to the Bs, and the As are stacked. The parts lie side by side in
-the rank: A of a fused gate and up is [A_gate; A_up], and B is block-diagonal. Experts without
-    factors get zeros.
+transformers' operation is applied to the Bs, and the As are stacked: A of a fused gate and up is
+[A_gate; A_up], and B is block-diagonal. Experts without factors get zeros.
 
-Whether an operation moves rows alone is tried out, on a weight of three numbered columns: if
-these come out in their order, whole or transposed, then each entry of B goes where its row goes.
+To find out whether an operation only moves rows, it is applied to a weight of three numbered
+columns. If the result has these columns in order, or transposed, then it moves the rows of B as it
+moves those of W.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ class Increment(NamedTuple):
 
 
 class _Placement(NamedTuple):
-    """Where a conversion puts its sources in one parameter.
+    """The place of a conversion's sources in one parameter.
 
     Args:
-        experts: the expert of each matrix in the parameter, (batch,); None if the conversion counts
-            none.
+        experts: the expert of each matrix in the parameter, (batch,); None if the conversion has no
+            experts.
         is_transposed: whether the parameter holds the transpose.
     """
 
@@ -56,27 +56,27 @@ class Conversion:
     """The values of the modules that one conversion joins into one parameter, or several.
 
     Args:
-        first: the first of its parameters, by which transformers calls the conversion.
-        converter: transformers' own.
+        first: the first of its parameters, which is transformers' name for the conversion.
+        converter: transformers' own object.
     """
 
     def __init__(self, first: str, converter: Any) -> None:
         self.first, self._converter = first, converter
         self.names: list[str] = []
         """The names that the modules had."""
-        # source → number of the expert (0 if it counts none) → the values that add up there
+        # source → number of the expert (0 if there are none) → the values to add up
         self._values: dict[str, dict[int, list[LowRank]]] = {}
         self._sources: list[str] = list(converter.source_patterns)
         self._counts_experts = any("*" in source for source in self._sources)
 
     def add(self, name: str, source: str, number: int, value: LowRank) -> None:
-        """Add a module's value: a matrix, or a batch for a source that counts no experts.
+        """Add a module's value: a matrix, or a batch for a source without experts.
 
         Args:
-            name: that the module had.
-            source: which source of the conversion it is.
+            name: the module's name in the adapter.
+            source: the pattern of its source in the conversion.
             number: of its expert, from 0.
-            value: of the module.
+            value: the module's increment.
         """
         self._values.setdefault(source, {}).setdefault(number, []).append(value)
         self.names.append(name)
@@ -85,13 +85,13 @@ class Conversion:
         """Yield the increments of the stored parameters, source by source.
 
         Raises:
-            BaseMismatch: a module adds a bias; or the base has no parameter for its experts, or too
-                few of them; or the conversion does more than to move rows.
+            BaseMismatch: a module adds a bias; or the base has no parameter for its experts, or has
+                fewer experts; or the conversion does more than move rows.
         """
         self._check_no_bias()
         target = loading.parameters.get(self.first)
         experts = self._count_experts(target)
-        # One value a source first: the number of rows of one may follow from that of another.
+        # First one value per source: the rows of a source without factors follow from the others'.
         values: dict[str, LowRank] = {}
         for source, numbered in self._values.items():
             if self._counts_experts:
@@ -127,14 +127,14 @@ class Conversion:
             return 1
         if target is None or target.ndim != 3:
             raise BaseMismatch(f"this base has no parameter {self.first} that holds its experts")
-        # Some conversions share the experts out between several parameters.
+        # Some conversions distribute the experts over several parameters.
         return target.shape[0] * len(self._converter.target_patterns)
 
     def _rows(self, values: Mapping[str, LowRank], target: Tensor | None) -> dict[str, int]:
-        """Return source → how many rows its weight has.
+        """Return source → the number of rows of its weight.
 
-        A source without factors has as many as all others, if these agree; or else an equal share
-        of the target's.
+        A source without factors gets the number of the others, if these agree; otherwise an equal
+        share of the target's larger dimension.
         """
         rows = {source: value.B.shape[-2] for source, value in values.items()}
         known = set(rows.values())
@@ -156,7 +156,7 @@ class Conversion:
             B = value.B
             if other != source:
                 B = value.B.new_zeros(*batch, rows[other], rank)
-            # Experts are given one by one: iterating over the batch yields their matrices.
+            # The converter takes experts one by one: iterating over a batch yields its matrices.
             alone[other] = B if self._counts_experts else [B]
         return alone
 
@@ -177,11 +177,10 @@ class Conversion:
     def _placements(
         self, loading: Loading, trial: Mapping[str, Iterable[Tensor]]
     ) -> dict[str, _Placement]:
-        """Return parameter → where the conversion puts its sources, tried out on numbered columns.
+        """Return parameter → the placement of the sources, found with numbered columns.
 
         Raises:
-            BaseMismatch: it mixes columns; then its result for B says nothing about its result for
-                B·A.
+            BaseMismatch: the conversion mixes columns, so op(B) A would not be op(B A).
         """
         found: dict[str, _Placement] = {}
         for parameter, made in loading.convert(self.first, self._converter, trial).items():
@@ -202,28 +201,31 @@ class Conversion:
 
 
 def _numbered(experts: int, rows: int) -> Tensor:
-    """Return (experts, rows, 3): every number tells its expert and its column."""
+    """Return (experts, rows, 3), in which every number encodes its expert and its column."""
     each_expert = torch.arange(float(experts), device="cpu").mul(len(_COLUMNS)).reshape(-1, 1, 1)
     return (each_expert + _COLUMNS).expand(experts, rows, len(_COLUMNS))
 
 
 def _order(made: Tensor) -> Tensor | None:
-    """Return the expert of each matrix of such numbers; None if the columns lost their order."""
+    """Return the expert of each matrix of `_numbered` after a conversion.
+
+    None: the columns are not in their order any more.
+    """
     if made.ndim != 3:
         made = made[None]
     if made.shape[-1] != len(_COLUMNS):
         return None
-    # The first number of each matrix says which expert it was, and so what the others have to be.
+    # The first number of each matrix encodes its expert, which determines all others.
     order = made[:, 0, 0].div(len(_COLUMNS)).long()
     wanted = order.reshape(-1, 1, 1) * len(_COLUMNS) + _COLUMNS
     return order if bool((made == wanted).all()) else None
 
 
 def _stack(numbered: Mapping[int, list[LowRank]], experts: int) -> LowRank:
-    """Return the values of all experts as one batch of one rank; zeros for those without one.
+    """Return the values of all experts as one batch of one rank; zeros for experts without a value.
 
     Raises:
-        BaseMismatch: there is an expert too many, or two differ in shape.
+        BaseMismatch: an expert's number is too large, or two values differ in shape.
     """
     if max(numbered) >= experts:
         raise BaseMismatch(
@@ -242,7 +244,7 @@ def _stack(numbered: Mapping[int, list[LowRank]], experts: int) -> LowRank:
     for number, value in summed.items():
         one_scale = value if value.scale == scale else value.folded()
         padded[number] = one_scale.padded(rank)
-    # Zero factors: an expert that no adapter changes stays as it is.
+    # Zero factors leave an expert unchanged.
     zero = next(iter(padded.values())).with_tensors(torch.zeros_like)
     batch = [padded.get(number, zero) for number in range(experts)]
     try:

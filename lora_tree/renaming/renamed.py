@@ -1,4 +1,4 @@
-"""One adapter on its way into the names of one base: each value to its name of today."""
+"""Moving: move each value of an adapter to the present name of its module in one base."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ T = TypeVar("T")
 
 
 class Moving:
-    """The values of one adapter, collected under their names of today.
+    """The values of one adapter, collected under their present names in a base.
 
     Args:
-        base: whose names.
-        adapter: to be renamed.
+        base: the model with the present names.
+        adapter: the adapter to rename.
     """
 
     def __init__(self, base: nn.Module, adapter: Adapter) -> None:
         self._base, self._adapter = base, adapter
         self._loading = Loading(base)
-        self._parts: dict[str, list[LowRank]] = {}  # name of today → the values that add up there
-        self._from: dict[str, list[str]] = {}  # name of today → the names they had
+        self._parts: dict[str, list[LowRank]] = {}  # present name → the values to add up
+        self._from: dict[str, list[str]] = {}  # present name → the names in the adapter
         self._conversions: dict[str, Conversion] = {}  # first parameter → the modules it is made of
 
     def moved(self) -> Adapter:
@@ -41,7 +41,7 @@ class Moving:
         open_modules = modules_or_parameters(old)
         for name, value in old.modules.items():
             self._take(name, value, may_be_module=name.rpartition(".")[0] in open_modules)
-        # Only now: a conversion needs all its modules together.
+        # After the loop, because a conversion needs all its modules together.
         for conversion in self._conversions.values():
             self._convert(conversion)
         modules = {name: self._sum(name) for name in self._parts}
@@ -59,14 +59,14 @@ class Moving:
 
     # ------------------------------------------------------------------ the modules
     def _take(self, name: str, value: LowRank, *, may_be_module: bool) -> None:
-        """Put one value under its name of today, or into the conversion that it is a part of.
+        """Put one value under its present name, or into the conversion that it is a part of.
 
         Args:
-            may_be_module: whether the file left open if it is of a raw parameter or of the module
-                around it.
+            may_be_module: whether the file does not tell if the value is of a raw parameter or of
+                the module around it.
         """
         module, _, leaf = name.rpartition(".")
-        # A file that names one parameter of a module may mean the module itself: the base decides.
+        # A file that names the only parameter of a module may mean the module: the base decides.
         if may_be_module and _is_weight(self._base, module, leaf) and value.A.shape[0] == 1:
             self._put(module, _as_linear(value), name)
             return
@@ -84,14 +84,14 @@ class Moving:
                         renamed, Conversion(renamed, converter)
                     )
                     conversion.add(name, source, number, one)
-                    return  # its increment comes with those of the other sources, in `_convert`
+                    return  # `_convert` adds it, together with the other sources
             if renamed in self._loading.parameters:
                 found = self._placed(renamed, value)
                 if found is not None:
                     self._put(*found, name)
                     return
-        # No mapping knows it. The caller finds no site of that name, and
-        # says so with the name in the file.
+        # No mapping knows the name. The caller will find no site for it, and raise with the name in
+        # the file.
         self._put(name, value, name)
 
     def _put(self, name: str, value: LowRank, old: str) -> None:
@@ -115,14 +115,13 @@ class Moving:
         return None
 
     def _convert(self, conversion: Conversion) -> None:
-        """Put the parameters that a conversion makes of its modules.
+        """Convert the modules of one conversion, and add the resulting values.
 
         Raises:
-            BaseMismatch, ShapeMismatch: it makes nothing of them; names the first module.
+            BaseMismatch, ShapeMismatch: they can't be converted; names the first module.
         """
         try:
-            # All of them before the first is put: an error in the middle
-            # must not leave half of them.
+            # Compute all before the first is added: an error must not leave half of them.
             increments = list(conversion.increments(self._loading))
             placed = [self._as_site_has_it(increment) for increment in increments]
         except LoraTreeError as error:
@@ -166,21 +165,21 @@ class Moving:
     def _errors(self) -> dict[str, float]:
         errors: dict[str, float] = {}
         for name, sources in self._from.items():
-            # The parts of a sum are orthogonal: its relative error is at
-            # most the largest of theirs.
+            # The parts of a converted parameter are different rows or experts. So they are
+            # orthogonal, and the relative error of the whole is at most the largest of theirs.
             error = max(self._adapter.errors.get(source, 0.0) for source in sources)
             if error:
                 errors[name] = error
         return errors
 
     def _whole(self, whole: Mapping[str, T]) -> dict[str, T]:
-        """Return whole tensors, carried or replaced, under their names of today."""
+        """Return whole tensors, carried or replaced, under their present names."""
         found: dict[str, T] = {}
         parameters = self._loading.parameters
         for name, tensor in whole.items():
             renamed, source, _ = self._loading.renamed(name)
-            # A tensor that a conversion would take is only a part of a parameter: it keeps its
-            # name, and binding reports that the base has none such.
+            # A tensor that a conversion would take is only a part of a parameter. It keeps its old
+            # name, and binding reports that the base has no such tensor.
             keeps_name = name in parameters or renamed not in parameters or source is not None
             found.setdefault(name if keeps_name else renamed, tensor)
         return found
@@ -190,7 +189,7 @@ class Moving:
     ) -> tuple[dict[str, tuple[str, ...]], frozenset[str]]:
         """Return module → its raw parameters in order, and the modules whose order is assumed."""
         old = self._adapter
-        # A name that several became tells no order, so only single ones are taken.
+        # If several names became one, they have no order: use only names with a single source.
         today = {sources[0]: name for name, sources in self._from.items() if len(sources) == 1}
         nesting: dict[str, tuple[str, ...]] = {}
         assumed: set[str] = set()
@@ -203,7 +202,7 @@ class Moving:
                     holder, _, leaf = name.rpartition(".")
                     holders.add(holder)
                     leaves.append(leaf)
-            # If they lie in several modules now, there is no order among them.
+            # If they are in several modules now, they have no common order.
             if len(holders) == 1 and is_there(self._base, holder):
                 nesting[holder] = tuple(leaves)
                 if module in old.assumed:
@@ -220,7 +219,7 @@ class Moving:
 def modules_or_parameters(adapter: Adapter) -> set[str]:
     """Return the modules whose one raw parameter may be the module's own weight.
 
-    A file can't tell the two apart; the base can.
+    The file has the same keys in both cases; only the base can tell.
     """
     return {m for m in adapter.assumed if len(adapter.nesting.get(m, ())) == 1}
 
@@ -237,14 +236,14 @@ def _is_weight(base: nn.Module, module: str, leaf: str) -> bool:
 
 
 def _parameters_of(name: str, value: LowRank) -> list[str]:
-    """Return the parameters in which a module of that name may have kept its weight."""
+    """Return the possible names of a module's weight in a checkpoint."""
     if value.layout == PARAMETER:
         return [name]
     return [f"{name}.{leaf}" for leaf in weight_names()]
 
 
 def _as_matrix(value: LowRank, *, may_be_batch: bool) -> LowRank | None:
-    """Return the value as a matrix, or as a batch if that may be; None if it is neither."""
+    """Return the value as a matrix, or as a batch if ``may_be_batch``; None if it is neither."""
     if value.layout == PARAMETER and value.A.shape[0] == 1:
         return _as_linear(value)
     if value.layout == LINEAR and value.A.ndim == 2:

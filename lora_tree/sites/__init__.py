@@ -1,14 +1,15 @@
-"""The kinds of sites, and how a name in an adapter finds its place in a base.
+"""The kinds of sites, and the search for the site that a name in an adapter means.
 
     site.py      the contract of a kind, and everything that a kind inherits
     finding.py   KINDS, and the site of a name
     targets.py   the modules that a fresh adapter changes
-    ways.py      whether a base still has some sites, asked in one pass
+    replaced.py  the tensors that a fresh adapter replaces
+    ways.py      checks in one pass whether a base still has some sites
     linear.py, conv.py, embedding.py, attention.py, parameter.py     one kind of layer each
 
-A new kind of layer is one file beside these and one row in `KINDS`. The kind says its layout, its
-shape and how a delta is added; finding, targeting, fresh factors, merging, side paths and routes
-ask it, and know no kind by name.
+A new kind of layer is one file beside these and one row in `KINDS`. The kind defines its layout,
+its shape and how a delta is added. Finding, targeting, fresh factors, merging, side paths and
+routes use only this interface, and know no kind by name.
 """
 
 from .finding import (

@@ -1,4 +1,4 @@
-"""nn.MultiheadAttention: it reads both of its projections itself and calls neither."""
+"""Sites of nn.MultiheadAttention, which reads the weights of both projections and calls neither."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""Convolutions in one, two and three dimensions: the delta is the product of two convolutions.
+"""Sites of convolutions in one, two and three dimensions: the delta is two convolutions in a row.
 
     ΔW = B · A      A: a kernel of the module's own size, to r channels
                     B: a 1×1 kernel, to the output's channels
 
-A takes the module's stride, padding, padding mode and dilation. With groups PEFT lets A see all
-input channels and
-groups only B: such a delta is not a kernel of (out, in / groups) and lives in the side path alone.
+A has the module's stride, padding, padding mode and dilation. If the module has groups, PEFT groups
+only B, and A reads all input channels: such a delta does not fit into the kernel (out, in / groups,
+…), so it runs only as a side path.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ class ConvSite(Site):
         )
 
     def rows(self, weight: Tensor) -> Tensor:
-        # (1, out, in · kernel). It is a copy if the memory is laid out channels
-        # last, and the engine writes it back.
+        # (1, out, in · kernel). In the channels-last memory format it is a copy, which the engine
+        # writes back.
         return weight.flatten(1)[None]
 
     @property
@@ -103,8 +103,7 @@ class ConvSite(Site):
         conv = self.conv
         padding = conv.padding
         if conv.padding_mode != "zeros":
-            # F.conv pads with zeros only. The module pads its input in the
-            # same way before it convolves.
+            # F.conv pads only with zeros, so pad the input first, as the module does.
             x = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
             padding = (0,) * len(conv.kernel_size)
         down = A.reshape(-1, conv.in_channels, *conv.kernel_size)  # (groups · r, in, *kernel)

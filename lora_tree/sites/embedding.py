@@ -1,4 +1,4 @@
-"""Embeddings: the weight is (vocab, dim), PEFT's delta (dim, vocab), and written transposed."""
+"""Sites of embeddings: the weight is (vocab, dim); PEFT's delta, (dim, vocab), is transposed."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ class EmbeddingSite(Site):
     def why_merged_only(self) -> str | None:
         is_plain = type(self.module).forward is nn.Embedding.forward
         is_scaled = getattr(self.module, "embed_scale", None) is not None
-        # A quantised one has a weight of another class, and can't be
-        # merged: its forward is trusted.
+        # A quantised embedding has a weight of another class and can't be merged, so its forward
+        # is trusted: it must differ from nn.Embedding's.
         if is_plain or is_scaled or type(self.weight) is not nn.Parameter:
             return None
         return (
@@ -62,7 +62,7 @@ class EmbeddingSite(Site):
     def with_rows(
         self, out: Tensor, x: Tensor, rows: Tensor, values: Tensor, bias: Tensor | None
     ) -> Tensor:
-        # Which of the rows each id looks up; ids that look up another are left alone.
+        # For each id, the row that it looks up; other ids keep the module's output.
         hits = x.unsqueeze(-1) == rows  # (…, rows)
         looked_up = F.embedding(hits.int().argmax(-1), values)
         return torch.where(hits.any(-1, keepdim=True), self._scaled(looked_up).to(out.dtype), out)
@@ -83,5 +83,5 @@ class EmbeddingSite(Site):
         scale = getattr(self.module, "embed_scale", None)
         if scale is None:
             return looked_up
-        # A tensor of fp32 would make bf16 numbers wider than the output.
+        # An fp32 scale would promote bf16 numbers to a wider dtype than the output's.
         return looked_up * (scale.to(looked_up.dtype) if isinstance(scale, Tensor) else scale)

@@ -1,4 +1,4 @@
-"""Find the site that an adapter calls by a name: a module of some kind, or a raw parameter."""
+"""Find the site for a name in an adapter: a module of some kind, or a raw parameter."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ KINDS: list[type[Site]] = [
     InProjectionSite,
     OutProjectionSite,
 ]
-"""The last kind that claims a module takes it, so a special case stands below the general one."""
+"""All kinds; the last one that claims a module wins, so special cases come after general ones."""
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 
@@ -84,7 +84,7 @@ def find_site(base: nn.Module, name: str) -> Site:
     kind = kind_of(module, holder)
     if kind is not None:
         return kind(name, module, _running_parent(base, name))
-    # No kind takes it. Its own parameters may be adapted by name, if they are matrices.
+    # No kind claims it, but its own matrices may be adapted as raw parameters: name them.
     *most, last = [kind.layers for kind in KINDS if kind.layers]
     own = [n for n, p in module.named_parameters(recurse=False) if p.ndim in (2, 3)]
     parameters = ", ".join(f"{name}.{n}" for n in own)
@@ -98,8 +98,8 @@ def find_site(base: nn.Module, name: str) -> Site:
 def find_tensor_site(base: nn.Module, tensor: str) -> tuple[Site, str]:
     """Return the site that an override of a tensor belongs to, and the tensor's name in its module.
 
-    The weight and the bias of a module that takes deltas belong to that module's own site. Any
-    other tensor is a site by itself, as a raw parameter is.
+    The weight and the bias of a module that takes deltas belong to that module's site. Any other
+    tensor is a `ParameterSite` of its own.
 
     Raises:
         BaseMismatch: the base has no such parameter or buffer.
@@ -125,7 +125,7 @@ def _parameter_site(base: nn.Module, name: str, holder: nn.Module) -> ParameterS
 def with_tied_rows(base: nn.Module, adapter: Adapter) -> Adapter:
     """Return an adapter whose overridden rows apply to every module that shares the tensor.
 
-    A file has the trained rows of an embedding once. PEFT gives them to a tied head as well.
+    A file has the trained rows of an embedding once; PEFT applies them to a tied head as well.
     """
     more: dict[str, Override] = {}
     for tensor, override in adapter.overrides.items():
@@ -155,8 +155,8 @@ def _same_parameter(base: nn.Module, tensor: str) -> list[str]:
 def as_site_has_it(base: nn.Module, name: str, value: LowRank) -> LowRank:
     """Return the value in the layout of the module that it changes; the same object if it has it.
 
-    Some files do not say a kernel's size: a matrix may stand for a convolution, and a convolution
-    of kernel 1 for a Linear. The site checks whether the sizes fit.
+    Some files do not state the kernel: a matrix may be meant for a convolution, and a convolution
+    with kernel 1 for a Linear. The site checks later whether the sizes fit.
     """
     holder, _, module = _walk(base, name)
     if module is None:
@@ -166,10 +166,10 @@ def as_site_has_it(base: nn.Module, name: str, value: LowRank) -> LowRank:
 
 
 def experts_around(base: nn.Module, name: str) -> str | None:
-    """Return the nearest module around ``name`` that sends tokens to experts; None if none does.
+    """Return the nearest module around ``name`` that routes tokens to experts; None if none does.
 
-    It has a module of fused experts, with 3-D parameters, or a list of experts in a list of layers.
-    Such a module lays the tokens of all rows below each other.
+    It is recognised by a child with fused experts (3-D parameters), or, inside a numbered layer, by
+    a child ModuleList. Such a module flattens the tokens of all rows into one axis.
     """
     around = name
     while around:
@@ -186,17 +186,15 @@ def experts_around(base: nn.Module, name: str) -> str | None:
 
 
 def weight_names() -> list[str]:
-    """Return the names under which the kinds keep their weights: ``weight`` and others."""
+    """Return the attribute names of weights over all kinds: ``weight`` and others."""
     return list(dict.fromkeys(kind.weight_name for kind in KINDS))
 
 
 def _walk(base: nn.Module, name: str) -> tuple[nn.Module | None, str, nn.Module | None]:
-    """Return the module around ``name``, its last part, and the module of that name.
+    """Return the module around ``name``, the name's last part, and the module of that name.
 
-    A module that is missing is None.
-
-    `nn.Module._modules` and not getattr: a name from a file must not reach other attributes, and it
-    is faster.
+    A missing module is None. The walk uses `nn.Module._modules` instead of getattr, so that a name
+    from a file can't reach other attributes, and because it is faster.
     """
     holder: nn.Module | None = base
     *way, leaf = name.split(".")
@@ -214,9 +212,9 @@ def _has_parameter(holder: nn.Module | None, leaf: str) -> bool:
 
 
 def _running_parent(base: nn.Module, name: str) -> str:
-    """Return the nearest module around ``name`` that runs a forward of its own; "" for the base.
+    """Return the nearest module around ``name`` that has a forward; "" for the base.
 
-    A ModuleList runs none, so it could not tell that its children should have run.
+    A ModuleList has none, so a hook on it could not notice that a child did not run.
     """
     while name:
         name = name.rpartition(".")[0]
@@ -231,7 +229,8 @@ def _running_parent(base: nn.Module, name: str) -> str:
 def _hint(base: nn.Module, name: str) -> str:
     """Return the end of an error for a missing name: the likely mistake, or the nearest name."""
     names = [n for n, _ in base.named_modules() if n]
-    # The most frequent mistake: an adapter made for the model without its head, or with it.
+    # The most frequent mistake: the adapter was made for the model with its head, and this one has
+    # none, or the other way round.
     for full in names:
         if full.endswith("." + name) or (name.endswith("." + full) and "." in full):
             return (

@@ -1,4 +1,4 @@
-"""Linear layers: nn.Linear and its kin, (out, in), and HF's Conv1D, which stores (in, out)."""
+"""Sites of linear layers: nn.Linear and quantised ones, (out, in), and HF's Conv1D, (in, out)."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class LinearSite(Site):
             return True
         sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
         weight = getattr(module, "weight", None)
-        # A module with these sizes and a plain weight may compute anything
-        # with it, so it is not claimed.
+        # Another class with these sizes and a plain weight may use it in any way, so it is not
+        # claimed.
         is_quantised = not isinstance(weight, Tensor) or not weight.is_floating_point()
         return all(isinstance(n, int) for n in sizes) and is_quantised
 
@@ -36,8 +36,8 @@ class LinearSite(Site):
     def is_linear(module: nn.Module) -> bool:
         if not isinstance(module, nn.Linear):
             return False
-        # A lazy one has no input yet. It is targeted, and then refused with a
-        # reason, not passed over in silence.
+        # A lazy module has no sizes yet. Target it, so that it is refused with a reason instead of
+        # being skipped silently.
         return module.in_features * module.out_features > 0 or is_lazy(module.weight)
 
     @staticmethod
@@ -52,14 +52,15 @@ class LinearSite(Site):
 
     @property
     def matrix_shape(self) -> tuple[int, ...]:
-        # The module's sizes and not the weight's: a quantised weight has a shape of its own.
+        # The module's sizes, not the weight's shape, which differs if it is quantised.
         out_features, in_features = self.module.out_features, self.module.in_features
         assert isinstance(out_features, int) and isinstance(in_features, int)  # noqa: PT018
         return out_features, in_features
 
     @property
     def makes_its_output(self) -> bool:
-        # `vars`: a wrapper may have put a forward on the instance, which may return its input.
+        # Check `vars` too: a wrapper may have set a forward on the instance, and it may return its
+        # input.
         return type(self.module).forward is nn.Linear.forward and "forward" not in vars(self.module)
 
     @property
@@ -69,7 +70,7 @@ class LinearSite(Site):
     def with_rows(
         self, out: Tensor, x: Tensor, rows: Tensor, values: Tensor, bias: Tensor | None
     ) -> Tensor:
-        # A row of the weight makes one feature of the output.
+        # A row of the weight computes one feature of the output.
         mine = None if bias is None else bias[rows]
         made = F.linear(x, values, mine).to(out.dtype)
         return out.index_copy(-1, rows, made)
@@ -81,10 +82,10 @@ class LinearSite(Site):
         return F.linear(low, B)  # (…, r) → (…, out)
 
     def onto(self, out: Tensor, low: Tensor, B: Tensor, *, scale: float, spare: bool) -> Tensor:
-        """Add the product to ``out`` in one call, which rounds once and makes no delta."""
+        """Add the product to ``out`` in one call, which rounds once and allocates no delta."""
         dtype = out.dtype
         if low.dtype != dtype or B.dtype != dtype:
-            # Under autocast the product and the output may be of different widths.
+            # Under autocast the product and the output may have different dtypes.
             dtype = torch.promote_types(dtype, low.dtype)
             out, low, B = out.to(dtype), low.to(dtype), B.to(dtype)
         low = low.reshape(-1, low.shape[-1])  # (rows, r)
@@ -101,7 +102,7 @@ class Conv1DSite(LinearSite):
 
     @staticmethod
     def claims(module: nn.Module, holder: nn.Module | None) -> bool:
-        # By its name: transformers is not imported here.
+        # Recognised by its class name, because transformers is not imported here.
         return type(module).__name__ == "Conv1D" and isinstance(getattr(module, "nf", None), int)
 
     @staticmethod

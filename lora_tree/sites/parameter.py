@@ -1,6 +1,7 @@
-"""Raw parameters: fused experts (E, out, in), and any 2-D parameter.
+"""Sites of raw parameters: fused experts (E, out, in), and any 2-D parameter.
 
-Their module reads them itself, or the one around it does (DBRX's experts read those of their MLP).
+The module that holds the parameter reads it, or the module around that does (in DBRX the experts
+read the parameters of their MLP).
 """
 
 from __future__ import annotations
@@ -17,12 +18,11 @@ __all__ = ["ParameterSite"]
 class ParameterSite(Site):
     """A 2-D (out, in) or 3-D (E, out, in) parameter; (E, in, out) if the module ``is_transposed``.
 
-    It is found by its name, and stands in no row of `KINDS`.
+    It is found by its name, so it is not in `KINDS`.
 
     Args:
-        around: the nearest module around ``parent`` that runs a forward of its own; None:
-        ``parent``
-            is the base.
+        around: the nearest module around ``parent`` that has a forward; None: ``parent`` is the
+            base.
     """
 
     is_raw = True
@@ -30,7 +30,7 @@ class ParameterSite(Site):
     def __init__(self, name: str, module: nn.Module, parent: str, around: str | None) -> None:
         module_name, _, self.weight_name = name.rpartition(".")
         self.bias_name = ""
-        # `super` first: it takes the adapter's name for the module's.
+        # Call `super` first: it sets module_name to the whole name, which is corrected below.
         super().__init__(name, module, parent)
         self.module_name = module_name
         self._around = around
@@ -41,7 +41,7 @@ class ParameterSite(Site):
 
     @property
     def is_transposed(self) -> bool:
-        """Whether the module stores it as (E, in, out)."""
+        """Return whether the module stores it as (E, in, out)."""
         assert self.weight is not None
         return self.weight.ndim == 3 and bool(getattr(self.module, "is_transposed", False))
 
@@ -50,7 +50,7 @@ class ParameterSite(Site):
         return PARAMETER
 
     def accepts(self, layout: Layout) -> bool:
-        # A router or a gain may be 1-D, which is no matrix.
+        # A 1-D parameter, such as a gain, is not a matrix.
         is_matrix = self.weight is not None and self.weight.ndim in (2, 3)
         return layout == PARAMETER and is_matrix
 

@@ -1,8 +1,8 @@
-"""The tensors that a fresh adapter replaces: whole modules, and rows of embeddings.
+"""Find the tensors that a fresh adapter replaces: whole modules, and rows of embeddings.
 
-The rules are PEFT's. A module is saved whole if its name ends with a word of ``modules_to_save``,
-with every tensor in it; factors of modules in it are left out. ``trainable_token_indices`` is a
-list of rows of the input embedding, or such a list for each embedding by the end of its name.
+The rules are PEFT's. A module is saved whole, with every tensor in it, if its name ends with an
+entry of ``modules_to_save``; modules inside it get no factors. ``trainable_token_indices`` is a
+list of rows of the input embedding, or maps ends of embeddings' names to such lists.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ Rows = tuple[int, ...] | None
 
 
 def replaced_tensors(base: nn.Module, spec: LoraSpec) -> dict[str, Rows]:
-    """Return tensor of the base → the rows of it that a spec replaces, by name.
+    """Return tensor of the base → the rows of it that a spec replaces, sorted by name.
 
     Raises:
-        BaseMismatch: a word names no module; or a module has statistics, which no step moves; or an
-            embedding is named whole and by its rows.
+        BaseMismatch: an entry names no module; or a module has statistics, which no optimiser
+            trains; or an embedding is named both whole and by its rows.
     """
     found: dict[str, Rows] = {}
     for word in spec.modules_to_save or ():
@@ -50,7 +50,7 @@ def is_inside(module: str, tensors: Mapping[str, Rows]) -> bool:
 
 
 def _ending_with(base: nn.Module, word: str, field: str) -> dict[str, nn.Module]:
-    """Return the modules whose names end with a word.
+    """Return the modules whose names end with an entry of a field.
 
     Raises:
         BaseMismatch: there are none.
@@ -69,7 +69,7 @@ def _tensors_of(module: str, held: nn.Module) -> list[str]:
     """Return the names of all tensors in a module that is saved whole.
 
     Raises:
-        BaseMismatch: it has none; or statistics, as a batch norm has.
+        BaseMismatch: it has no parameter; or it has statistics, as a batch norm does.
     """
     parameters = [f"{module}.{name}" for name, _ in held.named_parameters()]
     saved = {f"{module}.{name}" for name in held.state_dict()}
@@ -89,8 +89,8 @@ def _token_rows(base: nn.Module, spec: LoraSpec) -> dict[str, Sequence[int]]:
     """Return embedding → the rows of it that train.
 
     Raises:
-        BaseMismatch: a word names no module, or several; or the model does not say which its input
-            embedding is; or a row is not there.
+        BaseMismatch: an entry names no module, or several; or the input embedding is not known; or
+            a row does not exist.
     """
     field = "trainable_token_indices"
     said = spec.trainable_token_indices
@@ -121,7 +121,7 @@ def _input_embedding(base: nn.Module) -> str:
     get: Any = getattr(base, "get_input_embeddings", None)
     embedding = get() if callable(get) else None
     for name, module in base.named_modules():
-        # PEFT's default where a model does not tell.
+        # Like PEFT, fall back on the name embed_tokens if the model does not say.
         if module is embedding or (embedding is None and name.endswith("embed_tokens")):
             return str(name)
     raise BaseMismatch(

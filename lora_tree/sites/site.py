@@ -1,16 +1,16 @@
-"""Site: a module (or raw parameter) of the base that an adapter changes, and how it takes a delta.
+"""Site: a module (or raw parameter) of the base that an adapter changes, and how to add a delta.
 
-A kind of site is a class that says
+A kind of site is a class that defines
 
-    claims          which modules it takes
+    claims          whether a module is of this kind
     layout          the layout of the deltas that it takes
     matrix_shape    the (*batch, out, in) that a LowRank must have here
-    rows, sides_of  how W += left @ right lies in the stored weight
+    rows, sides_of  how to write W += left @ right into the stored weight
     down, up        the side path: an addition to the module's output, in two halves
 
-and inherits the rest. Every method has a default that is right for a plain (out, in) weight.
+and inherits the rest. Every other method has a default that is right for a plain (out, in) weight.
 
-Law: a site keeps no state of a path. The engine knows what is active where.
+Law: a site keeps no state of a path. Only the engine knows which path is active.
 """
 
 from __future__ import annotations
@@ -31,31 +31,31 @@ __all__ = ["Site"]
 
 
 class Site(ABC):
-    """A place where a delta goes.
+    """A weight of the base to which deltas are added.
 
     Args:
-        name: as adapters name it: the module's dotted name, or the parameter's.
+        name: its name in adapters: the module's dotted name, or the parameter's.
         module: the module that holds the weight.
-        parent: the dotted name of the nearest module around it that runs a forward of its own.
+        parent: the dotted name of the nearest module around it that has a forward.
     """
 
     layers: ClassVar[str] = ""
     """The layers of this kind, for the error that says which layers take a delta."""
 
     is_raw: ClassVar[bool] = False
-    """Whether it is a raw parameter, which is named by itself, and not by its module."""
+    """True for a raw parameter, whose name is the parameter's, not its module's."""
 
     is_read_by_parent: ClassVar[bool] = False
-    """Whether the module around it reads its tensors, and never calls it by itself."""
+    """True if the module around it reads its tensors and never calls it."""
 
     is_product: ClassVar[bool] = False
-    """Whether `down` and `up` are `F.linear` over the last axis; the engine then joins rows."""
+    """True if `down` and `up` are `F.linear` over the last axis; the engine then batches rows."""
 
     weight_name: str = "weight"
     bias_name: str = "bias"
 
     channels: ClassVar[int] = -1
-    """The axis of an output's features; between the halves of a side path it counts the rank."""
+    """The axis of an output's features; in the result of `down` it is the axis of the rank."""
 
     def __init__(self, name: str, module: nn.Module, parent: str) -> None:
         self.name = name
@@ -63,8 +63,8 @@ class Site(ABC):
         self.module = module
         self.parent = parent
         self._way: tuple[str, tuple[str, ...]] = ("", ())
-        # The weight's shape at the beginning, with which `is_in` compares:
-        # `resize_token_embeddings` keeps the module.
+        # `is_in` compares the weight's present shape with this one, because
+        # `resize_token_embeddings` changes the shape but keeps the module.
         self.shape = self._shape_now()
 
     # ------------------------------------------------------------------ for each kind to define
@@ -85,7 +85,7 @@ class Site(ABC):
 
     @staticmethod
     def relaid(module: nn.Module, value: LowRank) -> LowRank:
-        """Return a value in this kind's layout, if a file left the layout open; else as it is."""
+        """Return the value in this kind's layout, if its file did not state one; else unchanged."""
         return value
 
     @property
@@ -100,7 +100,7 @@ class Site(ABC):
 
     @property
     def groups(self) -> int:
-        """The groups among which the rank of a delta is divided; its batch has as many matrices."""
+        """The number of groups that share the rank of a delta: one matrix of its batch for each."""
         return 1
 
     def rows(self, weight: Tensor) -> Tensor:
@@ -110,14 +110,14 @@ class Site(ABC):
     def sides_of(self, value: LowRank) -> tuple[Tensor, Tensor]:
         """Return left (batch, rows, r) and right (batch, r, cols): rows(ΔW) = scale · left @ right.
 
-        Both are views of the factors: a plan holds them for as long as the adapter lives.
+        Both are views of the factors, not copies: a plan keeps them as long as the adapter lives.
         """
         return _batched(value.B), _batched(value.A)
 
     def down(self, x: Tensor, A: Tensor) -> Tensor:
         """Return the first half of a side path, A x.
 
-        Axis `channels` of the result counts the rank, of every group one after the other.
+        Axis `channels` of the result is the rank, with the groups' ranks one after the other.
         """
         raise NotImplementedError(self.why_merged_only)
 
@@ -131,10 +131,10 @@ class Site(ABC):
         Args:
             out: the module's output.
             low: the result of `down`.
-            B: of the value.
-            scale: of the value, times its coefficient.
-            spare: whether ``out`` may be written over: no other code holds it, and autograd does
-                not record what is done here.
+            B: the value's factor.
+            scale: the value's scale times its coefficient.
+            spare: whether ``out`` may be overwritten: no other code holds it, and autograd does not
+                record this.
         """
         delta = self.up(low, B)
         if spare and out.dtype == torch.promote_types(out.dtype, delta.dtype):
@@ -147,37 +147,39 @@ class Site(ABC):
 
     @property
     def makes_its_output(self) -> bool:
-        """Whether the module's output is known to be new memory, which may be added to in place."""
+        """Return whether the module's output is always new memory, so that it may be added to in
+        place.
+        """
         return False
 
     @property
     def read_in(self) -> tuple[str, ...]:
-        """The dotted names of the modules that may read the weight themselves; none if the site's
-        own module is called, and its output is all that the weight is for.
+        """The dotted names of the modules that may read the weight directly; none if the weight is
+        used only in the site's own forward.
         """
         return ()
 
     @property
     def why_merged_only(self) -> str | None:
-        """Why a side path would never run here; None if it would."""
+        """The reason why a side path can't be right here; None if it can."""
         return None
 
     @property
     def why_no_rows(self) -> str | None:
-        """Why single rows of its weight can't be replaced; None if they can."""
+        """The reason why single rows of the weight can't be replaced; None if they can."""
         return f"{type(self.module).__name__} is no embedding, and no output layer"
 
     def with_rows(
         self, out: Tensor, x: Tensor, rows: Tensor, values: Tensor, bias: Tensor | None
     ) -> Tensor:
-        """Return the module's output as it is with some rows of its weight replaced.
+        """Return the output that the module would have with some rows of its weight replaced.
 
         Args:
-            out: its output.
+            out: its output with its own weight.
             x: its input.
-            rows: (rows,) int64.
-            values: (rows, dim), in the weight's dtype.
-            bias: of the whole module.
+            rows: (rows,) int64, the indices of the replaced rows.
+            values: (rows, dim), the replacements, in the weight's dtype.
+            bias: the bias of the whole module, or None.
         """
         raise NotImplementedError(self.why_no_rows)
 
@@ -199,8 +201,8 @@ class Site(ABC):
         if not tensor.is_floating_point() or tensor.element_size() < 2:
             dtype = str(tensor.dtype).removeprefix("torch.")
             return f"{kind} holds a {attribute} of {dtype} (quantised)"
-        # A subclass (DTensor, a quantised tensor) may keep its numbers elsewhere,
-        # and a write in place would miss them.
+        # A subclass (DTensor, a quantised tensor) may store its numbers elsewhere, so that a write
+        # in place would miss them.
         if type(tensor) not in (Tensor, nn.Parameter):
             return f"its {attribute} is a {type(tensor).__name__}, not a plain tensor"
         return None
@@ -209,7 +211,7 @@ class Site(ABC):
     @property
     def weight(self) -> Tensor | None:
         """The stored weight, of any class; None if the module has none by that name."""
-        # Nearly always a parameter, and asked of every site at every switch.
+        # Nearly always a parameter; the fast path matters, because every switch asks every site.
         found = self.module._parameters.get(self.weight_name)
         if found is not None:
             return found
@@ -222,7 +224,7 @@ class Site(ABC):
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """The stored weight's dtype; None if it is no parameter."""
+        """The stored weight's dtype; None if it is not a parameter."""
         weight = self.module._parameters.get(self.weight_name)
         return None if weight is None else weight.dtype
 
@@ -240,7 +242,8 @@ class Site(ABC):
     def is_in(self, base: nn.Module) -> bool:
         """Return whether the base still has this module under this name, with this shape.
 
-        Other code may have replaced or resized it since. `Ways` asks it of the sites of a plan.
+        Other code may have replaced or resized it since. For all sites of a plan, `Ways` checks the
+        same in one pass.
         """
         holder: nn.Module | None = base
         name, way = self._way
@@ -254,8 +257,7 @@ class Site(ABC):
         return holder is self.module and self._shape_now() == self.shape
 
     def _shape_now(self) -> tuple[int, ...] | None:
-        # `_parameters` and not getattr, which is slow on modules: every
-        # site is asked at every switch.
+        # `_parameters` instead of getattr, which is slow on modules: every switch asks every site.
         weight = self.module._parameters.get(self.weight_name)
         return None if weight is None or is_lazy(weight) else weight.shape
 
@@ -264,7 +266,7 @@ class Site(ABC):
         """Check that ``value`` fits, in any mode.
 
         Raises:
-            BaseMismatch: wrong kind or shape, or a weight that nothing can be added to
+            BaseMismatch: wrong layout or shape, or a weight that nothing can be added to
                 (parametrised, meta, offloaded).
         """
         self._check_plain()
@@ -274,9 +276,9 @@ class Site(ABC):
         """Check the layout and the shape of ``value``; the weight may be on the meta device.
 
         Raises:
-            BaseMismatch: it is not.
+            BaseMismatch: the layout or the shape is wrong.
         """
-        # The layout first: two layouts may have one shape, and the error should not be of sizes.
+        # Check the layout first: if it is wrong, an error about sizes would mislead.
         if not self.accepts(value.layout):
             raise BaseMismatch(
                 f"{self.name}: the adapter holds {_article(str(value.layout))} delta, the base has "
@@ -292,13 +294,13 @@ class Site(ABC):
             )
 
     def check_override(self, attribute: str, override: Override) -> None:
-        """Check that an override can stand for one of the module's tensors, in any mode.
+        """Check that an override can replace one of the module's tensors, in any mode.
 
         Raises:
             BaseMismatch: the module has no such tensor, or one of another shape, or one that can't
                 be replaced (parametrised, meta, offloaded, quantised).
         """
-        # The shape first: it may be checked on the meta device, by `check_override_shape` alone.
+        # The shape is checked by a method of its own, which also works on the meta device.
         self.check_override_shape(attribute, override)
         self._check_plain(attribute)
         reason = self.why_not_written(attribute)
@@ -342,10 +344,10 @@ class Site(ABC):
         return f"{self.module_name}.{attribute}" if self.module_name else attribute
 
     def check_mode(self, value: LowRank, *, merged: bool, node: str) -> None:
-        """Check that ``value``, which is ``node``'s, can be applied in a mode.
+        """Check that ``value``, from ``node``, can be applied in a mode.
 
         Raises:
-            UnmergedOnly, MergedOnly: it can't; says why, and which mode can.
+            UnmergedOnly, MergedOnly: it can't; the error has the reason and names the other mode.
         """
         where = f"{node}: {self.name}"
         if merged:
@@ -366,10 +368,10 @@ class Site(ABC):
             )
 
     def _check_plain(self, name: str | None = None) -> None:
-        """Check that the weight, or another tensor, is one that a delta can be added to.
+        """Check that a delta can be added to the weight, or to another tensor.
 
         Raises:
-            BaseMismatch: it is not; says why.
+            BaseMismatch: it can't; the error has the reason.
         """
         module, name = self.module, name or self.weight_name
         if _is_computed(module, name):
@@ -390,8 +392,8 @@ class Site(ABC):
             raise BaseMismatch(
                 f"{self.name}: its weight is on the meta device", "load the base's weights first"
             )
-        # torch refuses to write to such a tensor outside of inference_mode,
-        # and has no version count for it.
+        # torch refuses to write to such a tensor outside of inference_mode, and does not count its
+        # versions.
         if weight.is_inference():
             raise BaseMismatch(
                 f"{self.name}: its weight was made under inference_mode",
@@ -411,9 +413,9 @@ def _tensor(module: nn.Module, name: str) -> Tensor | None:
 
 
 def _is_computed(module: nn.Module, name: str) -> bool:
-    """Return whether a weight is computed anew at every forward, which loses a write to it."""
-    # torch.nn.utils.parametrize keeps a module of that name; the older
-    # weight_norm and pruning keep a parameter.
+    """Return whether a weight is recomputed in every forward, so that a write to it is lost."""
+    # torch.nn.utils.parametrize adds a child module ``parametrizations``; the older weight_norm and
+    # pruning add a parameter ``…_g`` or ``…_orig``.
     parametrised = name in (module._modules.get("parametrizations") or ())  # type: ignore[operator]
     older = f"{name}_g" in module._parameters or f"{name}_orig" in module._parameters
     return parametrised or older
@@ -429,7 +431,7 @@ def _is_offloaded(module: nn.Module) -> bool:
 
 
 def _of_other_size(given: tuple[int, ...], own: tuple[int, ...]) -> tuple[str, ...]:
-    """Return the advice for a replacement that has another size than the base's tensor."""
+    """Return the advice for an override whose size differs from the base's tensor."""
     if len(given) != len(own) or given[1:] != own[1:] or not given:
         return ("attach the tree to the base that the adapter was trained on",)
     return (

@@ -1,12 +1,12 @@
-"""The modules that a fresh adapter changes, and the adapter itself.
+"""Find the modules that a fresh adapter changes, and make the adapter.
 
 The rules are PEFT's: ``target_modules`` is a list of names or ends of names, one regex for the
-whole name, or ``all-linear`` (every Linear and Conv1D but the output embeddings and empty ones);
-``exclude_modules`` takes away, and ``layers_to_transform`` with ``layers_pattern`` narrows by the
-first index in the name.
+whole name, or ``all-linear`` (every Linear and Conv1D except output embeddings and empty ones).
+``exclude_modules`` removes some of them, and ``layers_to_transform`` with ``layers_pattern`` keeps
+those with one of the given layer numbers.
 
-Initialisation as in the LoRA paper (arXiv 2106.09685 §4.1): A random, B zero, so a fresh adapter
-changes nothing.
+Initialisation follows the LoRA paper (arXiv 2106.09685 §4.1): A is random and B zero, so a fresh
+adapter changes nothing.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ DEFAULT_ALPHA = 8.0
 
 
 def patterns_of_a_tree() -> Patterns:
-    """Return a memory for the patterns of one tree's fresh nodes, which share a budget of work."""
+    """Return a cache for the patterns of one tree's fresh nodes, which share a budget of work."""
     return Patterns(MatchingBudget("the tree's fresh nodes"))
 
 
@@ -45,10 +45,10 @@ def target_names(base: nn.Module, spec: LoraSpec, patterns: Patterns | None = No
     """Return the modules and parameters that ``spec`` targets in ``base``, sorted.
 
     Args:
-        patterns: those of the whole tree; None: the spec has a budget of its own.
+        patterns: those of the whole tree; None: new ones, with their own budget.
 
     Raises:
-        BaseMismatch: a target matches nothing, or the spec has none; with the nearest name.
+        BaseMismatch: a target matches nothing, or the spec has none; suggests the nearest name.
         SpecError: the patterns take more work than the budget allows.
     """
     patterns = patterns or patterns_of_a_tree()
@@ -58,7 +58,7 @@ def target_names(base: nn.Module, spec: LoraSpec, patterns: Patterns | None = No
     modules = set()
     if spec.target_modules:
         modules = _target_modules(base, spec, patterns)
-        # As in PEFT: what is in a module that is saved whole gets no factors beside it.
+        # As in PEFT, modules inside one that is saved whole get no factors.
         modules = {name for name in modules if not is_inside(name, replaced)}
     parameters = _by_ends(
         {name for name, _ in base.named_parameters()}, spec.target_parameters or []
@@ -95,10 +95,10 @@ def _target_modules(base: nn.Module, spec: LoraSpec, patterns: Patterns) -> set[
 
 
 def _by_ends(names: set[str], ends: Sequence[str]) -> set[str]:
-    """Return the names that are one of the ends, or end with one after a dot.
+    """Return the names that equal one of the ends, or end with one after a dot.
 
     Raises:
-        BaseMismatch: an end matches nothing; it was misspelled, or is another model's.
+        BaseMismatch: an end matches no name: it is misspelled, or meant for another model.
     """
     for end in ends:
         if not any(_ends_with(name, [end]) for name in names):
@@ -114,21 +114,21 @@ def fresh_adapter(
     patterns: Patterns | None = None,
     ground: Callable[[str], Tensor] | None = None,
 ) -> Adapter:
-    """Return an adapter that changes nothing yet: A random, B zero, in fp32 beside the weight; and
-    overrides that are copies of what stands there.
+    """Return an adapter that changes nothing yet.
 
-    A is drawn from torch's global generator.
+    A is random, from torch's global generator, and B zero; both are fp32, on the weight's device.
+    Overrides are copies of the tensors that they replace.
 
     Args:
-        patterns: those of the whole tree; None: the spec has a budget of its own.
-        ground: returns what stands for a tensor of the base above the node; None: its own numbers.
+        patterns: those of the whole tree; None: new ones, with their own budget.
+        ground: returns the effective value of a tensor above the node; None: the base's own.
 
     Raises:
         BaseMismatch: a target matches nothing, or a module that takes no delta.
         SpecError: the patterns take more work than the budget allows.
     """
     patterns = patterns or patterns_of_a_tree()
-    # In the order of the names, so that one seed gives one adapter.
+    # Sorted by name, so that a seed determines the adapter.
     modules: dict[str, LowRank] = {}
     for name in target_names(base, spec, patterns):
         site = find_site(base, name)
@@ -152,7 +152,7 @@ def fresh_adapter(
 
 
 def _words(spec: LoraSpec) -> dict[str, Any]:
-    """Return the words of a spec about overrides, with which PEFT's config is written."""
+    """Return the fields of a spec about overrides, as PEFT's config has them."""
     found: dict[str, Any] = {}
     if spec.modules_to_save:
         found["modules_to_save"] = list(spec.modules_to_save)
@@ -164,8 +164,7 @@ def _words(spec: LoraSpec) -> dict[str, Any]:
 def _fresh(site: Site, spec: LoraSpec, patterns: Patterns) -> LowRank:
     """Return a module's fresh value; raises as `fresh_adapter`."""
     name = site.name
-    # The rank and its alpha may be said for each module; the first pattern
-    # that matches counts, as in PEFT.
+    # Patterns may set the rank and alpha per module; as in PEFT, the first match wins.
     r = _first(spec.rank_pattern, name, spec.r or DEFAULT_RANK, patterns)
     alpha = _first(spec.alpha_pattern, name, spec.lora_alpha or DEFAULT_ALPHA, patterns)
     scale = alpha / math.sqrt(r) if spec.use_rslora else alpha / r
@@ -181,8 +180,8 @@ def _fresh(site: Site, spec: LoraSpec, patterns: Patterns) -> LowRank:
             "leave it out: exclude_modules=[…]; where it is lazy, run the base once before attach",
         )
     device = torch.device("cpu") if site.weight is None else site.weight.device
-    # On the weight's device: a draw on another one would give other numbers
-    # than it does there, and be copied.
+    # Draw on the weight's device: another device's generator would give other numbers, and A would
+    # have to be copied.
     A = torch.empty(*batch, rank, into, dtype=torch.float32, device=device)
     if spec.init_lora_weights == "gaussian":
         nn.init.normal_(A, std=1 / r)
@@ -198,7 +197,8 @@ def _fresh(site: Site, spec: LoraSpec, patterns: Patterns) -> LowRank:
 def _nesting(base: nn.Module, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
     """Return module → all its raw parameters in the base's order, if one of them is adapted.
 
-    All of them, because a sibling may adapt the others, and a flattened lineage has both.
+    All of them, because other nodes of a lineage may adapt the others, and the flattened adapter
+    has both.
     """
     nesting: dict[str, tuple[str, ...]] = {}
     for name in names:
@@ -214,7 +214,7 @@ def _all_linear(base: nn.Module) -> set[str]:
     get_head = getattr(base, "get_output_embeddings", None)
     head = get_head() if callable(get_head) else None
     found: set[str] = set()
-    # `named_modules` names a shared module once, so it is adapted once.
+    # `named_modules` lists a shared module once, so it is adapted once.
     for name, module in base.named_modules():
         if not name or module is head:
             continue

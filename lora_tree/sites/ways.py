@@ -1,12 +1,12 @@
-"""Ways: whether a base still has some sites, asked of all of them in one pass.
+"""Ways: check in one pass whether a base still has some sites.
 
-Every switch asks it of every site of its plan. Their ways are the same for the most part, and from
-one switch to the next nearly all of them lead where they led:
+Every switch checks it for every site of its plan. The sites' paths of modules overlap, and hardly
+ever change from one switch to the next:
 
-    base ─ model ─ layers ─┬─ 0 ─┬─ self_attn ─┬─ q_proj     site by site, `model` is looked up for
-                           │     │             └─ k_proj     every projection of every layer; here
-                           │     └─ mlp ───────── up_proj    a module is looked up once, in the
-                           └─ 1 …                            module around it
+    base ─ model ─ layers ─┬─ 0 ─┬─ self_attn ─┬─ q_proj     site by site, `model` would be looked
+                           │     │             └─ k_proj     up for every projection of every layer;
+                           │     └─ mlp ───────── up_proj    here each module is looked up only
+                           └─ 1 …                            once, in the module around it
 
 Law: the answer is the one that `Site.is_in` gives for each site.
 """
@@ -26,30 +26,28 @@ __all__ = ["Ways"]
 
 
 class Ways:
-    """The ways from a base to the modules of some sites."""
+    """The modules on the ways from a base to some sites, cached since the last check."""
 
     def __init__(self, sites: Iterable[Site]) -> None:
         self._sites = tuple(sites)
         self._weights = [(site.module, site.weight_name, site.shape) for site in self._sites]
-        # The base is not held: plans may outlive the model that made them, and hold this.
+        # No reference to the base: plans hold this object and may outlive the model.
         self._first: dict[str, nn.Module] | None = None
-        """Name in the base → the module that was there; None before the first look."""
+        """Name in the base → its child at the last check; None before the first one."""
         self._further: list[tuple[nn.Module, str]] = []
         """(module around it, name in that) of every other module on a way."""
         self._found: list[nn.Module] = []
-        """The modules that were there, in the same order."""
+        """The modules of `_further` at the last check, in the same order."""
 
     def dtypes(self, base: nn.Module) -> tuple[torch.dtype | None, ...] | None:
-        """Return the dtypes of the sites' weights now; None if the base does not have every site
-        any more.
-        """
+        """Return the present dtypes of the sites' weights; None if a site has left the base."""
         if not self._lead_where_they_led(base) and not self._lead_to_the_sites(base):
             return None
         found: list[torch.dtype | None] = []
         for module, name, shape in self._weights:
             weight = module._parameters.get(name)
             if weight is None:
-                is_alike = shape is None  # quantised, as it was before
+                is_alike = shape is None  # not a parameter, as before (quantised)
             elif shape is None:
                 is_alike = is_lazy(weight)
             else:
@@ -63,7 +61,7 @@ class Ways:
         return tuple(found)
 
     def _lead_where_they_led(self, base: nn.Module) -> bool:
-        """Return whether every module on the ways is the one of the last look."""
+        """Return whether every module on the ways is the same as at the last check."""
         if self._first is None:
             return False
         for name, module in self._first.items():
@@ -73,9 +71,9 @@ class Ways:
         return all(map(is_, now, self._found))
 
     def _lead_to_the_sites(self, base: nn.Module) -> bool:
-        """Return whether the ways lead to the sites' own modules, and note those that they pass.
+        """Return whether the ways lead to the sites' own modules, and cache the modules on them.
 
-        A module on a way may be another one than before, and still hold the site's own.
+        A module on a way may have been replaced by one that still holds the site's module.
         """
         first: dict[str, nn.Module] = {}
         further: dict[tuple[int, str], tuple[nn.Module, str]] = {}
@@ -89,7 +87,7 @@ class Ways:
                 if around is base:
                     first[part] = module
                 else:
-                    # The id stands for the module around it, which `further` keeps alive.
+                    # The id is unique, because `further` keeps the module around alive.
                     further[id(around), part] = around, part
                     found[id(around), part] = module
                 around = module
