@@ -4,6 +4,7 @@ machine.
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -79,33 +80,48 @@ SINGLE = {"PAIRS": False, "WEIGHT": tl.float32, "INTEGER": tl.int32, "PRECISION"
 WIDE = {"FACTOR": tl.float32, "ROWS": 32}
 
 
-@pytest.mark.parametrize("capability", SHARED_BYTES)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache that the tests share: some compile the same kernel."""
+    return tmp_path_factory.mktemp("triton")
+
+
+CHANGES: list[dict[str, Any]] = [
+    {},
+    {"HAS_OLD": False},
+    {"HAS_NEW": False},
+    {"SLOTS": 0, "EVEN": False},
+    {"SLOTS": 4, "EVEN": False, "FULL": False, "COUNTER": tl.int16},
+    {"WEIGHT": tl.float16, "FACTOR": tl.float16, "TURNED": True},
+    {**WIDE, "FULL": False},
+    {**SINGLE, **WIDE},
+    SINGLE,
+    {"PAIRS": False, "FULL": False, "WEIGHTS_ALIGNED": False},
+]
+
+OLDER: list[dict[str, Any]] = [{}, {**WIDE, "FULL": False}, {**SINGLE, **WIDE}]
+"""The changes that an older GPU is compiled for, too: the usual form, and the widest factors."""
+
+
 @pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"HAS_OLD": False},
-        {"HAS_NEW": False},
-        {"SLOTS": 0, "EVEN": False},
-        {"SLOTS": 4, "EVEN": False, "FULL": False, "COUNTER": tl.int16},
-        {"WEIGHT": tl.float16, "FACTOR": tl.float16, "TURNED": True},
-        {**WIDE, "FULL": False},
-        {**SINGLE, **WIDE},
-        SINGLE,
-        {"PAIRS": False, "FULL": False, "WEIGHTS_ALIGNED": False},
-    ],
-    ids=lambda changes: "-".join(f"{k}={v}" for k, v in changes.items()) or "usual",
+    ("changes", "capability"),
+    [*itertools.product(CHANGES, [90]), *itertools.product(OLDER, [89])],
+    ids=lambda given: (
+        "-".join(f"{k}={v}" for k, v in given.items()) or "usual"
+        if isinstance(given, dict)
+        else str(given)
+    ),
 )
 def test_every_form_compiles_and_fits_into_shared_memory(
-    changes: dict[str, Any], capability: int, tmp_path: Path
+    changes: dict[str, Any], capability: int, folder: Path
 ) -> None:
-    binary = compiled(tmp_path, capability, **changes)
+    binary = compiled(folder, capability, **changes)
     assert binary.metadata.shared <= SHARED_BYTES[capability]
 
 
-def test_the_next_tile_is_on_its_way_while_one_is_computed(tmp_path: Path) -> None:
+def test_the_next_tile_is_on_its_way_while_one_is_computed(folder: Path) -> None:
     """Weights, codes and factors are copied ahead; a loop that Triton sees would prevent it."""
-    text = compiled(tmp_path, 90).asm["ttgir"]
+    text = compiled(folder, 90).asm["ttgir"]
     inner = text[text.index("scf.for") :]
     assert inner.count("async_copy_global_to_local") >= 2 + 2 * 3
     assert "tt.load %at" not in inner

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from interpreter import interpreted
 from torch import Tensor, nn
 
 import lora_tree as lt
@@ -26,35 +27,7 @@ from lora_tree.engine.kernels import MergePart, MergeTerm, can_merge
 
 pytest.importorskip("triton", reason="Triton has no build for this platform")
 
-SOURCES = Path(lt.__file__).parent / "engine/kernels"
 EPS = {torch.float32: 2.0**-24, torch.float16: 2.0**-11}
-
-
-SHARED = ("direct", "expand", "merge", "shrink", "slots", "tiles", "undo_kernel", "undo_numbers")
-"""Modules of the kernels that others take functions from."""
-
-
-def interpreted(name: str) -> Iterator[Any]:
-    """A kernel's module, loaded once more for the interpreter: Triton looks at the variable when it
-    decorates.
-    """
-    with pytest.MonkeyPatch.context() as patch:
-        # What it takes from these is decorated anew, too; other tests keep those for the compiler.
-        shared = [f"lora_tree.engine.kernels.{module}" for module in SHARED]
-        for module in shared:
-            importlib.import_module(module)
-        for module in shared:
-            patch.delitem(sys.modules, module)
-        patch.setenv("TRITON_INTERPRET", "1")
-        spec = importlib.util.spec_from_file_location(
-            f"lora_tree.engine.kernels._{name}", SOURCES / f"{name}.py"
-        )
-        assert spec is not None
-        assert spec.loader is not None
-        loaded = importlib.util.module_from_spec(spec)
-        patch.setitem(sys.modules, spec.name, loaded)
-        spec.loader.exec_module(loaded)
-        yield loaded
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 import torch
+from interpreter import interpreted
 from oracle import doubled, net_by_hand
-from test_kernels import interpreted
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode

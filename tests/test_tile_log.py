@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_kernels import bits, exact, forest, interpreted, part, same
+from interpreter import interpreted
+from test_kernels import bits, exact, forest, part, same
 from torch import Tensor
 
 import lora_tree as lt
