@@ -155,7 +155,8 @@ class _Rendered:
 def _only_in_memory(node: Node, *, copy: bool) -> Adapter | None:
     """Return a node's adapter if its files may not hold it; None if they do or it has none.
 
-    A single file can't be copied into a node's folder as it is, so it counts as not held there.
+    A single file can't be copied into a node's folder as it is, so it counts as not held there. Nor
+    does PEFT open a file whose keys carry an adapter's name.
     """
     source, adapter = node.source, node.loaded
     if source is None:
@@ -164,9 +165,18 @@ def _only_in_memory(node: Node, *, copy: bool) -> Adapter | None:
         return source.load() if adapter is None else adapter
     if adapter is not None and (_may_have_trained(adapter) or source.gone()):
         return adapter
-    if copy and source.files().single:
+    if copy and _needs_other_bytes(source):
         return source.load() if adapter is None else adapter
     return None
+
+
+def _needs_other_bytes(source: FolderSource) -> bool:
+    """Tell whether a copy of these files in a node's folder has to be written anew."""
+    files = source.files()
+    if files.single:
+        return True
+    # A tree's own files keep their bytes, by which its lock knows them.
+    return source.root is None and peft.adapter_name_of(files.now[WEIGHTS][0]) is not None
 
 
 def _is_in_files(node: Node, rendered: _Rendered) -> bool:
