@@ -1,6 +1,6 @@
 """Absorb: a new flat adapter finds its place in a tree, as what its parent does not have yet.
 
-    child = ΔW − Σ lineage of the parent        where the least is left of it
+    child = ΔW − Σ lineage of the parent        where the least is left of it, and a save takes that
 
 The norm of what is left is known for every node from inner products of factors alone:
 
@@ -10,24 +10,27 @@ The norm of what is left is known for every node from inner products of factors 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from ..adapter import Adapter
-from ..errors import PathError, SpecError
+from ..errors import FormatError, PathError, SpecError
 from ..lowrank import inner
 from ..tree import AdapterTree
 from .arguments import check_adapter, check_tree
 from .deviation import Deviation, Shortening, call_named, norm
-from .edit import Edited, check_savable, free
+from .edit import Edited, check_savable, free, is_savable, savable_error
 from .sums import added_up, aligned, less, read_apart
 
 __all__ = ["Absorbed", "absorb"]
 
 _TRIED = 5
 """How many of the nearest nodes are tried with the cut, which may favour another one."""
+
+_TOLD = 5
+"""How many of the nodes that can't take an adapter are told."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,8 @@ def absorb(
         TreeError: the path exists.
         SpecError: the adapter adds nothing, or is not finite; or a bound makes no sense.
         ShapeMismatch, BaseMismatch: the adapter is of another base than the tree's nodes.
-        FormatError: no save takes what is left of the adapter there; names the node and the module.
+        FormatError: below none of the nodes a save takes what is left of the adapter; says why, for
+            each.
 
     >>> from lora_tree import LowRank
     >>> tree = AdapterTree()
@@ -98,27 +102,104 @@ def absorb(
         raise PathError(f"{under}: there is no such node")
     left = _left(tree, name, adapter, under)
     how = Shortening(rank, max_error, dtype)
-    best: tuple[float, int, str, Adapter, Deviation] | None = None
     # Below a node that replaces what the adapter does not, nothing makes it the adapter's model.
     able = [parent for parent in left if _gives_back(tree, parent, adapter)]
-    for parent in (able or list(left))[:_TRIED]:
-        # The terms of the parent's lineage, negative, and the adapter beside them.
-        above = less(tree, "", parent, kept=adapter.overrides)
-        terms = [*above, (name, 1.0, adapter)]
-        short, lost = call_named(name, how.of, added_up(terms))
-        found = (lost.error, short.nbytes, parent, short, lost)
-        # With an error that is asked for, all are within it and the bytes decide.
-        if best is None or _key(found, max_error) < _key(best, max_error):
-            best = found
-    assert best is not None
-    _, _, parent, short, lost = best
-    path = f"{parent}/{name}" if parent else name
+    found, refused = _cheapest(tree, name, adapter, able or list(left), how)
+    parent, short = found.parent, found.adapter
+    path = _below(parent, name)
     free(tree, path)
     check_savable(tree, {path: short}, [name, *tree.lineage(parent)])
     tree.add(path, adapter=short)
     norms = {module: norm(value) for module, value in adapter.modules.items()}
-    told = Deviation(lost.errors, norms)
-    return Absorbed(Edited(added=(path,), errors={path: told}), parent, left)
+    told = Deviation(found.lost.errors, norms)
+    nearer = [error for place, error in refused.items() if left[place] < left[parent]]
+    notes = tuple(f"no save takes it where less of it is left: {e.what}" for e in nearer[:_TOLD])
+    return Absorbed(Edited(added=(path,), errors={path: told}, notes=notes), parent, left)
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """The adapter below one of the nodes that were tried.
+
+    Args:
+        parent: that node.
+        adapter: what is left of the adapter there, cut.
+        lost: what the cut cost.
+    """
+
+    parent: str
+    adapter: Adapter
+    lost: Deviation
+
+    def key(self, by_size: bool) -> tuple[float, float, int]:
+        """Return what candidates are compared by; the least is taken."""
+        depth = self.parent.count("/") if self.parent else -1
+        error, nbytes = self.lost.error, self.adapter.nbytes
+        return (nbytes, error, depth) if by_size else (error, nbytes, depth)
+
+
+def _cheapest(
+    tree: AdapterTree, name: str, adapter: Adapter, parents: Sequence[str], how: Shortening
+) -> tuple[_Candidate, Mapping[str, FormatError]]:
+    """Find the best of the nearest nodes below which a save takes what is left of an adapter.
+
+    Args:
+        parents: nearest first.
+
+    Returns:
+        it, and the nodes that were passed over → why no save takes what is left there.
+
+    Raises:
+        FormatError: there is none; says why, for each.
+    """
+    best: _Candidate | None = None
+    refused: dict[str, FormatError] = {}
+    is_strict: bool | None = None
+    tried = 0
+    for parent in parents:
+        # The terms of the parent's lineage, negative, and the adapter beside them.
+        above = less(tree, "", parent, kept=adapter.overrides)
+        left = added_up([*above, (name, 1.0, adapter)])
+        error = savable_error(_below(parent, name), left, [name, *tree.lineage(parent)])
+        if error is not None:
+            if is_strict is None:
+                # A tree that no save takes as it is, is used in memory alone. To find out reads
+                # all headers, so it is done once.
+                is_strict = is_savable(tree)
+            if is_strict:
+                refused[parent] = error
+                continue
+        short, lost = call_named(name, how.of, left)
+        found = _Candidate(parent, short, lost)
+        # With an error that is asked for, all are within it and the bytes decide.
+        by_size = how.max_error is not None
+        if best is None or found.key(by_size) < best.key(by_size):
+            best = found
+        tried += 1
+        if tried == _TRIED:
+            break
+    if best is None:
+        raise _nowhere(name, list(refused.values()))
+    return best, refused
+
+
+def _nowhere(name: str, refused: Sequence[FormatError]) -> FormatError:
+    """Return the error for an adapter that no node can take, from the error of each."""
+    if len(refused) == 1:
+        return refused[0]
+    why = [error.what for error in refused[:_TOLD]]
+    if len(refused) > _TOLD:
+        why.append(f"and {len(refused) - _TOLD} more")
+    return FormatError(
+        f"{name}: below none of {len(refused)} nodes a save takes what is left of it",
+        *why,
+        "absorb it below another node, or move modules to a node of their own first: lora-tree "
+        "split, lora_tree.split(tree, path, to=…, modules=…)",
+    )
+
+
+def _below(parent: str, name: str) -> str:
+    return f"{parent}/{name}" if parent else name
 
 
 def _gives_back(tree: AdapterTree, parent: str, adapter: Adapter) -> bool:
@@ -130,14 +211,6 @@ def _gives_back(tree: AdapterTree, parent: str, adapter: Adapter) -> bool:
             if mine is None or mine.rows is not None:
                 return False
     return True
-
-
-def _key(
-    found: tuple[float, int, str, Adapter, Deviation], max_error: float | None
-) -> tuple[float, float, int]:
-    error, nbytes, parent = found[:3]
-    depth = parent.count("/") if parent else -1
-    return (nbytes, error, depth) if max_error is not None else (error, nbytes, depth)
 
 
 def _left(tree: AdapterTree, name: str, adapter: Adapter, under: str) -> dict[str, float]:
