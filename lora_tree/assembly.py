@@ -22,6 +22,7 @@ from .adapter import Adapter
 from .errors import BaseMismatch, LoraTreeError, StateError, listing, suggest
 from .lowrank import LowRank, concat
 from .sites import as_site_has_it, is_there
+from .sites.other_models import COMPONENTS, LANGUAGE_MODEL, kind_of_model
 
 __all__ = ["Assembly", "AssemblyNames", "Convert"]
 
@@ -180,10 +181,24 @@ class AssemblyNames:
         """Return the error for a name that fits no module."""
         first, _, rest = name.partition(".")
         component = self._base.aliases.get(first, first)
+        has = listing(self._base._modules)
         if component not in self._base._modules:
+            kind = kind_of_model(name)
+            if kind == LANGUAGE_MODEL:
+                return BaseMismatch(
+                    f"{where}{name}: the adapter is for {kind}, and this base is a pipeline of "
+                    f"{has}",
+                    "attach the tree to the model that the adapter was trained on",
+                )
+            if kind is not None and first not in COMPONENTS:
+                # Of one component alone, whose names have no prefix.
+                return BaseMismatch(
+                    f"{where}{name}: none of this base's components has a module of that name; "
+                    f"it has {has}",
+                    "was the file made for another architecture?",
+                )
             return BaseMismatch(
-                f"{where}{name}: this base has no component {first!r}; it has "
-                f"{listing(self._base._modules)}"
+                f"{where}{name}: this base has no component {first!r}; it has {has}"
             )
         names = [own for own, _ in self._base.get_submodule(component).named_modules() if own]
         flat = {own.replace(".", "_"): own for own in names}

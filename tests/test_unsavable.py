@@ -126,10 +126,44 @@ def test_trained_rows_do_not_meet_factors_of_their_embedding(name: str, tmp_path
 def test_absorb_refuses_a_place_where_no_save_takes_the_rest(tmp_path: Path) -> None:
     one, other, why = PAIRS["bias, embedding"]
     tree = family(one, other)
+    tree.remove("p/x/z")
     error = refused(
         tree, lambda tree: lt.absorb(tree, "n", other, under="p/x"), FormatError, tmp_path / "zoo"
     )
     assert error.what == f"p/x/n: {why}"
+
+
+def test_absorb_takes_the_next_node_where_no_save_takes_the_rest_below_the_nearest(
+    tmp_path: Path,
+) -> None:
+    one, other, why = PAIRS["bias, embedding"]
+    shared = increments()
+    tree = lt.AdapterTree()
+    # Less of the adapter is left below p than below q, but p has a bias beside an embedding's
+    # factors.
+    tree.add("p", adapter=lt.Adapter({"m.o": shared, **one.scaled(0.01).modules}))
+    tree.add("q", adapter=lt.Adapter({"m.o": shared}), weight=0.5)
+    own = lt.concat([shared, lt.LowRank(torch.ones(1, 6), torch.ones(6, 1))])
+    late = lt.Adapter({"m.o": own, **other.modules})
+    done = lt.absorb(tree, "n", late, rank=1)
+    assert next(iter(done.left)) == "p"
+    assert done.parent == "q"
+    assert done.edited.notes == (f"no save takes it where less of it is left: p/n: {why}",)
+    tree.save(tmp_path / "zoo")
+
+
+def test_absorb_says_of_every_node_why_no_save_takes_the_rest_there(tmp_path: Path) -> None:
+    one, other, why = PAIRS["bias, embedding"]
+    tree = family(one, one)
+    tree.remove("p/y")
+    tree.add("p/x/w", adapter=of("m.o", increments()))
+    error = refused(
+        tree, lambda tree: lt.absorb(tree, "n", other, under="p/x"), FormatError, tmp_path / "zoo"
+    )
+    assert error.what == "n: below none of 3 nodes a save takes what is left of it"
+    places = ("p/x/n", "p/x/w/n", "p/x/z/n")
+    assert sorted(error.todo[:3]) == [f"{place}: {why}" for place in places]
+    assert error.todo[3].startswith("absorb it below another node")
 
 
 def test_grow_refuses_a_leaf_that_no_save_takes(tmp_path: Path) -> None:

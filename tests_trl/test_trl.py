@@ -299,3 +299,14 @@ def test_a_run_that_diverges_stops_and_the_tree_is_what_it_was(tmp_path: Path) -
         trainer.train()
     for mine, wanted in zip(of.factors.of(POLICY), before, strict=True):
         assert torch.equal(mine, wanted)
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo", "kto"])
+def test_a_frozen_node_that_makes_outputs_infinite_is_named(tmp_path: Path, kind: str) -> None:
+    of = model()
+    adapter = of.tree.adapter(DOMAIN)
+    assert adapter is not None
+    of.tree.update(DOMAIN, adapter=adapter.with_tensors(lambda tensor: tensor * 1e30))
+    trainer = ours(kind, of, tmp_path)
+    with pytest.raises(DivergedError, match=rf"^{DOMAIN}: step 1: the outputs are not finite with"):
+        trainer.train()

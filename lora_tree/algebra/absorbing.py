@@ -1,6 +1,7 @@
 """Absorb: add a flat adapter to a tree as a child that holds only what its parent lacks.
 
     child = ΔW − Σ lineage of the parent        for the parent that leaves the smallest remainder
+                                                of those whose remainder a save takes
 
 Inner products of factors alone give the norm of this remainder for every node p, with W_p the sum
 over its lineage:
@@ -11,18 +12,18 @@ over its lineage:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from ..adapter import Adapter
-from ..errors import PathError, SpecError
+from ..errors import FormatError, PathError, SpecError
 from ..lowrank import inner
 from ..tree import AdapterTree
 from .arguments import check_adapter, check_tree
 from .deviation import Deviation, Shortening, call_named, norm
-from .edit import Edited, check_savable, free
+from .edit import Edited, check_savable, free, is_savable, savable_error
 from .sums import added_up, aligned, less, read_apart
 
 __all__ = ["Absorbed", "absorb"]
@@ -30,6 +31,9 @@ __all__ = ["Absorbed", "absorb"]
 _TRIED = 5
 """The number of nearest nodes that are tried as parents: after the cut to a rank, a node that was
 not the nearest may leave the smaller error."""
+
+_TOLD = 5
+"""How many of the nodes that can't take an adapter are told."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ def absorb(
         TreeError: the path exists.
         SpecError: the adapter adds nothing, or is not finite; or a bound is not valid.
         ShapeMismatch, BaseMismatch: the adapter is of another base than the tree's nodes.
-        FormatError: the remainder can't be saved as one adapter; names the node and the module.
+        FormatError: no node's remainder can be saved as one adapter; says why, for each of them.
 
     >>> from lora_tree import LowRank
     >>> tree = AdapterTree()
@@ -100,28 +104,105 @@ def absorb(
         raise PathError(f"{under}: there is no such node")
     left = _left(tree, name, adapter, under)
     how = Shortening(rank, max_error, dtype)
-    best: tuple[float, int, str, Adapter, Deviation] | None = None
     # Below a lineage with an override that the adapter lacks, no increments restore the base's
     # tensor. Such parents are tried only if there is no other.
     able = [parent for parent in left if _gives_back(tree, parent, adapter)]
-    for parent in (able or list(left))[:_TRIED]:
-        # The remainder: the terms of the parent's lineage with a minus sign, plus the adapter.
-        above = less(tree, "", parent, kept=adapter.overrides)
-        terms = [*above, (name, 1.0, adapter)]
-        short, lost = call_named(name, how.of, added_up(terms))
-        found = (lost.error, short.nbytes, parent, short, lost)
-        # With max_error=, every candidate is within it, so the one with the fewest bytes wins.
-        if best is None or _key(found, max_error) < _key(best, max_error):
-            best = found
-    assert best is not None
-    _, _, parent, short, lost = best
-    path = f"{parent}/{name}" if parent else name
+    found, refused = _cheapest(tree, name, adapter, able or list(left), how)
+    parent, short = found.parent, found.adapter
+    path = _below(parent, name)
     free(tree, path)
     check_savable(tree, {path: short}, [name, *tree.lineage(parent)])
     tree.add(path, adapter=short)
     norms = {module: norm(value) for module, value in adapter.modules.items()}
-    told = Deviation(lost.errors, norms)
-    return Absorbed(Edited(added=(path,), errors={path: told}), parent, left)
+    told = Deviation(found.lost.errors, norms)
+    nearer = [error for place, error in refused.items() if left[place] < left[parent]]
+    notes = tuple(f"no save takes it where less of it is left: {e.what}" for e in nearer[:_TOLD])
+    return Absorbed(Edited(added=(path,), errors={path: told}, notes=notes), parent, left)
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """The adapter below one of the nodes that were tried.
+
+    Args:
+        parent: that node.
+        adapter: what is left of the adapter there, cut.
+        lost: what the cut cost.
+    """
+
+    parent: str
+    adapter: Adapter
+    lost: Deviation
+
+    def key(self, by_size: bool) -> tuple[float, float, int]:
+        """Return what candidates are compared by; the least is taken."""
+        depth = self.parent.count("/") if self.parent else -1
+        error, nbytes = self.lost.error, self.adapter.nbytes
+        return (nbytes, error, depth) if by_size else (error, nbytes, depth)
+
+
+def _cheapest(
+    tree: AdapterTree, name: str, adapter: Adapter, parents: Sequence[str], how: Shortening
+) -> tuple[_Candidate, Mapping[str, FormatError]]:
+    """Find the best of the nearest nodes below which a save takes what is left of an adapter.
+
+    Args:
+        parents: nearest first.
+
+    Returns:
+        it, and the nodes that were passed over → why no save takes what is left there.
+
+    Raises:
+        FormatError: there is none; says why, for each.
+    """
+    best: _Candidate | None = None
+    refused: dict[str, FormatError] = {}
+    is_strict: bool | None = None
+    tried = 0
+    for parent in parents:
+        # The terms of the parent's lineage, negative, and the adapter beside them.
+        above = less(tree, "", parent, kept=adapter.overrides)
+        left = added_up([*above, (name, 1.0, adapter)])
+        error = savable_error(_below(parent, name), left, [name, *tree.lineage(parent)])
+        if error is not None:
+            if is_strict is None:
+                # A tree that no save takes as it is, is used in memory alone. To find out reads
+                # all headers, so it is done once.
+                is_strict = is_savable(tree)
+            if is_strict:
+                refused[parent] = error
+                continue
+        short, lost = call_named(name, how.of, left)
+        found = _Candidate(parent, short, lost)
+        # With an error that is asked for, all are within it and the bytes decide.
+        by_size = how.max_error is not None
+        if best is None or found.key(by_size) < best.key(by_size):
+            best = found
+        tried += 1
+        if tried == _TRIED:
+            break
+    if best is None:
+        raise _nowhere(name, list(refused.values()))
+    return best, refused
+
+
+def _nowhere(name: str, refused: Sequence[FormatError]) -> FormatError:
+    """Return the error for an adapter that no node can take, from the error of each."""
+    if len(refused) == 1:
+        return refused[0]
+    why = [error.what for error in refused[:_TOLD]]
+    if len(refused) > _TOLD:
+        why.append(f"and {len(refused) - _TOLD} more")
+    return FormatError(
+        f"{name}: below none of {len(refused)} nodes a save takes what is left of it",
+        *why,
+        "absorb it below another node, or move modules to a node of their own first: lora-tree "
+        "split, lora_tree.split(tree, path, to=…, modules=…)",
+    )
+
+
+def _below(parent: str, name: str) -> str:
+    return f"{parent}/{name}" if parent else name
 
 
 def _gives_back(tree: AdapterTree, parent: str, adapter: Adapter) -> bool:
@@ -133,14 +214,6 @@ def _gives_back(tree: AdapterTree, parent: str, adapter: Adapter) -> bool:
             if mine is None or mine.rows is not None:
                 return False
     return True
-
-
-def _key(
-    found: tuple[float, int, str, Adapter, Deviation], max_error: float | None
-) -> tuple[float, float, int]:
-    error, nbytes, parent = found[:3]
-    depth = parent.count("/") if parent else -1
-    return (nbytes, error, depth) if max_error is not None else (error, nbytes, depth)
 
 
 def _left(tree: AdapterTree, name: str, adapter: Adapter, under: str) -> dict[str, float]:

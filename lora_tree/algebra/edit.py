@@ -26,8 +26,10 @@ __all__ = [
     "Edited",
     "changeable",
     "check_savable",
+    "is_savable",
     "made",
     "put_adapter",
+    "savable_error",
     "stale_notes",
     "still_fits",
 ]
@@ -95,21 +97,37 @@ def check_savable(tree: AdapterTree, made: Mapping[str, Adapter], of: Iterable[s
         FormatError: PEFT's files can't hold one; names the node, the module and the reason.
     """
     for path, adapter in made.items():
-        try:
-            storage().check_writable(adapter)
-        except FormatError as error:
-            if not _is_savable(tree):
+        error = savable_error(path, adapter, of)
+        if error is not None:
+            if not is_savable(tree):
                 return
-            raise FormatError(
-                f"{path}: {error.what}",
-                *error.todo,
-                f"one adapter can't hold what {listing(of)} have together: leave one of them out, "
-                "or move modules to a node of their own first: lora-tree split, "
-                "lora_tree.split(tree, path, to=…, modules=…)",
-            ) from error
+            raise error
 
 
-def _is_savable(tree: AdapterTree) -> bool:
+def savable_error(path: str, adapter: Adapter, of: Iterable[str]) -> FormatError | None:
+    """Return the error for a new adapter that no save takes; None if one does.
+
+    Args:
+        path: of its node.
+        adapter: the new one.
+        of: the nodes whose increments it holds.
+    """
+    try:
+        storage().check_writable(adapter)
+    except FormatError as error:
+        told = FormatError(
+            f"{path}: {error.what}",
+            *error.todo,
+            f"one adapter can't hold what {listing(of)} have together: leave one of them out, "
+            "or move modules to a node of their own first: lora-tree split, "
+            "lora_tree.split(tree, path, to=…, modules=…)",
+        )
+        told.__cause__ = error
+        return told
+    return None
+
+
+def is_savable(tree: AdapterTree) -> bool:
     """Return whether PEFT's files can hold every node; reads only the headers of files."""
     for path in tree.paths():
         try:

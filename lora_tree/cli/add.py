@@ -12,6 +12,7 @@ from ..algebra import Edited, graft
 from ..errors import FormatError, LoraTreeError
 from ..folder import load
 from ..folder.hub_name import is_on_hub
+from ..formats.peft import WEIGHTS, adapter_name_of
 from ..formats.recognise import recognise
 from ..tree import AdapterTree
 from ..weights import Weight
@@ -72,4 +73,8 @@ def _from_files(tree: AdapterTree, path: str, adapter: Path, weight: Weight) -> 
     if is_on_hub(str(adapter)):
         return Edited(added=(path,), notes=(f"{adapter}: from the model hub",))
     found = recognise(adapter)
-    return Edited(added=(path,), notes=(f"{adapter}: {found.kind}: {found.sign}",))
+    note = f"{adapter}: {found.kind}: {found.sign}"
+    name = adapter_name_of(found.file or adapter / WEIGHTS)
+    if name is not None:
+        note += f"; its keys carry the adapter's name, {name!r:.80}, which is left out"
+    return Edited(added=(path,), notes=(note,))

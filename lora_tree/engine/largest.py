@@ -6,14 +6,14 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ..adapter import Adapter
-from ..lowrank import LowRank
+from ..lowrank import LowRank, spans
 from .plan import Plan
 
 __all__ = ["badness", "largest_in_plan", "largest_of"]
@@ -67,7 +67,7 @@ def largest_in_plan(plan: Plan, adapters: Iterable[Adapter]) -> float:
             # nothing of these.
             if id(term.value) not in own and not term.trains:
                 made += term.value.tensors
-    found += _largest(_runs(made))
+    found += _largest(spans(made))
     if any(map(math.isnan, found)):
         return math.nan
     return max(found, default=0.0)
@@ -85,7 +85,7 @@ def _largest_in(adapter: Adapter) -> float:
         return 0.0  # every rank has a part; `Mergeable.check` keeps these from being merged
     parameters = [tensor for tensor in tensors if isinstance(tensor, nn.Parameter)]
     writes = _writes(parameters)
-    found = max(_largest(_runs(tensors)), default=0.0, key=badness)
+    found = max(_largest(spans(tensors)), default=0.0, key=badness)
     _LARGEST[adapter] = _Known(parameters, writes, found)
     return found
 
@@ -122,25 +122,3 @@ def _sizes(ends: Sequence[Tensor]) -> list[float]:
         return [0.0] * (len(ends) // 2)
     found: list[float] = torch.stack(list(ends)).abs().view(-1, 2).amax(1).tolist()
     return found
-
-
-def _runs(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
-    """Yield the tensors, those that lie close together in one buffer as one: a call costs more than
-    a gap.
-    """
-    buffers: dict[tuple[int, torch.dtype, torch.device], list[Tensor]] = {}
-    # An adapter that was read from a file lies in one buffer, a tree that was trained in many.
-    for tensor in tensors:
-        key = tensor.untyped_storage().data_ptr(), tensor.dtype, tensor.device
-        buffers.setdefault(key, []).append(tensor.detach())
-    for found in buffers.values():
-        start = min(tensor.storage_offset() for tensor in found)
-        end = max(tensor.storage_offset() + _reach(tensor) for tensor in found)
-        if len(found) > 1 and end - start <= 2 * sum(tensor.numel() for tensor in found):
-            yield found[0].as_strided((end - start,), (1,), start)
-        else:
-            yield from found
-
-
-def _reach(tensor: Tensor) -> int:
-    return sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) + 1

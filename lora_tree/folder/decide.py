@@ -32,7 +32,7 @@ from ..tree import AdapterTree, Node
 from . import disk
 from .bases import base_lock, local_base
 from .changes import Changes, KeptAdapter, NewFile, NewLock, Origin
-from .examine import Examined, adds_nothing, examine
+from .examine import Examined, adds_nothing, check_numbers, examine, not_finite
 from .hashing import ContentHash, by_pieces, weights_digest
 from .keeping import Keeping
 from .lockfile import content
@@ -68,8 +68,8 @@ def decide(
     Raises:
         SpecError: the log of the history is broken.
         FolderError: the save would undo another process's, or a removed node would come back.
-        FormatError: PEFT has no way to write a node; or its files are gone or broken. Names the
-            node.
+        FormatError: PEFT has no way to write a node; or its files are gone or broken, or it is new
+            and they hold NaN or infinities. Names the node.
         UnlockedError: files that stay where they are have changed since the tree was opened.
     """
     draft = _Decisions(tree, opened, Ownership(opened, seen), copy)
@@ -126,6 +126,8 @@ def _decide_node(draft: _Decisions, path: str) -> None:
     node = draft.tree[path]
     draft.rights.check_present(node)
     adapter = _only_in_memory(node, copy=draft.copy)
+    if adapter is not None and isinstance(node.source, FolderSource) and _is_new(draft, path):
+        check_numbers(node.source.folder, not_finite(adapter))
     rendered = _Rendered.of(adapter) if adapter is not None else None
     if rendered is not None and not _is_in_files(node, rendered):
         draft.kept[path] = _from_memory(draft, node, rendered)
@@ -155,7 +157,8 @@ class _Rendered:
 def _only_in_memory(node: Node, *, copy: bool) -> Adapter | None:
     """Return a node's adapter if its files may not hold it yet; None if they do, or it has none.
 
-    A single file can't be copied into a node's folder as it is, so it counts as not held there.
+    A single file can't be copied into a node's folder as it is, so it counts as not held there. Nor
+    does PEFT open a file whose keys carry an adapter's name.
     """
     source, adapter = node.source, node.loaded
     if source is None:
@@ -164,9 +167,18 @@ def _only_in_memory(node: Node, *, copy: bool) -> Adapter | None:
         return source.load() if adapter is None else adapter
     if adapter is not None and (_may_have_trained(adapter) or source.gone()):
         return adapter
-    if copy and source.files().single:
+    if copy and _needs_other_bytes(source):
         return source.load() if adapter is None else adapter
     return None
+
+
+def _needs_other_bytes(source: FolderSource) -> bool:
+    """Tell whether a copy of these files in a node's folder has to be written anew."""
+    files = source.files()
+    if files.single:
+        return True
+    # A tree's own files keep their bytes, by which its lock knows them.
+    return source.root is None and peft.adapter_name_of(files.now[WEIGHTS][0]) is not None
 
 
 def _is_in_files(node: Node, rendered: _Rendered) -> bool:
@@ -227,7 +239,8 @@ def _from_files(draft: _Decisions, node: Node, source: FolderSource) -> KeptAdap
     if os.path.realpath(source.folder) == os.path.realpath(home):
         return _in_place(draft, node.path, source, files)
     if source.root is None and not draft.copy and not _is_other_nodes(draft, source.folder):
-        found = _examined(source, files)
+        found = _examined(source, files, is_new=_is_new(draft, node.path))
+        check_numbers(files.folder, found.broken)
         return KeptAdapter(
             files.folder,
             found.content,
@@ -252,7 +265,11 @@ def _from_files(draft: _Decisions, node: Node, source: FolderSource) -> KeptAdap
     for name in FILES:
         origin = Path(files.now[name][0])
         draft.files.append(NewFile(f"{node.path}/{name}", hashes[name], origin))
-    untrained = source.trained is None and examine(files).untrained
+    untrained = False
+    if source.trained is None:
+        found = examine(files, is_new=_is_new(draft, node.path))
+        check_numbers(files.folder, found.broken)
+        untrained = found.untrained
     pieces = by_pieces(hashes, of_pieces)
     return KeptAdapter(home, whole, pieces, None, source.trained, untrained, written=True)
 
@@ -282,11 +299,16 @@ def _in_place(draft: _Decisions, path: str, source: FolderSource, files: Files) 
     return KeptAdapter(home, found.content, pieces, files.stamps, now, written=known.written)
 
 
-def _examined(source: FolderSource, files: Files) -> Examined:
+def _examined(source: FolderSource, files: Files, *, is_new: bool = False) -> Examined:
     """Return the hashes of files that stay where they are, and whether they add anything."""
     if source.trained is not None:  # the lock has them, so no weights need be read
         return Examined(source.unchanged(files), source.pieces, source.trained.untrained)
-    return examine(files)
+    return examine(files, is_new=is_new)
+
+
+def _is_new(draft: _Decisions, path: str) -> bool:
+    """Tell whether this save adds a node: a save must not fail because of one that stays."""
+    return path not in draft.opened.entries
 
 
 # ---------------------------------------------------------------------- the folder as a whole

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from ..adapter import Adapter
-from ..errors import FormatError, UnsupportedAdapter
+from ..errors import FormatError, UnsupportedAdapter, listing
 from ..formats.safetensors import read_tensors
+from ..lowrank import all_finite, spans
 from ..system.memory import check_fits
 from . import disk
 from .adapter_files import read_files
@@ -17,7 +19,15 @@ from .hashing import ContentHash
 from .lockfile import content
 from .scan import Files
 
-__all__ = ["Examined", "adds_nothing", "broken_text", "examine", "hashed"]
+__all__ = [
+    "Examined",
+    "adds_nothing",
+    "broken_text",
+    "check_numbers",
+    "examine",
+    "hashed",
+    "not_finite",
+]
 
 
 def hashed(files: Files) -> str:
@@ -41,18 +51,24 @@ class Examined:
         content: the hash of their content.
         pieces: the hash by pieces of the weights; None if they are small.
         untrained: the increments are zero.
+        broken: the modules and tensors with numbers that are not finite, where that was asked.
     """
 
     content: str
     pieces: str | None
     untrained: bool
+    broken: tuple[str, ...] = ()
 
 
-def examine(files: Files) -> Examined:
+def examine(files: Files, *, is_new: bool = False) -> Examined:
     """Read an adapter's files whole, as a lock has to before it vouches for them.
 
     An adapter of a kind that this library can't add up passes: its files are whole, and it is
     refused by its name when it is used.
+
+    Args:
+        files: whole.
+        is_new: look for numbers that are not finite as well.
 
     Raises:
         FormatError: a file is broken: cut short, a Git LFS pointer, a header that does not fit.
@@ -60,7 +76,8 @@ def examine(files: Files) -> Examined:
     hashing = ContentHash(files.names, pieces=True, nbytes=files.weights_bytes)
     try:
         adapter = read_files(files, witness=hashing)
-        return Examined(hashing.content(), hashing.pieces(), adds_nothing(adapter))
+        broken = not_finite(adapter) if is_new else ()
+        return Examined(hashing.content(), hashing.pieces(), adds_nothing(adapter), broken)
     except UnsupportedAdapter:
         # The reader stopped before the hash had all bytes, so the files are hashed again.
         weights = files.names[-1]
@@ -84,6 +101,36 @@ def broken_text(files: Files, *, unknown_kinds: bool = False) -> str | None:
     except FormatError as error:
         return str(error)
     return None
+
+
+def not_finite(adapter: Adapter) -> tuple[str, ...]:
+    """Return the modules and overridden tensors that hold NaN or an infinity."""
+    tensors = [tensor for _, tensor in adapter.named_tensors()]
+    # One pass over the buffer into which they were read. What lies between them may be anything, so
+    # only a yes is an answer.
+    if all_finite(spans(tensors)):
+        return ()
+    found = [module for module, value in adapter.modules.items() if not value.is_finite]
+    found += [tensor for tensor, one in adapter.overrides.items() if not one.is_finite]
+    return tuple(found)
+
+
+def check_numbers(folder: str, broken: Sequence[str]) -> None:
+    """Refuse an adapter with numbers that are not finite: every output below it would be NaN.
+
+    Args:
+        folder: or the file, for the message.
+        broken: see `Examined`.
+
+    Raises:
+        FormatError: there are some; names the modules.
+    """
+    if broken:
+        raise FormatError(
+            f"{listing(broken)}: a factor holds NaN or an infinity, as a training that diverged "
+            f"leaves it: {folder}",
+            "nothing was saved; train it again, or put back an earlier version of its files",
+        )
 
 
 def adds_nothing(adapter: Adapter) -> bool:

@@ -4,6 +4,7 @@
     unet.….proj_in.lora.down.weight               before, also ….lora_linear_layer.down.weight
     ….attn1.processor.to_q_lora.down.weight       before 0.17, of the UNet alone
     unet.….to_q.alpha                             an alpha beside the factors
+    unet.….to_q.lora_A.default.weight             with the adapter's name, see `peft_named`
 
     metadata: lora_adapter_metadata = {"unet.r": 4, "unet.lora_alpha": 8, …}
 
@@ -25,6 +26,7 @@ from ..lowrank import LowRank
 from . import safetensors, strict_json
 from .pairs import ModuleTensors, as_lowrank, down_and_up
 from .peft_config import PeftConfig, parse_config
+from .peft_named import KeyNames
 
 __all__ = ["METADATA", "read_diffusers", "render_diffusers"]
 
@@ -70,8 +72,9 @@ def read_diffusers(
     configs = _configs(metadata, where)
     groups: dict[str, dict[str, Tensor]] = {}
     keys: dict[tuple[str, str], str] = {}
+    names = KeyNames(tensors, where)
     for key in sorted(tensors):
-        module, part = _split(key, where)
+        module, part = _split(names.plain(key), where)
         earlier = keys.setdefault((module, part), key)
         if earlier != key:
             raise FormatError(f"{where}: {earlier[:200]} and {key[:200]} are the same factor")

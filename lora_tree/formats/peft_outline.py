@@ -33,8 +33,9 @@ from . import peft_keys, strict_json
 from .peft_config import FUSED, PeftConfig, parse_config
 from .peft_factors import FactorReader, Parts
 from .peft_keys import NESTING, WEIGHTS
+from .peft_named import peft_header
 from .peft_sorting import Wrappers, sort_keys
-from .safetensors import Header, parse_header
+from .safetensors import Header
 
 __all__ = ["Outline", "PeftTexts", "outline_of"]
 
@@ -122,7 +123,7 @@ def _kept_outline(texts: PeftTexts) -> Outline:
 
 def _make_outline(texts: PeftTexts) -> Outline:
     config = parse_config(texts.config, texts.config_named)
-    header = parse_header(texts.head, texts.nbytes, texts.weights_named)
+    header = peft_header(texts.head, texts.nbytes, texts.weights_named)
     return _OutlineMaker(config, texts.weights_named, header).outline()
 
 

@@ -29,9 +29,10 @@ from .config_file import read_config
 from .peft_composed import composed_config, read_composed
 from .peft_config import TURNED, says_which_way
 from .peft_keys import CONFIG, WEIGHTS
+from .peft_named import peft_header
 from .peft_outline import PeftTexts, outline_of
 from .peft_products import product_config, read_products
-from .safetensors import open_tensors, parse_header
+from .safetensors import open_tensors
 
 __all__ = ["PICKLE", "read_adapter", "read_folder"]
 
@@ -87,7 +88,7 @@ def read_adapter(
         products = product_config(config, config_named)
         composed = composed_config(config, config_named)
         if products is not None or composed is not None:
-            header = parse_header(weights.head, weights.nbytes, weights_named)
+            header = peft_header(weights.head, weights.nbytes, weights_named)
             tensors = dict(header.tensors)
             if not outline:
                 # Not in the caller's memory: the adapter gets products of these tensors, which are

@@ -132,6 +132,8 @@ class SortedKeys:
                     "modules_to_save that it belongs to",
                     f'name it there, where it is meant: "modules_to_save": '
                     f'["{name.rpartition(".")[0]}"] in {self.config.where}',
+                    "a state dict of the whole model holds the base's weights too: save the "
+                    "adapter alone, with PEFT's save_pretrained",
                 )
             hint = "; adapter_config.json has bias = 'none'" if kind == "bias" else ""
             raise FormatError(

@@ -31,7 +31,7 @@ from ..blend import spelled
 from ..errors import MissingExtra, SpecError, listing
 from ..folder import NodeOutcome
 from ..model import TreeModel
-from ..training.diverged import BASE_LABEL, check_finite_step
+from ..training.diverged import BASE_LABEL
 from ..training.every_rank import joined
 from ..training.levels import Over, over_of, several_levels, weight_decays
 from ..training.losses import path_loss, token_counts
@@ -41,6 +41,7 @@ from .held_rows import held_rows
 from .path_evaluation import PathEvaluation  # first: it names a missing package
 from .path_losses import PathMeans
 from .row_paths import PathCollator, paths_of
+from .step_inputs import FiniteSteps, StepInputs
 from .trainer_arguments import (
     check_asked,
     checked_model,
@@ -170,9 +171,12 @@ class TreeTrainer(PathEvaluation):
         self._sampler = self._sampler_of(temperature)
         if self._sampler is not None:
             self.add_callback(_Epochs(self._sampler))
-        self.add_callback(_Finite(self))
         self._counts: Mapping[str, int] | None = None  # path → its tokens in the step that runs
         self._means = PathMeans()
+        self._step_inputs = StepInputs(
+            self.tree_model, lambda inputs: self._of_the_base(self._prepare_inputs(inputs))[0]
+        )
+        self.add_callback(FiniteSteps(self._step_inputs, lambda: self._means.sums))
         # Added before the callback that stops nodes: that one evaluates again, and the losses of
         # the first evaluation are the ones to record.
         if records is not None:
@@ -239,6 +243,7 @@ class TreeTrainer(PathEvaluation):
     ) -> Tensor:
         """Run one micro-batch, forward and backward, every row by its own path."""
         inputs = self._without_paths(inputs)
+        self._step_inputs.note(inputs, self._paths)
         # The Trainer runs backward inside, so that checkpointed layers run again in this route.
         with self.tree_model.route(self._paths):
             loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
@@ -248,6 +253,21 @@ class TreeTrainer(PathEvaluation):
         self, model: nn.Module, inputs: Mapping[str, Any], return_outputs: bool = False, **_: Any
     ) -> Tensor | tuple[Tensor, Any]:
         """Return a micro-batch's loss; while training, the part that it adds to the step's loss."""
+        inputs, labels = self._of_the_base(inputs)
+        outputs = model(**inputs)
+        if not isinstance(outputs, Mapping):
+            # A module of the user's own may return its logits, alone or first.
+            outputs = {"logits": outputs if isinstance(outputs, Tensor) else outputs[0]}
+        take = self._training_loss if torch.is_grad_enabled() else self._evaluation_loss
+        loss = take(outputs["logits"], labels)
+        return (loss, outputs) if return_outputs else loss
+
+    def _of_the_base(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
+        """Return the inputs that the base is called with, and the labels.
+
+        Raises:
+            SpecError: the batch has no labels.
+        """
         inputs = dict(inputs)
         labels = inputs.pop("labels", None)
         if labels is None:
@@ -259,13 +279,7 @@ class TreeTrainer(PathEvaluation):
         if self._whole_rows and "decoder_input_ids" not in inputs:
             # The base would make these from the labels, which it does not get here.
             inputs["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(labels)
-        outputs = model(**inputs)
-        if not isinstance(outputs, Mapping):
-            # A module of the user's own may return its logits, alone or first.
-            outputs = {"logits": outputs if isinstance(outputs, Tensor) else outputs[0]}
-        take = self._training_loss if torch.is_grad_enabled() else self._evaluation_loss
-        loss = take(outputs["logits"], labels)
-        return (loss, outputs) if return_outputs else loss
+        return inputs, labels
 
     def _training_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         counts, weights = self._counts, dict(self.path_weights)
@@ -402,14 +416,3 @@ class _Epochs(TrainerCallback):  # type: ignore[misc]
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._sampler.set_epoch(int(state.epoch or 0))
-
-
-class _Finite(TrainerCallback):  # type: ignore[misc]
-    """A callback that stops a diverged run before the Trainer logs, evaluates or saves."""
-
-    def __init__(self, trainer: TreeTrainer) -> None:
-        self._trainer = trainer
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        trainer = self._trainer
-        check_finite_step(trainer.tree_model.factors, trainer._means.sums, step=state.global_step)

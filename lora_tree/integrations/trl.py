@@ -15,22 +15,23 @@ against trl 1.16: https://github.com/huggingface/trl/tree/v1.16.0/trl/trainer
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+
+from torch import Tensor, nn
 
 from ..blend import spelled
 from ..errors import MissingExtra, SpecError, StateError, listing
 from ..extras import need
 from ..model import TreeModel
 from ..path_model import PathModel
-from ..training.diverged import check_finite_step
+from .step_inputs import FiniteSteps, StepInputs
 from .trainer_arguments import searching_nothing
 from .tree_checkpoints import TreeCheckpoints
 
 need("trl", extra="trl", what="training with trl")
 
-from transformers import TrainerCallback  # noqa: E402
 from trl import DPOTrainer, GRPOTrainer, KTOTrainer, SFTTrainer  # noqa: E402
 from trl.trainer import utils as trl_utils  # noqa: E402
 
@@ -52,6 +53,9 @@ _NOT_TAKEN = {
     "use_transformers_paged": "it casts the factors that train",
 }
 """Argument → the reason why it can't be used over a path."""
+
+_READ = ("input_ids", "attention_mask", "position_ids")
+"""The part of a batch that a forward of the base needs."""
 
 
 class PathCheckpoints(TreeCheckpoints):
@@ -85,7 +89,21 @@ class PathCheckpoints(TreeCheckpoints):
                 "DeepSpeed",
                 "start a process for each GPU: torchrun --nproc-per-node=…",
             )
-        self.add_callback(_FiniteSteps(self.tree_model))
+        self._step_inputs = StepInputs(self.tree_model, self._called_with)
+        self.add_callback(FiniteSteps(self._step_inputs, path=spelled(policy.path)))
+
+    def training_step(
+        self, model: nn.Module, inputs: Mapping[str, Any], *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Run one micro-batch as trl does."""
+        self._step_inputs.note(inputs)
+        loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
+        return loss
+
+    def _called_with(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what the base reads of a micro-batch; nothing of GRPO's, which are prompts."""
+        own = {name: inputs[name] for name in _READ if name in inputs}
+        return dict(self._prepare_inputs(own)) if "input_ids" in own else {}
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         built: dict[str, Any] = super()._build_accelerator_args(**kwargs)
@@ -254,13 +272,3 @@ def _refuse(settings: Any, trainer: str) -> None:
             f"{trainer} takes no padding_free: trl has none for DPO at present",
             "leave padding_free out",
         )
-
-
-class _FiniteSteps(TrainerCallback):  # type: ignore[misc]
-    """A callback that stops a diverged run before the Trainer logs, evaluates or saves."""
-
-    def __init__(self, model: TreeModel) -> None:
-        self._model = model
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        check_finite_step(self._model.factors, {}, step=state.global_step)

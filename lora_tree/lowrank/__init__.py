@@ -21,6 +21,7 @@ rsLoRA, https://arxiv.org/abs/2312.03732 (α/√r).
 from .adding import concat, inner, same_place, stacked
 from .drawing import draw_again, draw_uniform
 from .layout import EMBEDDING, LINEAR, PARAMETER, Layout
+from .magnitude import all_finite, spans
 from .value import LowRank, Truncated, is_sharded
 
 __all__ = [
@@ -30,11 +31,13 @@ __all__ = [
     "Layout",
     "LowRank",
     "Truncated",
+    "all_finite",
     "concat",
     "draw_again",
     "draw_uniform",
     "inner",
     "is_sharded",
     "same_place",
+    "spans",
     "stacked",
 ]

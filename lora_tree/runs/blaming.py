@@ -71,7 +71,8 @@ class Blame:
         path: the path.
         loss: of the whole path, in nats per learnt token.
         tokens: learnt in the rows.
-        parts: the ones that move the loss most first.
+        parts: the ones that move the loss most first. Where the whole path's loss is not finite,
+            these are the parts without which it is.
     """
 
     path: str
@@ -101,9 +102,13 @@ class Bisection:
 
     @property
     def worst(self) -> str | None:
-        """The step with the largest rise of the loss over the one before; None if none rises."""
+        """The step with the largest rise of the loss over the one before; None if none rises.
+
+        A loss that is no longer finite is the largest rise of all.
+        """
         rises = [
-            after - before for before, after in zip(self.losses, self.losses[1:], strict=False)
+            _rise(before, after)
+            for before, after in zip(self.losses, self.losses[1:], strict=False)
         ]
         if not rises or not max(rises) > 0.0:
             return None
@@ -113,6 +118,12 @@ class Bisection:
         """Return the figures as plain data, for JSON."""
         losses = dict(zip(self.steps, self.losses, strict=True))
         return {"losses": losses, "worst": self.worst, "tokens": self.tokens}
+
+
+def _rise(before: float, after: float) -> float:
+    if not math.isfinite(before):
+        return 0.0  # nothing is worse than that
+    return after - before if math.isfinite(after) else math.inf
 
 
 def blame(
@@ -161,7 +172,7 @@ def blame(
     parts = []
     for at, (node, part) in enumerate(variants, 1):
         parts.append(Part(node, part, losses[at], losses[at] - losses[0], apart[at]))
-    parts.sort(key=lambda each: (-abs(each.change), each.node, each.part))
+    parts.sort(key=lambda each: (*_order(each, losses[0]), each.node, each.part))
     return Blame(path, losses[0], tokens, tuple(parts))
 
 
@@ -196,6 +207,16 @@ def bisect(
         raise SpecError(f"bisect needs two steps at least, got {len(named)}")
     losses, _, tokens = _measured(model, rows, list(named.values()), batch=batch, tick=tick)
     return Bisection(tuple(named), tuple(losses), tokens)
+
+
+def _order(part: Part, whole: float) -> tuple[int, float]:
+    """Return what parts are ordered by: what a part does to whether a loss is finite comes first.
+
+    A change from a loss that is not finite is NaN, by which nothing can be sorted.
+    """
+    if math.isfinite(part.loss) != math.isfinite(whole):
+        return 0, 0.0
+    return (1, -abs(part.change)) if math.isfinite(part.change) else (2, 0.0)
 
 
 # ---------------------------------------------------------------------- what is left out

@@ -22,6 +22,8 @@ from ..model import TreeModel
 from ..training.diverged import check_finite_step
 from ..training.levels import over_of
 from ..training.losses import PathLoss, path_loss, pooled_loss, token_counts
+from .evaluation import inputs_of
+from .frozen_cause import frozen_cause
 from .preferences import (
     answers_of,
     are_preferences,
@@ -115,7 +117,9 @@ def take_step(
         optimizer.step()
         optimizer.zero_grad()
     # After the step, not before: only the factors show that a finite gradient was too large.
-    check_finite_step(model.factors, losses, step=done + 1)
+    check_finite_step(
+        model.factors, losses, step=done + 1, cause=lambda lost: _frozen_cause(model, rows, lost)
+    )
     time_s = time.perf_counter() - began_s
     told = []
     for group in optimizer.param_groups:
@@ -134,6 +138,16 @@ def take_step(
         )
     total = sum(row.learnt for row in answers_of(rows))
     return StepLosses(done + 1, losses, total, tuple(told))
+
+
+def _frozen_cause(model: TreeModel, rows: Sequence[Row], lost: Sequence[str]) -> str | None:
+    """Return the frozen node that makes these paths' losses what they are; "" for the base."""
+    for path in lost:
+        own = [row for row in answers_of(rows) if row.path == path]
+        found = frozen_cause(model, path, [inputs_of(model, [row])[0] for row in own])
+        if found is not None:
+            return found
+    return None
 
 
 def _grad_norms(optimizer: torch.optim.Optimizer) -> dict[str, float]:

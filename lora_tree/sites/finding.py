@@ -14,6 +14,7 @@ from .attention import InProjectionSite, OutProjectionSite
 from .conv import ConvSite
 from .embedding import EmbeddingSite
 from .linear import Conv1DSite, LinearSite
+from .other_models import other_model
 from .parameter import ParameterSite
 from .site import Site
 
@@ -77,7 +78,7 @@ def find_site(base: nn.Module, name: str) -> Site:
     holder, leaf, module = _walk(base, name)
     if module is None:
         if holder is None or not _has_parameter(holder, leaf):
-            raise BaseMismatch(
+            raise other_model(base, name) or BaseMismatch(
                 f"{name}: the base has no such module or parameter{_hint(base, name)}"
             )
         return _parameter_site(base, name, holder)

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
-from typing import NoReturn
+from collections.abc import Callable, Mapping, Sequence
+from typing import NoReturn, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -24,7 +24,7 @@ from .factors import Factors
 from .rank_names import ranks
 from .sharded import local_part
 
-__all__ = ["BASE_LABEL", "Start", "check_finite_step"]
+__all__ = ["BASE_LABEL", "Cause", "Start", "check_finite_step"]
 
 BASE_LABEL = "(base)"
 """The name of the bare base in logs and tables.
@@ -55,8 +55,18 @@ class Start:
                 parameter.grad = None
 
 
+Cause: TypeAlias = Callable[[Sequence[str]], str | None]
+"""The paths whose loss is not finite → the frozen node, or "" for the bare base, whose outputs are
+not finite without what trains; None: there is none.
+"""
+
+
 def check_finite_step(
-    factors: Factors, losses: Mapping[str, float] | Mapping[str, Tensor], *, step: int
+    factors: Factors,
+    losses: Mapping[str, float] | Mapping[str, Tensor],
+    *,
+    step: int,
+    cause: Cause | None = None,
 ) -> None:
     """Raise if a step made factors or losses that are not finite.
 
@@ -66,6 +76,8 @@ def check_finite_step(
         factors: of the model. With several ranks every one of them has to call this.
         losses: path → its loss in this step, on this rank.
         step: its number, from 1.
+        cause: looks for a frozen node that is to blame. With several ranks it is not asked, because
+            one rank alone can't run a forward of a sharded model.
 
     Raises:
         DivergedError: names the nodes, the step and the losses.
@@ -91,21 +103,42 @@ def check_finite_step(
         *is_broken, is_lost = map(bool, flags.tolist())
     broken = list(itertools.compress(nodes, is_broken))
     if broken or is_lost:
-        _refuse(broken, losses_now, step)
+        _refuse(broken, losses_now, step, cause if ranks() == 1 else None)
 
 
-def _refuse(broken: list[str], losses: Mapping[str, float], step: int) -> NoReturn:
+def _refuse(
+    broken: list[str], losses: Mapping[str, float], step: int, cause: Cause | None
+) -> NoReturn:
     """Raise for a step that diverged: name the nodes whose factors did, or the paths."""
     lost = [path for path, loss in losses.items() if not math.isfinite(loss)]
     where = listing(path or BASE_LABEL for path in broken or lost) or "another rank"
     what = "the factors are" if broken else "the loss is"
     told = listing(f"{path or BASE_LABEL} {loss:.4g}" for path, loss in losses.items())
+    frozen = cause(lost) if cause is not None else None
+    if frozen is not None:
+        _refuse_frozen(frozen, step, told)
     advice = "train with a smaller learning rate or clip norm"
     if step > 1:
         advice += "; its checkpoints of the steps before are good"
     raise DivergedError(
         f"{where}: step {step}: {what} not finite; "
         f"losses of this step: {told or 'none on this rank'}",
+        "nothing of it was saved, and what trained is again what it was when the run began",
+        advice,
+    )
+
+
+def _refuse_frozen(node: str, step: int, told: str) -> NoReturn:
+    """Raise for a step that could not be finite: name the frozen node, or the base."""
+    advice = (
+        "its factors times their scale and weight are too large: put an earlier version of it "
+        "back, or look at lora_alpha and r in its adapter_config.json"
+    )
+    if not node:
+        advice = "load the base in bfloat16 or float32, and look at its files and at the rows"
+    raise DivergedError(
+        f"{node or BASE_LABEL}: step {step}: the outputs are not finite with this alone, which is "
+        f"frozen, before anything that trains; losses of this step: {told or 'not known'}",
         "nothing of it was saved, and what trained is again what it was when the run began",
         advice,
     )
