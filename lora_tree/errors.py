@@ -58,6 +58,11 @@ __all__ = [
     "UnlockedError",
     "UnmergedOnly",
     "UnsupportedAdapter",
+    "listing",
+    "nearest",
+    "printable",
+    "suggest",
+    "suggest_path",
 ]
 
 MOST_CHARACTERS = 4000

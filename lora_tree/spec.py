@@ -44,6 +44,7 @@ from .weights import as_weight
 __all__ = [
     "FORMAT",
     "CacheSpec",
+    "FormatVersion",
     "HistorySpec",
     "LoraSpec",
     "NodeSpec",

@@ -5,6 +5,8 @@ laws have tests.
 from __future__ import annotations
 
 import ast
+import contextlib
+import functools
 import importlib
 import importlib.metadata
 import re
@@ -240,6 +242,60 @@ def test_every_all_is_sorted_and_true(source: Path) -> None:
     names = getattr(module, "__all__", [])
     assert list(names) == in_order(names)
     assert not [name for name in names if not hasattr(module, name)]
+
+
+@functools.cache
+def declared_in(module: str) -> set[str]:
+    """The names in a module's ``__all__``, without importing it."""
+    names: set[str] = set()
+    for node in ast.parse(MODULES[module].read_text()).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            with contextlib.suppress(ValueError):  # the map's is put together from its rooms
+                names.update(ast.literal_eval(node.value))
+    return names
+
+
+def taken_from_others(source: Path) -> Iterator[tuple[str, str, int]]:
+    """Yield (module, name, line) of everything that a file takes from other modules of the package:
+    ``from .disk import copy``, and ``disk.copy`` after ``from . import disk``.
+    """
+    tree = ast.parse(source.read_text())
+    bound: dict[str, str] = {}
+    here = source.relative_to(ROOT).parent.parts
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        start = here[: len(here) - node.level + 1] if node.level else ()
+        module = ".".join([*start, *(node.module or "").split(".")]).rstrip(".")
+        for alias in node.names:
+            whole = f"{module}.{alias.name}"
+            if whole in MODULES:
+                bound[alias.asname or alias.name] = whole
+            elif module in MODULES and alias.name != "*":
+                yield module, alias.name, node.lineno
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            module = bound.get(node.value.id, "")
+            if module and f"{module}.{node.attr}" not in MODULES:
+                yield module, node.attr, node.lineno
+
+
+MODULES = {
+    ".".join(source.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): source
+    for source in SOURCES
+}
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: str(source.relative_to(PACKAGE)))
+def test_what_other_modules_take_is_in_all(source: Path) -> None:
+    """A reader sees from ``__all__`` which names of a module others depend on."""
+    for module, name, line in taken_from_others(source):
+        is_declared = name.startswith("__") or name in declared_in(module)
+        where = MODULES[module].relative_to(ROOT)
+        assert is_declared, (
+            f"{source.relative_to(ROOT)}:{line}: takes {name} from {where}, "
+            "which does not have it in __all__"
+        )
 
 
 # ---------------------------------------------------------------------- one name, one idea

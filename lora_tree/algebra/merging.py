@@ -36,7 +36,7 @@ from .elementwise import Method, check_method, merged
 from .replacing import refuse_overrides
 from .sums import added_up, aligned, check_spelling, less
 
-__all__ = ["Merged", "Space", "merge", "merge_paths"]
+__all__ = ["Merged", "Recipe", "Space", "merge", "merge_paths", "spread", "widest"]
 
 Space: TypeAlias = Literal["core", "knots", "dense"]
 SPACES = ("core", "knots", "dense")

@@ -25,7 +25,7 @@ from .training_steps import step_of
 from .tree_place import TreePlace
 from .yamlfile import walk
 
-__all__ = ["Belongings", "belongings", "locked_times", "missing_among", "places_among"]
+__all__ = ["PLACE", "Belongings", "belongings", "locked_times", "missing_among", "places_among"]
 
 PLACE = TreePlace("")
 _FOLDERS = (DIFFUSERS_WEIGHTS, MLX_WEIGHTS)

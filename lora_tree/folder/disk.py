@@ -30,6 +30,7 @@ __all__ = [
     "check_parent",
     "copy",
     "digest",
+    "drop",
     "exists",
     "glimpse",
     "link",

@@ -27,7 +27,7 @@ from ..node_names import MAX_DEPTH, check_path
 from ..spec import NodeSpec, TreeSpec, check_format
 from ..spec_errors import Loc, describe_invalid
 
-__all__ = ["Located", "json_schema", "parse_yaml", "read_spec", "render_yaml"]
+__all__ = ["Located", "json_schema", "parse_yaml", "read_spec", "render_yaml", "walk"]
 
 _MOST_MISTAKES = 50  # that one error lists
 # A node and its children are two levels; then come a pattern and a list inside.

@@ -31,7 +31,7 @@ from .flat_content import Contents, FlatContent, FlatForm, is_blend, lineages
 from .flat_usage import Usage
 from .shared_folder import SharedFolder
 
-__all__ = ["FlatCache", "FlatForm", "Flattened", "NoRoom", "TooLarge", "name_of"]
+__all__ = ["ROUNDING", "FlatCache", "FlatForm", "Flattened", "NoRoom", "TooLarge", "name_of"]
 
 V = TypeVar("V")
 

@@ -19,7 +19,7 @@ from ..errors import HubError, LoraTreeError, SpecError, listing
 from ..extras import hub_answers, need
 from ..folder import disk
 
-__all__ = ["HubClient", "HubFile", "Snapshot"]
+__all__ = ["MAIN", "HubClient", "HubFile", "Snapshot"]
 
 MAIN = "main"
 _LOGIN = "log in with an account that may: hf auth login, or set HF_TOKEN"
