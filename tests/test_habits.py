@@ -9,6 +9,7 @@ import contextlib
 import functools
 import importlib
 import importlib.metadata
+import itertools
 import re
 import subprocess
 import sys
@@ -154,8 +155,8 @@ def test_imports_point_inward(source: Path) -> None:
             theirs = parts[1] if len(parts) > 1 else "__init__"
             outward = theirs not in allowed and not (theirs == "__init__" and ring == "edges")
             assert not outward, (
-                f"{source.relative_to(ROOT)}:{line}: {mine} imports {theirs}, which lies further "
-                f"out"
+                f"{source.relative_to(ROOT)}:{line}: {mine} imports {theirs}, "
+                "which lies further out"
             )
 
 
@@ -318,6 +319,43 @@ def test_no_two_classes_or_public_functions_share_a_name() -> None:
             files.setdefault(name, []).append(str(source.relative_to(PACKAGE)))
     shared = {name: where for name, where in files.items() if len(where) > 1}
     assert not shared, "\n".join(f"{name}: {', '.join(shared[name])}" for name in sorted(shared))
+
+
+# ---------------------------------------------------------------------- texts in pieces
+PIECE = re.compile(r"""(\s*(?:\w+ ?= ?|return )?)(f?)(["'])((?:(?!\3)[^\\]|\\.)*)\3(,?)""")
+SHORT = 20
+
+
+def odd_pieces(lines: list[str]) -> Iterator[tuple[int, str]]:
+    """Yield (line, reason) for a text that goes on over several lines, and is cut oddly."""
+    found = [PIECE.fullmatch(line) for line in lines]
+    for number, (one, other) in enumerate(itertools.pairwise(found), start=1):
+        if one is None or other is None or one[5] or other[1].strip():
+            continue
+        for line, piece in ((number, one), (number + 1, other)):
+            if piece[2] and "{" not in piece[4].replace("{{", ""):
+                yield line, "marked f, and has no placeholder"
+        joined = len("".join(one.groups()[:4])) + len("".join(other.groups()[3:])) + 1
+        is_line = one[4].endswith(r"\n")  # of several, as a program or a file has them
+        if min(len(one[4]), len(other[4])) < SHORT and joined <= 100 and not is_line:
+            yield number, "it and the next piece have room in one line"
+
+
+def test_an_odd_piece_is_found() -> None:
+    text = """
+        f"{node}: an override has no buffer in a prepared model, "
+        f"which "
+        "holds increments alone",
+    """
+    assert {line for line, _ in odd_pieces(text.splitlines())} == {2, 3}
+    mended = text.replace('f"which "\n        "holds', '"which holds')
+    assert not list(odd_pieces(mended.splitlines()))
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: str(source.relative_to(PACKAGE)))
+def test_a_text_over_several_lines_is_cut_where_a_line_ends(source: Path) -> None:
+    for line, reason in odd_pieces(source.read_text().splitlines()):
+        raise AssertionError(f"{source.relative_to(ROOT)}:{line}: a piece of a text: {reason}")
 
 
 # ---------------------------------------------------------------------- data, not code

@@ -201,8 +201,8 @@ class Prepared:
         check_strategy(rows.strategy)
         if rows.strategy not in ("auto", "matrix", "segmented"):
             raise SpecError(
-                f"a prepared model chooses by itself how it adds up, got strategy "
-                f"{rows.strategy!r}",
+                "a prepared model chooses by itself how it adds up, "
+                f"got strategy {rows.strategy!r}",
                 "leave strategy out",
             )
         self._check(placed, rows.batch.largest)
@@ -243,8 +243,7 @@ class Prepared:
         for name, overrides in plan.overrides.items():
             raise StateError(
                 f"{overrides[0].node}: {name}: an override has no buffer in a prepared model, "
-                f"which "
-                "holds increments alone",
+                "which holds increments alone",
                 'use activate(…, mode="merged"), which works under torch.compile as it is',
             )
         kinds = side_kinds(plan, self._dtype)

@@ -300,8 +300,7 @@ class _SegmentedSite:
         if not fits or (self.table.aligned and value.rank % 8):
             raise StateError(
                 f"{node}: {self.site.name}: its factors are {value.dtype} of rank {value.rank}, "
-                f"and "
-                f"{self.table.dtype} of a rank of at most {self.table.rank} was prepared for",
+                f"and {self.table.dtype} of a rank of at most {self.table.rank} was prepared for",
                 "detach, attach the tree again, and prepare it before the base is compiled",
             )
         found = []

@@ -80,8 +80,7 @@ def block_weights(numbers: Sequence[float], adapter: Adapter) -> dict[str, float
         some = min(adapter.module_names, default="none")
         raise SpecError(
             "block weights: no module of the adapter lies in a block of a Stable Diffusion UNet; "
-            "one "
-            f"of its names: {some}",
+            f"one of its names: {some}",
             "write patterns on its own names instead: {'*.to_q': 0.5}",
         )
     return dict(weight.patterns)

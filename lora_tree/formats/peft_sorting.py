@@ -129,7 +129,7 @@ class SortedKeys:
                 raise FormatError(
                     f"{self.where}: {shown} is a whole weight, and the config names no "
                     "modules_to_save that it belongs to",
-                    f'name it there, where it is meant: "modules_to_save": '
+                    'name it there, where it is meant: "modules_to_save": '
                     f'["{name.rpartition(".")[0]}"] in {self.config.where}',
                 )
             hint = "; adapter_config.json has bias = 'none'" if kind == "bias" else ""

@@ -227,7 +227,7 @@ def _refuse_unseen(
     what = "pushed by somebody else since" if seen else "of a tree that this folder has not seen"
     raise HubError(
         f"{client.repository}@{branch}: {listing(unseen)}: {what}",
-        f"pull it into another folder and bring your changes there: lora-tree pull "
+        "pull it into another folder and bring your changes there: lora-tree pull "
         f"{client.repository} other; or push to a branch: --branch NAME",
         "--force replaces it; the repository's history keeps it",
     )
