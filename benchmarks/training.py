@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import lora_tree as lt
+from lora_tree.errors import plural
 
 from .common import Case, Result, interleaved
 from .memory import keep_memory, peak_bytes
@@ -74,7 +75,8 @@ def joint(size: Size, dtype: torch.dtype, device: torch.device) -> list[Result]:
                 step(part)
 
         what = (
-            f"a step of {LEAVES} leaves, {rows} rows each, {tokens} tokens a row; "
+            f"a step of {LEAVES} leaves, {plural(rows, 'row')} each, "
+            f"{plural(tokens, 'token')} a row; "
             f"{size}, {str(dtype)[6:]} base"
         )
         what += ", memory kept" * kept

@@ -358,6 +358,26 @@ def test_a_text_over_several_lines_is_cut_where_a_line_ends(source: Path) -> Non
         raise AssertionError(f"{source.relative_to(ROOT)}:{line}: a piece of a text: {reason}")
 
 
+COUNTED = re.compile(r" (?:[\w-]+ )?(?!has |is |was |this |does )\w+s\b")
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: str(source.relative_to(PACKAGE)))
+def test_a_length_and_its_noun_are_put_together_by_plural(source: Path) -> None:
+    """A message with ``{len(nodes)} nodes`` says "1 nodes" on the day that there is one."""
+    for text in ast.walk(ast.parse(source.read_text())):
+        if not isinstance(text, ast.JoinedStr):
+            continue
+        for one, other in itertools.pairwise(text.values):
+            if not isinstance(one, ast.FormattedValue) or not isinstance(other, ast.Constant):
+                continue
+            is_length = ast.unparse(one.value).startswith("len(")
+            noun = COUNTED.match(str(other.value))
+            assert not (is_length and noun), (
+                f"{source.relative_to(ROOT)}:{one.lineno}: {ast.unparse(one.value)}{noun[0]}: "  # type: ignore[index]
+                "use errors.plural"
+            )
+
+
 # ---------------------------------------------------------------------- data, not code
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: str(source.relative_to(PACKAGE)))
 def test_data_is_never_code(source: Path) -> None:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from ..errors import MergedOnly, SpecError, StateError
+from ..errors import MergedOnly, SpecError, StateError, agreeing
 from ..lowrank import LowRank, stacked
 from ..sites import Site
 from ..tree import AdapterTree
@@ -341,9 +341,9 @@ class _Fixed:
         rank = sum(term.value.rank for term in terms)
         if rank > self.max_rank:
             nodes = ", ".join(term.node for term in terms)
+            have = agreeing(len(terms), f"has rank {rank}", f"have rank {rank} together")
             raise StateError(
-                f"{self.site.name}: {nodes} have rank {rank} together, and {self.max_rank} was "
-                "prepared for",
+                f"{self.site.name}: {nodes} {have}, and {self.max_rank} was prepared for",
                 f"prepare(max_rank={rank}) or more, after attaching anew; or route fewer paths at "
                 "a time",
             )

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..adapter import Adapter
-from ..errors import SpecError
+from ..errors import SpecError, plural
 from ..weights import ModuleWeights, as_weight, check_finite, weight_within
 
 __all__ = ["block_weights"]
@@ -66,8 +66,8 @@ def block_weights(numbers: Sequence[float], adapter: Adapter) -> dict[str, float
     """
     if len(numbers) not in BLOCKS:
         raise SpecError(
-            f"block weights: got {len(numbers)} numbers, expected 12 or 20 (SDXL), or 17 or 26 "
-            "(Stable Diffusion 1.5)",
+            f"block weights: got {plural(len(numbers), 'number')}, expected 12 or 20 (SDXL), or "
+            "17 or 26 (Stable Diffusion 1.5)",
             "the first is BASE, for the text encoders",
         )
     found: dict[str, float] = {}
