@@ -428,6 +428,7 @@ def _training(shape: Shape, size: Size) -> list[Result]:
         replace(size, layers=min(shape.layers, 2), repeats=min(size.repeats, 7)),
         DTYPE,
         torch.device("cuda"),
+        for_gpu=True,
     )
 
 
