@@ -24,6 +24,7 @@ import lora_tree as lt
 from lora_tree.engine.batch import Batch
 from lora_tree.engine.forms import FORMS, SumForm, form_for
 from lora_tree.engine.owed import Owed
+from lora_tree.errors import plural
 from lora_tree.sites import find_site
 
 __all__ = ["FormTimes", "measured"]
@@ -100,7 +101,8 @@ def measured(batch: tuple[int, int, int, int], shape: tuple[int, int], seconds: 
             forms[name].add(target, x, spare=True)
             rounds[name].append(time.process_time() - start)
     timed = {name: quantiles(took, n=10)[0] for name, took in rounds.items()}
-    title = f"{rows} rows over {paths} paths, {tokens} tokens a row, {into} → {out}"
+    a_row = f"{plural(tokens, 'token')} a row"
+    title = f"{rows} rows over {paths} paths, {a_row}, {into} → {out}"
     return FormTimes(title, timed, laid_out)
 
 

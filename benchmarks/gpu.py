@@ -29,6 +29,7 @@ from torch import Tensor
 import lora_tree as lt
 from lora_tree.engine.forms import Strategy
 from lora_tree.engine.kernels import routes
+from lora_tree.errors import plural
 from lora_tree.formats.peft import WEIGHTS
 
 from .by_polylora import is_installed, with_polylora
@@ -292,7 +293,10 @@ def _routed(shape: Shape, size: Size) -> list[Result]:
         cases["another batch each time"] = Case(another, stage.leave)
         cases["a batch used before"] = Case(again, used_before)
         layers = f"(1 → {MIDDLE} → {paths} nodes)"
-        what = f"{len(order)} rows over {paths} paths {layers}, {tokens} tokens a row; {size}, bf16"
+        what = (
+            f"{len(order)} rows over {paths} paths {layers}, {plural(tokens, 'token')} a row; "
+            f"{size}, bf16"
+        )
         result = Result(what, interleaved(cases, min(size.repeats, 7)))
         stage.leave()
         bare = result.timings["bare"].ms
@@ -424,6 +428,7 @@ def _training(shape: Shape, size: Size) -> list[Result]:
         replace(size, layers=min(shape.layers, 2), repeats=min(size.repeats, 7)),
         DTYPE,
         torch.device("cuda"),
+        for_gpu=True,
     )
 
 

@@ -16,6 +16,7 @@ import torch
 
 import lora_tree as lt
 from lora_tree.engine.forms import Strategy
+from lora_tree.errors import plural
 
 from .common import Case, Result, Stage, interleaved
 from .setting import adapter, base, name_in_peft, with_peft
@@ -110,8 +111,8 @@ def _one(
     cases["auto, another batch each time"] = Case(new_batch, stage.leave)
     cases["PEFT"] = Case(lambda: theirs(input_ids=ids, use_cache=False, adapter_names=named))
     what = (
-        f"{rows} rows over {paths} paths (1 → {middle} → {paths}), {tokens} tokens a row; "
-        f"{size}, fp32"
+        f"{rows} rows over {paths} paths (1 → {middle} → {paths}), "
+        f"{plural(tokens, 'token')} a row; {size}, fp32"
     )
     result = Result(what, interleaved(cases, size.repeats))
     stage.leave()

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .carried import is_own
-from .errors import BaseMismatch, LoraTreeError, SpecError
+from .errors import BaseMismatch, LoraTreeError, SpecError, plural
 from .given import unchecked
 from .lowrank import LowRank
 from .lowrank.cast import cast, differs
@@ -196,8 +196,9 @@ class Adapter:
 
     def __repr__(self) -> str:
         ranks = "/".join(map(str, sorted(set(self.ranks.values()))))
-        overrides = f", {len(self.overrides)} overrides" if self.overrides else ""
-        return f"Adapter({len(self)} modules, r={ranks or '-'}{overrides}, base={self.base!r})"
+        overrides = f", {plural(len(self.overrides), 'override')}" if self.overrides else ""
+        modules = plural(len(self), "module")
+        return f"Adapter({modules}, r={ranks or '-'}{overrides}, base={self.base!r})"
 
     # ------------------------------------------------------------------ copies
     def __reduce__(self) -> tuple[type[Adapter], tuple[Any, ...]]:

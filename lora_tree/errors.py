@@ -58,6 +58,13 @@ __all__ = [
     "UnlockedError",
     "UnmergedOnly",
     "UnsupportedAdapter",
+    "agreeing",
+    "listing",
+    "nearest",
+    "plural",
+    "printable",
+    "suggest",
+    "suggest_path",
 ]
 
 MOST_CHARACTERS = 4000
@@ -96,7 +103,7 @@ def _line(text: str) -> str:
     if len(text) > MOST_CHARACTERS:
         # In the middle: the place stands at the beginning, got and expected at the end.
         half = MOST_CHARACTERS // 2
-        text = f"{text[:half]}… ({len(text):,} characters) …{text[-half:]}"
+        text = f"{text[:half]}… ({plural(len(text), 'character')}) …{text[-half:]}"
     return printable(text)
 
 
@@ -266,6 +273,25 @@ def suggest_path(path: str, known: Iterable[str]) -> str:
     if not meant:
         return ""
     return f"; did you mean {' or '.join(repr(found) for found in meant[:_MOST_MEANT])}?"
+
+
+def plural(count: int, one: str, many: str | None = None) -> str:
+    """Return a count with its noun, for a message.
+
+    Args:
+        count: thousands are set apart by commas.
+        one: the noun for one; other words may stand before or after it.
+        many: the same for other counts; None: ``one`` with an s.
+
+    >>> plural(1, "row"), plural(1200, "held-back row"), plural(0, "leaf", "leaves")
+    ('1 row', '1,200 held-back rows', '0 leaves')
+    """
+    return f"{count:,} {agreeing(count, one, many or f'{one}s')}"
+
+
+def agreeing(count: int, one: str, many: str) -> str:
+    """Return the form of a word that agrees with a count: ``was`` or ``were``."""
+    return one if count == 1 else many
 
 
 def listing(names: Iterable[str], *, most: int = 8) -> str:

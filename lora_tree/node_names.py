@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 
-from .errors import PathError
+from .errors import PathError, plural
 
 __all__ = ["MAX_DEPTH", "NAME", "check_name", "check_path", "is_pattern"]
 
@@ -80,7 +80,7 @@ def check_path(path: str) -> tuple[str, ...]:
     names = tuple(path.split("/")) if path else ()
     if len(names) > MAX_DEPTH:
         raise PathError(
-            f"{path[:60]}…: {len(names)} levels deep, the most is {MAX_DEPTH}",
+            f"{path[:60]}…: {plural(len(names), 'level')} deep, the most is {MAX_DEPTH}",
             "put nodes that only group others together: a level costs nothing but its name",
         )
     for name in names:

@@ -23,7 +23,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from .errors import FormatError, LoraTreeWarning, ShapeMismatch, SpecError, listing
+from .errors import FormatError, LoraTreeWarning, ShapeMismatch, SpecError, listing, plural
 from .given import unchecked
 from .lowrank import EMBEDDING, LowRank
 
@@ -78,7 +78,8 @@ class Override:
             raise SpecError(f"an override's rows: expected each row once, got {rows!r:.80}")
         if self.values.shape[:1] != (len(rows),):
             raise ShapeMismatch(
-                f"an override of {len(rows)} rows, and its values are {tuple(self.values.shape)}"
+                f"an override of {plural(len(rows), 'row')}, "
+                f"and its values are {tuple(self.values.shape)}"
             )
 
     @property
@@ -145,7 +146,7 @@ class Override:
     def __repr__(self) -> str:
         shape = "×".join(map(str, self.values.shape))
         dtype = str(self.values.dtype).removeprefix("torch.")
-        rows = "" if self.rows is None else f", {len(self.rows)} rows"
+        rows = "" if self.rows is None else f", {plural(len(self.rows), 'row')}"
         return f"Override({shape}{rows}, {dtype})"
 
 

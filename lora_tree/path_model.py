@@ -166,8 +166,7 @@ class PathModel(AnswersForBase):
         if not torch.equal(state.cpu(), self.get_extra_state()):
             raise StateError(
                 f"{spelled(self.path) or 'the bare base'}: this state_dict is of a path whose "
-                f"frozen "
-                "nodes have other contents",
+                "frozen nodes have other contents",
                 "load it over the tree that it was trained on",
             )
 

@@ -44,6 +44,7 @@ from .weights import as_weight
 __all__ = [
     "FORMAT",
     "CacheSpec",
+    "FormatVersion",
     "HistorySpec",
     "LoraSpec",
     "NodeSpec",
@@ -311,7 +312,7 @@ class HistorySpec(StrictModel):
     )
     versions_budget: Size | None = Field(
         default=None,
-        description=f"bytes that all of them may take: a number, or 8GiB; "
+        description="bytes that all of them may take: a number, or 8GiB; "
         f"{VERSIONS_BUDGET} if absent",
     )
 

@@ -31,6 +31,7 @@ __all__ = [
     "Storage",
     "Unhashed",
     "Witness",
+    "as_path",
     "install",
     "install_names",
     "names_of",

@@ -24,7 +24,7 @@ from .adapter import Adapter
 from .attached_models import AttachedModel, AttachedModels
 from .blend import Blend, depth_first, parse_blend
 from .combining import weighed_terms
-from .errors import LoraTreeError, PathError, SpecError, TreeError, listing, suggest_path
+from .errors import LoraTreeError, PathError, SpecError, TreeError, listing, plural, suggest_path
 from .flattening import NodeTerms, flattened, resolved
 from .given import check_iterable
 from .lowrank import LowRank
@@ -101,7 +101,7 @@ class AdapterTree:
         return node
 
     def __repr__(self) -> str:
-        return f"AdapterTree({len(self)} nodes, base={self.base!r})"
+        return f"AdapterTree({plural(len(self), 'node')}, base={self.base!r})"
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state for a copy or a pickle, to which no model is attached."""

@@ -219,6 +219,6 @@ def test_the_command_writes_the_adapter_and_tells_the_errors(tmp_path: Path, she
     assert not (tmp_path / "out").exists()
     code, out, err = shell(*said, "--ignore", "--per-module")
     assert code == 0, err
-    assert "1 modules, r=2" in out
+    assert "1 module, r=2" in out
     assert f"left behind: {NORM}" in out
     assert lt.Adapter.load(tmp_path / "out").ranks == {Q: 2}

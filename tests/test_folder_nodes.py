@@ -364,7 +364,7 @@ def test_broken_folders_do_not_hide_the_others(tmp_path: Path) -> None:
         lt.load(tmp_path)
     assert str(caught.value).splitlines()[-1] == (
         f"  to go on without them: lora_tree.load({str(tmp_path)!r}, skip_broken=True), or "
-        f"--skip-broken of eval, explore, export, generate, init and similar"
+        "--skip-broken of eval, explore, export, generate, init and similar"
     )
     assert (
         str(caught.value).splitlines()[-2]

@@ -5,8 +5,11 @@ laws have tests.
 from __future__ import annotations
 
 import ast
+import contextlib
+import functools
 import importlib
 import importlib.metadata
+import itertools
 import re
 import subprocess
 import sys
@@ -152,8 +155,8 @@ def test_imports_point_inward(source: Path) -> None:
             theirs = parts[1] if len(parts) > 1 else "__init__"
             outward = theirs not in allowed and not (theirs == "__init__" and ring == "edges")
             assert not outward, (
-                f"{source.relative_to(ROOT)}:{line}: {mine} imports {theirs}, which lies further "
-                f"out"
+                f"{source.relative_to(ROOT)}:{line}: {mine} imports {theirs}, "
+                "which lies further out"
             )
 
 
@@ -242,6 +245,60 @@ def test_every_all_is_sorted_and_true(source: Path) -> None:
     assert not [name for name in names if not hasattr(module, name)]
 
 
+@functools.cache
+def declared_in(module: str) -> set[str]:
+    """The names in a module's ``__all__``, without importing it."""
+    names: set[str] = set()
+    for node in ast.parse(MODULES[module].read_text()).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            with contextlib.suppress(ValueError):  # the map's is put together from its rooms
+                names.update(ast.literal_eval(node.value))
+    return names
+
+
+def taken_from_others(source: Path) -> Iterator[tuple[str, str, int]]:
+    """Yield (module, name, line) of everything that a file takes from other modules of the package:
+    ``from .disk import copy``, and ``disk.copy`` after ``from . import disk``.
+    """
+    tree = ast.parse(source.read_text())
+    bound: dict[str, str] = {}
+    here = source.relative_to(ROOT).parent.parts
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        start = here[: len(here) - node.level + 1] if node.level else ()
+        module = ".".join([*start, *(node.module or "").split(".")]).rstrip(".")
+        for alias in node.names:
+            whole = f"{module}.{alias.name}"
+            if whole in MODULES:
+                bound[alias.asname or alias.name] = whole
+            elif module in MODULES and alias.name != "*":
+                yield module, alias.name, node.lineno
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            module = bound.get(node.value.id, "")
+            if module and f"{module}.{node.attr}" not in MODULES:
+                yield module, node.attr, node.lineno
+
+
+MODULES = {
+    ".".join(source.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): source
+    for source in SOURCES
+}
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: str(source.relative_to(PACKAGE)))
+def test_what_other_modules_take_is_in_all(source: Path) -> None:
+    """A reader sees from ``__all__`` which names of a module others depend on."""
+    for module, name, line in taken_from_others(source):
+        is_declared = name.startswith("__") or name in declared_in(module)
+        where = MODULES[module].relative_to(ROOT)
+        assert is_declared, (
+            f"{source.relative_to(ROOT)}:{line}: takes {name} from {where}, "
+            "which does not have it in __all__"
+        )
+
+
 # ---------------------------------------------------------------------- one name, one idea
 def names_of(source: Path) -> Iterator[str]:
     """Yield the names of a file's classes, also of private ones, and of its public functions."""
@@ -262,6 +319,63 @@ def test_no_two_classes_or_public_functions_share_a_name() -> None:
             files.setdefault(name, []).append(str(source.relative_to(PACKAGE)))
     shared = {name: where for name, where in files.items() if len(where) > 1}
     assert not shared, "\n".join(f"{name}: {', '.join(shared[name])}" for name in sorted(shared))
+
+
+# ---------------------------------------------------------------------- texts in pieces
+PIECE = re.compile(r"""(\s*(?:\w+ ?= ?|return )?)(f?)(["'])((?:(?!\3)[^\\]|\\.)*)\3(,?)""")
+SHORT = 20
+
+
+def odd_pieces(lines: list[str]) -> Iterator[tuple[int, str]]:
+    """Yield (line, reason) for a text that goes on over several lines, and is cut oddly."""
+    found = [PIECE.fullmatch(line) for line in lines]
+    for number, (one, other) in enumerate(itertools.pairwise(found), start=1):
+        if one is None or other is None or one[5] or other[1].strip():
+            continue
+        for line, piece in ((number, one), (number + 1, other)):
+            if piece[2] and "{" not in piece[4].replace("{{", ""):
+                yield line, "marked f, and has no placeholder"
+        joined = len("".join(one.groups()[:4])) + len("".join(other.groups()[3:])) + 1
+        is_line = one[4].endswith(r"\n")  # of several, as a program or a file has them
+        if min(len(one[4]), len(other[4])) < SHORT and joined <= 100 and not is_line:
+            yield number, "it and the next piece have room in one line"
+
+
+def test_an_odd_piece_is_found() -> None:
+    text = """
+        f"{node}: an override has no buffer in a prepared model, "
+        f"which "
+        "holds increments alone",
+    """
+    assert {line for line, _ in odd_pieces(text.splitlines())} == {2, 3}
+    mended = text.replace('f"which "\n        "holds', '"which holds')
+    assert not list(odd_pieces(mended.splitlines()))
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: str(source.relative_to(PACKAGE)))
+def test_a_text_over_several_lines_is_cut_where_a_line_ends(source: Path) -> None:
+    for line, reason in odd_pieces(source.read_text().splitlines()):
+        raise AssertionError(f"{source.relative_to(ROOT)}:{line}: a piece of a text: {reason}")
+
+
+COUNTED = re.compile(r" (?:[\w-]+ )?(?!has |is |was |this |does )\w+s\b")
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: str(source.relative_to(PACKAGE)))
+def test_a_length_and_its_noun_are_put_together_by_plural(source: Path) -> None:
+    """A message with ``{len(nodes)} nodes`` says "1 nodes" on the day that there is one."""
+    for text in ast.walk(ast.parse(source.read_text())):
+        if not isinstance(text, ast.JoinedStr):
+            continue
+        for one, other in itertools.pairwise(text.values):
+            if not isinstance(one, ast.FormattedValue) or not isinstance(other, ast.Constant):
+                continue
+            is_length = ast.unparse(one.value).startswith("len(")
+            noun = COUNTED.match(str(other.value))
+            assert not (is_length and noun), (
+                f"{source.relative_to(ROOT)}:{one.lineno}: {ast.unparse(one.value)}{noun[0]}: "  # type: ignore[index]
+                "use errors.plural"
+            )
 
 
 # ---------------------------------------------------------------------- data, not code

@@ -896,7 +896,8 @@ def test_files_over_their_limits_are_refused_by_their_size(tmp_path: Path) -> No
     for name, most in (("tree.lock", limits.LOCK_BYTES), ("tree.yaml", limits.YAML_BYTES)):
         whole = (tmp_path / name).read_bytes()
         os.truncate(tmp_path / name, most + 1)
-        with pytest.raises(LoraTreeError, match=rf"{name}: {most + 1} bytes; the most is {most}"):
+        told = rf"{name}: {most + 1:,} bytes; the most is {most:,}"
+        with pytest.raises(LoraTreeError, match=told):
             lt.load(tmp_path)
         (tmp_path / name).write_bytes(whole)
     os.truncate(tmp_path / "fr" / CONFIG, limits.CONFIG_BYTES + 1)

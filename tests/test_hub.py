@@ -21,10 +21,11 @@ from zoo import CONFIG, WEIGHTS, adapter, listing, nested, opened, value, write
 
 import lora_tree as lt
 from lora_tree.errors import FolderError, HubError, LoraTreeError, SpecError, UnlockedError
+from lora_tree.export.checkpoint import base_folder
 from lora_tree.folder import disk
 
 pytest.importorskip("huggingface_hub", reason="an extra of its own")
-from huggingface_hub import constants
+from huggingface_hub import constants, hf_hub_download
 
 pytestmark = pytest.mark.filterwarnings(
     # of huggingface_hub's own upload, which httpx would rather have otherwise
@@ -504,6 +505,57 @@ def test_without_the_hub_the_cache_answers(
     pull(tmp_path / "four")
     with pytest.raises(HubError, match=r"http://127\.0\.0\.1:9 does not answer"):
         push(zoo)
+
+
+def test_a_pull_of_what_the_cache_has_in_part_names_what_it_lacks(
+    hub: LoopbackHub, zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push(zoo)
+    pull(tmp_path / "one", dry_run=True)  # fetches tree.yaml and tree.lock
+    hf_hub_download("org/zoo", f"fr/{CONFIG}")
+    for name in (CONFIG, WEIGHTS):
+        hf_hub_download("org/zoo", f"grp/x/{name}")
+    with monkeypatch.context() as offline:
+        offline.setattr(constants, "HF_HUB_OFFLINE", True)
+        for dry_run in (False, True):
+            with pytest.raises(HubError) as error:
+                pull(tmp_path / "one", dry_run=dry_run)
+            assert "is not whole in the cache" in str(error.value)
+            assert "it lacks fr, fr/legal, fr/medical\n" in str(error.value)
+        assert not (tmp_path / "one").exists()
+    pull(tmp_path / "one")
+    assert without_origin(tmp_path / "one") == without_origin(zoo)
+
+
+def test_a_base_that_the_cache_has_in_part_is_told_from_one_without_weights(
+    hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    write(tmp_path / "base/config.json", "{}")
+    write(tmp_path / "base/model.safetensors.index.json", json.dumps(index))
+    for shard in index["weight_map"].values():
+        write(tmp_path / "base" / shard, "numbers")
+    hub.repo("org/base", tmp_path / "base")
+
+    def lacking() -> str:
+        with pytest.raises(SpecError, match="org/base: not whole in the hub's cache") as error:
+            base_folder(lt.AdapterTree(), "org/base")
+        assert "fetch it once where the hub answers" in str(error.value)
+        return str(error.value)
+
+    hf_hub_download("org/base", "config.json")
+    with monkeypatch.context() as offline:
+        offline.setattr(constants, "HF_HUB_OFFLINE", True)
+        assert "lacks model.safetensors;" in lacking()
+    for name in ("model.safetensors.index.json", "model-2.safetensors"):
+        hf_hub_download("org/base", name)
+    with monkeypatch.context() as offline:
+        offline.setattr(constants, "HF_HUB_OFFLINE", True)
+        assert "lacks model-1.safetensors;" in lacking()
+    online = base_folder(lt.AdapterTree(), "org/base")
+    with monkeypatch.context() as offline:
+        offline.setattr(constants, "HF_HUB_OFFLINE", True)
+        assert base_folder(lt.AdapterTree(), "org/base") == online
 
 
 def test_a_hub_that_breaks_leaves_nothing(hub: LoopbackHub, zoo: Path, tmp_path: Path) -> None:

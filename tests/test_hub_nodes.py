@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -29,7 +29,7 @@ from lora_tree.folder.hub_name import parse_hub_name
 from lora_tree.integrations import hub_client
 
 pytest.importorskip("huggingface_hub", reason="an extra of its own")
-from huggingface_hub import constants
+from huggingface_hub import constants, hf_hub_download
 
 
 @pytest.fixture
@@ -260,10 +260,87 @@ def test_without_the_hub_what_was_fetched_is_used(
     lt.lock(zoo)
     (zoo / "tree.lock").unlink()
     assert same(lt.load(zoo).adapter("fr"), adapter(1))
+    assert lt.load(zoo).paths() == ["fr", "ink", "legal", "soft"]
     shutil.rmtree(tmp_path / "home")
     assert "HF_HUB_OFFLINE is set" in refused(zoo, FormatError)
     with pytest.raises(HubError, match="HF_HUB_OFFLINE is set"):
         lt.Adapter.load("hub:org/one")
+
+
+def test_what_the_cache_has_in_part_is_fetched(
+    hub: LoopbackHub, zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a PeftConfig.from_pretrained leaves it, or a download that was interrupted."""
+    write(zoo / "tree.yaml", "version: 1\ntree: {fr: {adapter: hub:org/one}}\n")
+    lt.lock(zoo)
+    head = hub.repos["org/one"].branches["main"]
+    talking_to(hub, tmp_path / "another-home", monkeypatch)
+    hf_hub_download("org/one", CONFIG, revision=head)
+    with monkeypatch.context() as offline:
+        offline.setattr(constants, "HF_HUB_OFFLINE", True)
+        text = refused(zoo, FormatError)
+        assert f"org/one: {head} is not whole in the cache" in text
+        assert "and HF_HUB_OFFLINE is set" in text
+        assert f"it lacks {WEIGHTS}\n" in text
+        assert "half an adapter" not in text
+    # The hub refuses to list the commit: its reason is told, not that the cache has half of it.
+    hub.broken = {"GET /api/models/org/one": 400}
+    assert "org/one: the hub answered 400" in refused(zoo, FormatError)
+    hub.broken = {}
+    assert same(lt.load(zoo).adapter("fr"), adapter(1))
+    assert lt.check(zoo) == []
+
+
+def test_an_adapter_that_is_half_on_the_hub_is_refused_as_in_a_folder(
+    hub: LoopbackHub, tmp_path: Path
+) -> None:
+    adapter(1).save(tmp_path / "half")
+    (tmp_path / "half" / WEIGHTS).unlink()
+    hub.repo("org/half", tmp_path / "half")
+    with pytest.raises(FormatError, match=f"half an adapter: {CONFIG} without {WEIGHTS}"):
+        lt.Adapter.load("hub:org/half")
+
+
+@pytest.mark.parametrize(
+    ("choices", "there", "whole"),
+    [
+        ([["a", "b"], ["a", "c"], ["d"]], "ab", True),
+        ([["a", "b"], ["a", "c"], ["d"]], "ac", True),
+        ([["a", "b"], ["a", "c"], ["d"]], "d", True),
+        ([["a", "b"], ["a", "c"], ["d"]], "abcd", True),
+        # The cache may lack the other half of a choice that counts for more.
+        ([["a", "b"], ["a", "c"], ["d"]], "ad", False),
+        ([["a", "b"], ["c"]], "bc", False),
+        ([["a", "b"], ["a", "c"], ["d"]], "a", False),
+        ([["a", "b"], ["a", "c"], ["d"]], "b", False),
+        ([["a", "b"], ["a", "c"], ["d"]], "", False),
+        ([["sub/a", "sub/b"]], ["sub/a", "sub/b"], True),
+        ([["sub/a", "sub/b"]], ["sub/a", "b"], False),
+        ([[]], "a", False),
+    ],
+)
+def test_the_cache_answers_only_for_what_is_whole(
+    choices: list[list[str]],
+    there: Sequence[str],
+    whole: bool,
+    hub: LoopbackHub,
+    tmp_path: Path,
+) -> None:
+    for name in "abcd":
+        write(tmp_path / "any" / name, name)
+        write(tmp_path / "any/sub" / name, name)
+    repo = hub.repo("org/any", tmp_path / "any")
+    commit = repo.branches["main"]
+    for name in there:
+        hf_hub_download("org/any", name)
+    client = hub_client.HubClient("org/any", what="a test")
+    for revision in ("main", commit):
+        found = client.cached(revision, choices)
+        assert (found is not None) == (whole and bool(there))
+        if found is not None:
+            assert found.commit == commit
+            assert (found.folder / there[0]).is_file()
+    assert client.cached("0" * 40, choices) is None
 
 
 def test_the_add_command_takes_one(

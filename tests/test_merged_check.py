@@ -292,7 +292,7 @@ def test_one_row_that_differs_is_found(tmp_path: Path, dtype: torch.dtype) -> No
     found = place.check()
     (other,) = [tensor for tensor in found.tensors if tensor.verdict == "other"]
     assert other.name == "model.layers.0.self_attn.q_proj.weight"
-    assert found.guess.startswith("the path, but 1 tensors hold something else: model.layers.0")
+    assert found.guess.startswith("the path, but 1 tensor holds something else: model.layers.0")
 
 
 def test_what_the_path_does_not_touch_is_compared_too(tmp_path: Path) -> None:
@@ -303,7 +303,7 @@ def test_what_the_path_does_not_touch_is_compared_too(tmp_path: Path) -> None:
     (other,) = [tensor for tensor in found.tensors if tensor.verdict == "other"]
     assert (other.name, other.said) == ("model.norm.weight", "the path does not change it")
     assert other.error == pytest.approx(0.5)
-    assert found.guess == "the path; 1 tensors beside its weights differ: model.norm.weight"
+    assert found.guess == "the path; 1 tensor beside its weights differs: model.norm.weight"
 
 
 def test_a_checkpoint_that_is_none_is_refused(tmp_path: Path) -> None:

@@ -201,7 +201,7 @@ def test_what_can_t_be_merged_is_refused() -> None:
         lt.merge([x], space="dense")
     with pytest.raises(SpecError, match="takes a list of adapters"):
         lt.merge([])
-    with pytest.raises(SpecError, match="1 adapters, but 2 weights"):
+    with pytest.raises(SpecError, match="1 adapter, but 2 weights"):
         lt.merge([x], [1.0, 2.0])
     with pytest.raises(ShapeMismatch, match="a and b: q"):
         lt.merge([x, y], names=["a", "b"])

@@ -208,7 +208,7 @@ def test_the_command_line_writes_it(tmp_path: Path, capsys: pytest.CaptureFixtur
     code, out, _ = Shell(capsys)(
         "export", tmp_path / "zoo", "fr", "--as", "mlx", "--out", tmp_path / "x"
     )
-    assert (code, "1 modules" in out) == (0, True)
+    assert (code, "1 module," in out) == (0, True)
     assert recognise(tmp_path / "x").kind == "mlx"
 
 

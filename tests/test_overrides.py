@@ -204,7 +204,7 @@ def test_a_config_that_does_not_fit_the_file_is_refused(
 def test_rows_that_the_config_does_not_count_are_refused(tmp_path: Path) -> None:
     config = LoraConfig(target_modules=["q_proj"], trainable_token_indices=[4, 1])
     folder = trained_by_peft(causal(), config, tmp_path)
-    for said, text in (([4], "1 rows for model.embed_tokens, whose .* has 2"), (None, "no rows")):
+    for said, text in (([4], "1 row for model.embed_tokens, whose .* has 2"), (None, "no rows")):
         edited(folder, trainable_token_indices=said)
         with pytest.raises(FormatError, match=text):
             lt.Adapter.load(folder)

@@ -246,7 +246,7 @@ def test_colours_are_for_terminals_alone(zoo: Path, capsys: pytest.CaptureFixtur
     assert "\x1b" not in out
     assert "1 broken" in out
     (row,) = (line for line in out.splitlines() if "── medical" in line)
-    assert "unlocked: adapter_model.safetensors has 1 bytes" in row
+    assert "unlocked: adapter_model.safetensors has 1 byte," in row
 
 
 # ---------------------------------------------------------------------- stale

@@ -768,7 +768,7 @@ def test_blends_that_differ_in_the_last_bit_have_losses_and_counts_of_their_own(
 
 def test_losses_that_make_no_sense_are_refused() -> None:
     logits, labels = torch.zeros(2, 3, 4), torch.zeros(2, 3, dtype=torch.int64)
-    with pytest.raises(SpecError, match="1 paths do not fit together"):
+    with pytest.raises(SpecError, match="1 path do not fit together"):
         lt.path_loss(logits, labels, ["a"])
     with pytest.raises(SpecError, match="'b' has rows here and no count"):
         lt.path_loss(logits, labels, ["a", "b"], counts={"a": 2})
@@ -776,7 +776,7 @@ def test_losses_that_make_no_sense_are_refused() -> None:
         SpecError, match="weights name 'x', which is no path of this step, nor is another"
     ):
         lt.path_loss(logits, labels, ["a", "b"], weights={"x": 2.0}, counts={"a": 2, "b": 2})
-    with pytest.raises(SpecError, match="labels of 2 rows, and 1 paths"):
+    with pytest.raises(SpecError, match="labels of 2 rows, and 1 path"):
         lt.token_counts(lt.AdapterTree(), [(labels, ["a"])])
 
 

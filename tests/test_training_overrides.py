@@ -338,3 +338,88 @@ def test_the_commands_train_tell_and_export_overrides(
     merged = load_file(tmp_path / "merged" / "model.safetensors")
     override = lt.Adapter.load(zoo / "fr" / "legal").overrides["lm_head.weight"]
     assert torch.equal(merged["lm_head.weight"], override.values)
+
+
+# ---------------------------------------------------------------------- frozen inside of a block
+def frozen_inside() -> tuple[lt.TreeModel, Tensor]:
+    """A head alone, a head with increments of its own, and a node beside them; and inputs that
+    have gradients."""
+    base = llama()
+    tree = lt.AdapterTree()
+    shape = base.score.weight.shape
+    low = lt.LowRank(torch.randn(2, shape[1]), torch.randn(shape[0], 2))
+    override = lt.Override(torch.randn(shape))
+    tree.add("head", adapter=lt.Adapter({}, overrides={"score.weight": override}))
+    tree.add("both", adapter=lt.Adapter({"score": low}, overrides={"score.weight": override}))
+    tree.add("x", r=2, target_modules=["q_proj"])
+    inputs = base.get_input_embeddings()(IDS).detach().requires_grad_()
+    return lt.attach(tree, base), inputs
+
+
+def test_a_head_that_was_frozen_inside_of_a_block_is_not_taken_for_one_that_trains() -> None:
+    model, inputs = frozen_inside()
+    model.trainable("head")
+    model.activate("head", mode="unmerged")
+    before = model._stage.current
+    assert before.beside.training == {"score": ["head"]}
+    with model.using("x", mode="unmerged"):
+        pass
+    assert model._stage.current is before, "nothing has changed, so nothing is composed again"
+    with model.using("x", mode="unmerged"):
+        model.trainable("x")
+    assert model._stage.current.beside.training == {}
+    model.base(inputs_embeds=inputs, use_cache=False).logits.sum().backward()
+    assert model._stage.beside.reached == set()
+    with model.using("x", mode="unmerged"):
+        model.trainable("head")
+    assert model._stage.current.beside.training == {"score": ["head"]}
+
+
+@pytest.mark.filterwarnings("ignore::lora_tree.OverrideWarning")
+@pytest.mark.parametrize("frozen", ["override", "increments"])
+def test_an_override_and_increments_at_one_site_are_told_apart(frozen: str) -> None:
+    model, _ = frozen_inside()
+    model.trainable("both")
+    model.activate("both", mode="unmerged")
+    adapter = model.tree.adapter("both")
+    assert adapter is not None
+    override = adapter.overrides["score.weight"].values
+    increments = adapter.modules["score"]
+    tensors = [override] if frozen == "override" else [increments.A, increments.B]
+
+    def is_renewed(trains: bool) -> bool:
+        """Say whether the behaviour is another one after a block in which the flags are set."""
+        before = model._stage.current
+        with model.using("x", mode="unmerged"):
+            for tensor in tensors:
+                tensor.requires_grad_(trains)
+        return model._stage.current is not before
+
+    assert is_renewed(trains=False)
+    assert not is_renewed(trains=False)
+    assert is_renewed(trains=True)
+    assert not is_renewed(trains=True)
+
+
+@pytest.mark.parametrize("mode", ["merged", "unmerged"])
+def test_a_bias_that_was_written_to_inside_of_a_block_counts(mode: Any) -> None:
+    base = llama()
+    tree = lt.AdapterTree()
+    inner, outer = base.score.weight.shape[1], base.score.weight.shape[0]
+    for path in ("a", "a/b"):
+        low = lt.LowRank(torch.randn(2, inner), torch.randn(outer, 2), bias=torch.randn(outer))
+        tree.add(path, adapter=lt.Adapter({"score": low}))
+    tree.add("x", r=2, target_modules=["q_proj"])
+    base.score.bias = nn.Parameter(torch.zeros(outer))
+    model = lt.attach(tree, base)
+    model.trainable("a", "a/b")
+    model.trainable()
+    model.activate("a/b", mode=mode)
+    before = base(input_ids=IDS, use_cache=False).logits
+    adapter = tree.adapter("a/b")
+    assert adapter is not None
+    bias = adapter.modules["score"].bias
+    assert bias is not None
+    with model.using("x"), torch.no_grad():
+        bias.add_(1)
+    torch.testing.assert_close(base(input_ids=IDS, use_cache=False).logits, before + 1)

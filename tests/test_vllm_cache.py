@@ -163,7 +163,7 @@ def test_the_cache_never_holds_more_than_its_budget(zoo: Path, tmp_path: Path) -
     assert tight.get(*survey(zoo), "de").folder.is_dir()
     assert not first.folder.exists()
     assert len(there(tmp_path)) == 1
-    with pytest.raises(NoRoom, match=r"1 adapters that are in use"):
+    with pytest.raises(NoRoom, match=r"1 adapter that is in use takes"):
         tight.get(*survey(zoo), "fr/legal")
     assert not dropped  # it was used a moment ago
     time.sleep(0.3)

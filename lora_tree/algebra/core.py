@@ -21,7 +21,7 @@ from torch import Tensor
 from ..errors import SpecError
 from ..lowrank import LowRank, same_place
 
-__all__ = ["Joint", "angles", "effective_rank", "energy", "joint", "spectrum"]
+__all__ = ["Joint", "angles", "check_readable", "effective_rank", "energy", "joint", "spectrum"]
 
 _NEGLIGIBLE = 1e-6
 """Singular values below this fraction of the largest count as zero: fp32 rounds by as much."""

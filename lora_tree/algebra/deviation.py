@@ -23,7 +23,16 @@ from ..lowrank import LowRank
 from .arguments import check_adapter, check_factor_dtype
 from .core import joint
 
-__all__ = ["Deviation", "Shortening", "deviation", "measured"]
+__all__ = [
+    "Deviation",
+    "Shortening",
+    "call_named",
+    "deviation",
+    "length",
+    "measured",
+    "minus",
+    "norm",
+]
 
 T = TypeVar("T")
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..adapter import Adapter
 from ..combining import combine
-from ..errors import SpecError, listing
+from ..errors import SpecError, listing, plural
 from ..given import unchecked
 from ..lowrank import LowRank
 from ..tree import AdapterTree
@@ -36,7 +36,7 @@ from .elementwise import Method, check_method, merged
 from .replacing import refuse_overrides
 from .sums import added_up, aligned, check_spelling, less
 
-__all__ = ["Merged", "Space", "merge", "merge_paths"]
+__all__ = ["Merged", "Recipe", "Space", "merge", "merge_paths", "spread", "widest"]
 
 Space: TypeAlias = Literal["core", "knots", "dense"]
 SPACES = ("core", "knots", "dense")
@@ -294,5 +294,5 @@ def _checked(adapters: Sequence[Adapter], weights: Sequence[GivenWeight]) -> lis
     if strange or not adapters:
         raise SpecError(f"merge takes a list of adapters, got {adapters!r:.80}")
     if len(weights) != len(adapters):
-        raise SpecError(f"{len(adapters)} adapters, but {len(weights)} weights")
+        raise SpecError(f"{plural(len(adapters), 'adapter')}, but {plural(len(weights), 'weight')}")
     return [as_weight(weight, "weights: each") for weight in weights]

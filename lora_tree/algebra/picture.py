@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
+from ..errors import plural
 from ..svg import Picture
 
 __all__ = ["heat_map"]
@@ -44,7 +45,7 @@ def heat_map(names: Sequence[str], cosines: Tensor, error: float = 0.0) -> str:
         for column, cosine in enumerate(cells):
             x, y = left + _CELL * column, _CELL * row
             picture.box(x, y, _CELL, _CELL, fill=_colour(cosine))
-    said = f"{count} adapters; blue: cosine 1, white: 0, red: -1"
+    said = f"{plural(count, 'adapter')}; blue: cosine 1, white: 0, red: -1"
     if error:
         said += f"; each ± {error:.2g}"
     if count > side:

@@ -24,7 +24,7 @@ from .deviation import call_named
 from .flat_adapters import FlatAdapters, FlatModule, smallest_module
 from .shared_fit import SharedFit
 
-__all__ = ["Goal", "PriceSearch", "PricedFit", "goal_of", "relative_error"]
+__all__ = ["Goal", "PriceSearch", "PricedFit", "Progress", "goal_of", "relative_error"]
 
 Progress = Callable[[int, int], None]
 

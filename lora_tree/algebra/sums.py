@@ -31,6 +31,7 @@ __all__ = [
     "added_up",
     "aligned",
     "as_term",
+    "check_spelling",
     "less",
     "read_apart",
     "read_terms",

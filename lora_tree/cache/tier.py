@@ -98,17 +98,17 @@ class Tier:
         self.slowest_s = max(self.slowest_s, seconds)
 
     def discard(self, key: Hashable) -> None:
-        """Remove an adapter, pinned or not; a no-op for an unknown key."""
+        """Remove an adapter that is not pinned; a no-op for an unknown key."""
+        # Whoever pinned it goes on reading it, and takes its own pin back later.
+        assert key not in self._pins, f"{key!r} is pinned"
         resident = self._residents.pop(key, None)
         if resident is None:
             return
         self._adapters -= resident.nbytes
-        if key in self._pins:
-            self._in_use -= resident.nbytes
         self.policy.gone(key)
 
     def let_go(self, key: Hashable) -> bool:
-        """Discard an adapter unless it is pinned; return whether it was discarded."""
+        """Discard an adapter unless it is pinned; return False if it is."""
         if key in self._pins:
             return False
         self.discard(key)
@@ -150,10 +150,11 @@ class Tier:
                 self._vacate(key)
 
     def clear(self) -> None:
-        """Remove every adapter, pinned or not."""
+        """Remove every adapter, pinned or not: the cache is closed, and every pin is forgotten."""
+        self._pins.clear()
+        self._in_use = 0
         for key in list(self._residents):
             self.discard(key)
-        self._pins.clear()
 
     # ------------------------------------------------------------------ room
     def reserve(self, nbytes: int, *, wait: bool) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ..algebra import Edited, graft
-from ..errors import FormatError, LoraTreeError
+from ..errors import FormatError, LoraTreeError, plural
 from ..folder import load
 from ..folder.hub_name import is_on_hub
 from ..formats.peft import WEIGHTS, adapter_name_of
@@ -69,7 +69,8 @@ def _from_files(tree: AdapterTree, path: str, adapter: Path, weight: Weight) -> 
         except LoraTreeError:
             raise no_adapter from None  # this error says more than the one about a tree
         edited = graft(tree, path, other)
-        return replace(edited, notes=(*edited.notes, f"{adapter}: a tree of {len(other)} nodes"))
+        note = f"{adapter}: a tree of {plural(len(other), 'node')}"
+        return replace(edited, notes=(*edited.notes, note))
     if is_on_hub(str(adapter)):
         return Edited(added=(path,), notes=(f"{adapter}: from the model hub",))
     found = recognise(adapter)

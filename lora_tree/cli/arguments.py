@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from ..errors import FormatError, SpecError
+from ..errors import FormatError, SpecError, plural
 from ..weights import Weight, parse_weight
 from .console import keep_quiet, stdout_is_json
 
@@ -51,7 +51,8 @@ def given_weight(texts: Sequence[str] | None, option: str = "--weight") -> Weigh
     if len(texts) > 1:
         # Command lines usually let the last one count, and ignore the others silently.
         raise SpecError(
-            f"{option} was given {len(texts)} times", f"write one: {option} {','.join(texts)!r}"
+            f"{option} was given {plural(len(texts), 'time')}",
+            f"write one: {option} {','.join(texts)!r}",
         )
     return parse_weight(texts[0], option)
 

@@ -8,6 +8,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from ..errors import plural
 from ..folder import load, versions_beside
 from ..runs import Bisection, bisect
 from ..training.diverged import BASE_LABEL
@@ -66,4 +67,4 @@ def _tell(found: Bisection) -> None:
         before = loss
     out().print(table)
     worst = "no step made it worse" if found.worst is None else f"worse since {found.worst}"
-    out().print(f"{worst}; nats on {found.tokens:,} tokens", soft_wrap=True)
+    out().print(f"{worst}; nats on {plural(found.tokens, 'token')}", soft_wrap=True)

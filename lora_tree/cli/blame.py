@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from ..errors import plural
 from ..folder import load
 from ..runs import Blame, blame
 from .arguments import AsJson, Base, Data, Folder, Length, Quiet, TrustRemoteCode
@@ -71,7 +72,8 @@ def blame_parts(
 
 
 def _tell(found: Blame, most: int) -> None:
-    out().print(f"{found.path}: {found.loss:.3f} nats on {found.tokens:,} tokens", soft_wrap=True)
+    tokens = plural(found.tokens, "token")
+    out().print(f"{found.path}: {found.loss:.3f} nats on {tokens}", soft_wrap=True)
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="dim")
     table.add_column("without", no_wrap=True)
     for heading in ("loss", "change", "KL"):
@@ -82,4 +84,5 @@ def _tell(found: Blame, most: int) -> None:
         table.add_row(Text(name), f"{part.loss:.3f}", change, f"{part.divergence:.3f}")
     out().print(table)
     if len(found.parts) > most:
-        out().print(f"and {len(found.parts) - most} more parts: --most", soft_wrap=True)
+        more = plural(len(found.parts) - most, "more part")
+        out().print(f"and {more}: --most", soft_wrap=True)

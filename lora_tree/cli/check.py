@@ -15,7 +15,7 @@ from typing import Annotated
 import torch
 import typer
 
-from ..errors import SpecError, listing
+from ..errors import SpecError, listing, plural
 from ..fit import clashes, dropped, misfits
 from ..folder import StaleWarning, check, load, moved_branches, notes
 from ..folder.problem import HARMLESS
@@ -101,7 +101,7 @@ def list_problems(
 def _total(folder: Path, count: int) -> str:
     if not count:
         return f"{folder}: all is well"
-    return f"{count} problem{'s' if count != 1 else ''}"
+    return plural(count, "problem")
 
 
 def _opened(folder: Path) -> AdapterTree:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import typer
 
-from ..errors import LoraTreeError, SpecError
+from ..errors import LoraTreeError, SpecError, plural
 from ..export import MergedCheck, check_merged
 from ..folder import load
 from ..tree import AdapterTree
@@ -75,6 +75,6 @@ def _print(found: MergedCheck, merged: str) -> None:
             text = f"other: {tensor.name}: {tensor.said} (error {tensor.error:.2g})"
             out().print(text, soft_wrap=True)
     out().print(f"{merged}: {found.guess}", soft_wrap=True)
-    text = f"{len(found.tensors)} tensors: {found.count('equal')} bit-equal, "
+    text = f"{plural(len(found.tensors), 'tensor')}: {found.count('equal')} bit-equal, "
     text += f"{found.count('rounding')} a rounding off, {found.count('other')} another sum"
     out().print(text, soft_wrap=True)

@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from ..algebra import Diff, TreeDiff, diff, diff_paths, diff_trees
-from ..errors import SpecError, listing, printable
+from ..errors import SpecError, listing, plural, printable
 from ..folder import load, load_versions
 from .arguments import AsJson, Folder, On
 from .console import out, print_json
@@ -107,7 +107,8 @@ def _tell(found: Diff, most: int) -> None:
         )
     out().print(table)
     if len(moved) > most:
-        out().print(f"and {len(moved) - most} more modules: --most", soft_wrap=True)
+        more = plural(len(moved) - most, "more module")
+        out().print(f"and {more}: --most", soft_wrap=True)
 
 
 def _tell_trees(found: TreeDiff) -> None:

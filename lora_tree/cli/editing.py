@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from ..algebra import Edited, made_stale
-from ..errors import listing
+from ..errors import listing, plural
 from ..tree import AdapterTree
 from .console import out, print_json
 from .typed import command_note
@@ -95,7 +95,7 @@ def adapter_text(tree: AdapterTree, path: str) -> str:
         return kind + weight
     ranks = "/".join(map(str, sorted(set(adapter.ranks.values()))))
     of = f", made for {adapter.base}" if adapter.base and adapter.base != tree.base else ""
-    size = f"{len(adapter)} modules, r={ranks}, {adapter.nbytes:,} bytes"
+    size = f"{plural(len(adapter), 'module')}, r={ranks}, {plural(adapter.nbytes, 'byte')}"
     return f"an adapter of {size}{weight}{of}"
 
 

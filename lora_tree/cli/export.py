@@ -32,7 +32,7 @@ from .export_told import plain_portable, tell_files, tell_flat, tell_merged, tel
 from .open_base import skeleton_of
 from .progress import Bar
 
-__all__ = ["export"]
+__all__ = ["DTYPES", "Dtype", "export"]
 
 
 class Dtype(StrEnum):

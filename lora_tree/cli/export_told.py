@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapter import Adapter
+from ..errors import plural
 from ..export import MergedCheckpoint, Portable
 from ..export.siblings import without_v
 from .console import out, print_json
@@ -17,7 +18,7 @@ __all__ = ["plain_portable", "tell_files", "tell_flat", "tell_merged", "tell_por
 def tell_portable(one: Portable, where: str, *, per_module: bool) -> None:
     """Print the line of a portable adapter, and with ``per_module`` a line for each module."""
     zeros = f" ({len(one.added)} of them zeros)" if one.added else ""
-    modules = f"{len(one.adapter)} modules{zeros}"
+    modules = f"{plural(len(one.adapter), 'module')}{zeros}"
     _say(f"{one.path} → {where}: {modules}, r={one.rank}, {_cost(one)}{_left(one)}")
     if per_module:
         for name, error in one.errors.items():
@@ -64,7 +65,8 @@ def tell_flat(
         )
         return
     told = "/".join(map(str, ranks)) or "-"
-    _say(f"{path} → {to}: {len(flat)} modules, r={told}, {_exactness(flat, dtype)}")
+    modules = plural(len(flat), "module")
+    _say(f"{path} → {to}: {modules}, r={told}, {_exactness(flat, dtype)}")
 
 
 def tell_files(files: Sequence[Path], *, as_json: bool) -> None:
@@ -91,7 +93,7 @@ def tell_merged(made: MergedCheckpoint, path: str, *, as_json: bool) -> None:
         )
         return
     left = f"; left out: {', '.join(made.left_out)}" if made.left_out else ""
-    changed = f"{len(made.changed)} tensors changed, {made.nbytes:,} bytes{left}"
+    changed = f"{plural(len(made.changed), 'tensor')} changed, {made.nbytes:,} bytes{left}"
     _say(f"{path or 'the bare base'} → {made.folder}: {changed}")
 
 

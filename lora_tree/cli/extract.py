@@ -8,6 +8,7 @@ from typing import Annotated
 import torch
 import typer
 
+from ..errors import plural
 from ..export import extract
 from .arguments import AsJson, TrustRemoteCode
 from .console import out, print_json
@@ -72,7 +73,8 @@ def extract_difference(
         )
         return
     several = "/".join(map(str, sorted(set(ranks.values()))))
-    text = f"{tuned} − {base} → {to}: {len(made.adapter)} modules, r={several}, "
+    modules = plural(len(made.adapter), "module")
+    text = f"{tuned} − {base} → {to}: {modules}, r={several}, "
     text += f"relative error at most {made.worst:.2g} in a module; {made.unchanged} unchanged"
     out().print(text, markup=False, soft_wrap=True)
     for name, reason in made.left.items():

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from ..budget import format_bytes
+from ..errors import plural
 from ..folder import gc
 from .arguments import AsJson, Folder
 from .console import out, print_json
@@ -50,10 +51,9 @@ def clean_up(
         )
         return
     for path, count in freed.nodes.items():
-        out().print(f"{path}: {count} earlier version{'s' if count != 1 else ''}", soft_wrap=True)
+        out().print(f"{path}: {plural(count, 'earlier version')}", soft_wrap=True)
     if freed.runs:
-        count = len(freed.runs)
-        out().print(f"{count} record{'s' if count != 1 else ''} of runs", soft_wrap=True)
+        out().print(f"{plural(len(freed.runs), 'record')} of runs", soft_wrap=True)
     verb = "would free" if dry_run else "freed"
     out().print(
         f"{verb} {format_bytes(freed.nbytes)}; earlier versions take "

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..errors import FolderError, SpecError
+from ..errors import FolderError, SpecError, plural
 from ..folder import load
 from ..tree import AdapterTree
 from .arguments import AsJson, SkipBroken, offered_skip
@@ -66,4 +66,5 @@ def new_tree(
         print_json({"folder": str(folder), **told})
         return
     over = tree.base or "an unnamed base"
-    out().print(f"{folder}: a tree of {len(tree)} nodes over {over}", soft_wrap=True)
+    nodes = plural(len(tree), "node")
+    out().print(f"{folder}: a tree of {nodes} over {over}", soft_wrap=True)

@@ -10,7 +10,7 @@ from typing import Any
 from rich.table import Table
 
 from ..budget import format_bytes
-from ..errors import PathError, printable, suggest_path
+from ..errors import PathError, agreeing, plural, printable, suggest_path
 from ..folder import Version, history
 from ..weights import plain_weight
 from .arguments import AsJson, Folder, Nodes
@@ -36,7 +36,9 @@ def list_versions(folder: Folder, nodes: Nodes = None, as_json: AsJson = False) 
     if not shown:
         out().print("no node has an earlier version")
     elif not nodes and len(shown) < len(found):
-        out().print(f"{len(found) - len(shown)} more nodes have one version; name them to see it")
+        rest = len(found) - len(shown)
+        have = plural(rest, "more node has", "more nodes have")
+        out().print(f"{have} one version; name {agreeing(rest, 'it', 'them')} to see it")
 
 
 def _chosen(found: dict[str, list[Version]], patterns: list[str]) -> list[str]:

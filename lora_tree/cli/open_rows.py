@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..errors import listing
+from ..errors import agreeing, listing, plural
 from ..runs import Row, read_rows
 from ..tree import AdapterTree
 from .console import note
@@ -30,7 +30,8 @@ def open_rows(
     rows = read_rows(files, tree, tokenizer, max_length=max_length, slice_by=slice_by)
     cut = sum(row.cut for row in rows)
     if cut:
-        note(f"{cut} of {len(rows)} rows were longer than --max-length, and cut")
+        was = agreeing(cut, "was", "were")
+        note(f"{cut} of {plural(len(rows), 'row')} {was} longer than --max-length, and cut")
     # Rows may have columns of the user's own, so these are no error. They are reported, because
     # the user may have meant one of them to be learnt.
     extra: set[str] = set()

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.filesize import decimal
 
+from ..errors import plural
 from ..integrations.hub import pull
 from .arguments import AsJson, Quiet
 from .console import out, print_json
@@ -43,8 +44,8 @@ def pull_tree(
         print_json({"dry_run": dry_run, **asdict(pulled)})
         return
     changed = tell_changes(pulled.new, pulled.replaced, pulled.deleted)
-    what = f"{changed} files changed" if changed else "up to date"
+    what = f"{plural(changed, 'file')} changed" if changed else "up to date"
     if dry_run:
-        what = f"{changed} files would change"
+        what = f"{plural(changed, 'file')} would change"
     text = f"{repository}@{pulled.commit[:12]}… → {folder}: {what}, {decimal(pulled.bytes)} in all"
     out().print(text, soft_wrap=True)

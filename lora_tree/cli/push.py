@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.filesize import decimal
 
-from ..errors import listing
+from ..errors import listing, plural
 from ..integrations.hub import push
 from .arguments import AsJson, Folder, Quiet
 from .console import note, out, print_json
@@ -68,11 +68,11 @@ def push_tree(
     if pushed.renamed:
         note(f"{listing(pushed.renamed)}: the base is called {pushed.base} there")
     changed = tell_changes(pushed.added, pushed.replaced, pushed.deleted)
-    where = f"{repository}@{pushed.branch}"
+    where, files = f"{repository}@{pushed.branch}", plural(changed, "file")
     if dry_run:
-        text = f"{folder} → {where}: {changed} files would change, {decimal(pushed.bytes)}"
+        text = f"{folder} → {where}: {files} would change, {decimal(pushed.bytes)}"
     elif changed:
-        text = f"{folder} → {where}: {changed} files changed, {decimal(pushed.bytes)}"
+        text = f"{folder} → {where}: {files} changed, {decimal(pushed.bytes)}"
         text += f", commit {str(pushed.commit)[:12]}…"
     else:
         text = f"{folder} → {where}: up to date, commit {str(pushed.commit)[:12]}…"

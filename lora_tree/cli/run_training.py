@@ -11,7 +11,7 @@ from pathlib import Path
 
 import typer
 
-from ..errors import FolderError
+from ..errors import FolderError, plural
 from ..runs import Run, StepLosses, Verdict
 from ..training.diverged import BASE_LABEL
 from .console import err
@@ -62,7 +62,7 @@ def run_to_the_end(
                 kept = running.save()
                 # Printed with --quiet, too, because the tree is not saved.
                 err().print(
-                    f"stopped after {step.number} of {steps} steps; "
+                    f"stopped after {step.number} of {plural(steps, 'step')}; "
                     f"the same command goes on from {kept}"
                 )
                 raise typer.Exit(interrupted())

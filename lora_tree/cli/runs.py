@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from ..drawn.curves import curves_picture
-from ..errors import PathError, listing, printable
+from ..errors import PathError, listing, plural, printable
 from ..folder import NodeOutcome, RunRecord, disk, run_records
 from ..runs import RunComparison, compare_runs
 from .arguments import AsJson, Folder
@@ -109,8 +109,9 @@ def _means(before: Sequence[float | None], after: Sequence[float | None]) -> str
 
 def _tell(record: RunRecord) -> None:
     ended = f", ended {record.ended}" if record.ended else ""
+    steps = plural(record.steps, "step")
     lines = [
-        f"run {record.number}: {record.state}, {record.done} of {record.steps} steps",
+        f"run {record.number}: {record.state}, {record.done} of {steps}",
         f"began {record.began}{ended}",
         record.by,
     ]

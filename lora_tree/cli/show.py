@@ -20,7 +20,7 @@ from rich.filesize import decimal
 from ..drawn.drawing import DrawnNode, arranged
 from ..drawn.node_lines import NodeLine, below, lines_of, matching_lines
 from ..drawn.tree_picture import tree_picture
-from ..errors import LoraTreeError
+from ..errors import LoraTreeError, plural
 from ..folder import Problem, StaleWarning, disk, load, load_versions, notes, survey
 from ..tree import AdapterTree
 from ..weights import Weight, plain_weight
@@ -132,7 +132,8 @@ def show(
         hidden = len(paths | context) - len(drawn)
         if hidden:
             out().print(
-                f"{hidden:,} lines are hidden: name a node, or use --depth, --filter or --limit 0",
+                f"{plural(hidden, 'line is', 'lines are')} hidden: name a node, "
+                "or use --depth, --filter or --limit 0",
                 style="dim",
                 soft_wrap=True,
             )
@@ -246,17 +247,16 @@ def _total(
     whole: Sequence[NodeLine],
     broken: Mapping[str, Problem],
 ) -> str:
-    count = f"{len(lines):,}"
+    nodes = plural(len(whole), "node")
     if len(lines) < len(whole):
-        count += f" of {len(whole):,}"
-    plural = "s" if len(whole) != 1 else ""
-    parts = [f"{count} node{plural} over {tree.base or 'an unnamed base'}"]
+        nodes = f"{len(lines):,} of {nodes}"
+    parts = [f"{nodes} over {tree.base or 'an unnamed base'}"]
     stale = sum(line.stale is not None for line in lines)
     cannot = sum(line.path in broken for line in lines)
     if stale:
         parts.append(f"{stale:,} stale")
     if cannot:
         parts.append(f"{cannot:,} broken")
-    parts.append(f"{sum(line.parameters for line in lines):,} parameters")
+    parts.append(plural(sum(line.parameters for line in lines), "parameter"))
     parts.append(decimal(sum(line.bytes for line in lines)))
     return ", ".join(parts)

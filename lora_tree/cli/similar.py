@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from ..algebra import similar
+from ..errors import plural
 from ..folder import disk, load
 from .arguments import AsJson, Folder, Nodes, SkipBroken, offered_skip
 from .console import out, print_json
@@ -59,7 +60,7 @@ def alike(
         print_json({"of": of, "clusters": clusters, **found.as_dict()})
         return
     how = "exact" if found.error == 0.0 else f"sketched: each cosine ± {found.error:.2g}"
-    out().print(f"{len(found.names)} adapters, {how}", soft_wrap=True)
+    out().print(f"{plural(len(found.names), 'adapter')}, {how}", soft_wrap=True)
     for one, other, value in found.nearest(most):
         out().print(f"{value:7.3f}   {one}   {other}", soft_wrap=True)
     many = [names for names in clusters if len(names) > 1]

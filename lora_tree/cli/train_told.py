@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..drawn.curves import curves_picture
+from ..errors import agreeing, plural
 from ..folder import disk
 from ..runs import Run, Verdict
 from ..weights import plain_weight
@@ -35,7 +36,8 @@ def foretell(running: Run, rows: int) -> None:
         if not running.aside.is_saved:
             note("  it did not save the tree: lora-tree promote takes its nodes from there")
     if running.left_out:
-        note(f"{running.left_out} of {rows} rows go through no node that trains")
+        go = agreeing(running.left_out, "goes", "go")
+        note(f"{running.left_out} of {plural(rows, 'row')} {go} through no node that trains")
     if running.was_over:
         note(
             f"this run has finished, and the tree has its nodes: {running.folder}\n"
@@ -49,11 +51,9 @@ def foretell(running: Run, rows: int) -> None:
     if running.prefers:
         note(f"each against its parent as it is: DPO, beta {running.settings.beta:g}")
     if running.held_back:
-        plural = "s" if len(running.held_back) != 1 else ""
-        note(f"held back: {len(running.held_back)} row{plural}, to judge leaves by")
+        note(f"held back: {plural(len(running.held_back), 'row')}, to judge leaves by")
     if running.watched_on:
-        plural = "s" if running.watched_on != 1 else ""
-        note(f"measured on the way: {running.watched_on} held-out row{plural}")
+        note(f"measured on the way: {plural(running.watched_on, 'held-out row')}")
     if running.outdated:
         note(f"becomes stale: {', '.join(running.outdated)}")
     if running.done:
@@ -107,7 +107,9 @@ def tell_outcome(
         out().print(str(verdict))
     # A second call of a finished run must not read as if it had trained once more.
     done = "trained before" if running.was_over else "trained"
-    out().print(f"{done} {', '.join(running.nodes)}: {_steps(running.taken)}, saved in {folder}")
+    out().print(
+        f"{done} {', '.join(running.nodes)}: {plural(running.taken, 'step')}, saved in {folder}"
+    )
     for line in _checkpoint_lines(running):
         out().print(line, soft_wrap=True)
     if stale:
@@ -131,10 +133,6 @@ def draw_run(running: Run, file: Path) -> None:
 def _figures(verdict: Verdict) -> dict[str, object]:
     """Return a verdict as plain data, for JSON."""
     return {**vars(verdict), "weight": plain_weight(verdict.weight)}
-
-
-def _steps(count: int) -> str:
-    return "1 step" if count == 1 else f"{count} steps"
 
 
 def _checkpoint_lines(running: Run) -> list[str]:

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
+from ..errors import plural
 from ..extras import need
 from ..folder import load
 from ..model import TreeModel, attach
@@ -151,7 +152,7 @@ def _train_tree(
         tree.add(leaf.path)
     attached = attach(tree, model)
     streams = {leaf.path: (leaf.path, as_one_row(leaf.train)) for leaf in leaves}
-    with _task(bar, f"{len(tree)} nodes at once", size.tree_steps) as tick:
+    with _task(bar, f"{plural(len(tree), 'node')} at once", size.tree_steps) as tick:
         train_tree(
             attached,
             tree.paths(),

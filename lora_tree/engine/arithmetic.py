@@ -26,6 +26,7 @@ from .unpromised import fp32_product, slow_on_cpu
 
 __all__ = [
     "LARGE_BLOCK",
+    "SLOW_ON_CPU",
     "Scratch",
     "add_bias",
     "add_weight",

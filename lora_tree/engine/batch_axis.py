@@ -26,7 +26,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from ..errors import BaseMismatch, SpecError
+from ..errors import BaseMismatch, SpecError, plural
 from .probe import grown, is_square
 
 __all__ = [
@@ -250,7 +250,8 @@ class BatchAxis:
             self._seen.rows_first.add(site)  # from now on a square input is trusted too
         elif others:
             raise BaseMismatch(
-                f"{site.name}: its input is {tuple(x.shape)}: {length} rows, or as many tokens?",
+                f"{site.name}: its input is {tuple(x.shape)}: "
+                f"{plural(length, 'row')}, or as many tokens?",
                 "route(…, batch_first=True) says that the first axis is the rows at every site",
                 "or send a batch with another number of tokens once",
             )
@@ -258,8 +259,8 @@ class BatchAxis:
             return  # the base itself was given vectors
         elif in_a_list_of_lists(site.name):
             raise BaseMismatch(
-                f"{site.name}: its input is {tuple(x.shape)}: {length} rows, or tokens that were "
-                "sent here?",
+                f"{site.name}: its input is {tuple(x.shape)}: {plural(length, 'row')}, or tokens "
+                "that were sent here?",
                 "experts with a module each can't be routed: leave them out, or activate one path "
                 "at a time",
             )
@@ -267,7 +268,7 @@ class BatchAxis:
     def _told(self) -> str:
         """Return the number of rows for a message, with the factors that make it up."""
         declared = self.rows * self.repeat * self.tile
-        text = f"{declared} rows"
+        text = plural(declared, "row")
         if declared != self.rows:
             text += f" (route of {self.rows}, repeat={self.repeat}, tile={self.tile})"
         if self._expansion > 1:
@@ -304,7 +305,8 @@ def lies_by_rows(site: Place, x: Tensor, out: Tensor, length: int, *, batch_firs
 def not_by_rows(site: Place, x: Tensor, length: int) -> BaseMismatch:
     """Return the error for an input whose first axis is not known to be the rows."""
     return BaseMismatch(
-        f"{site.name}: its input is {tuple(x.shape)}, and the first axis should be {length} rows",
+        f"{site.name}: its input is {tuple(x.shape)}, and the first axis should be "
+        f"{plural(length, 'row')}",
         "where it may be tokens: route(…, batch_first=True) says that the first axis is the rows "
         "at every site",
         DECLARE,

@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import BaseMismatch, MergedOnly
+from ..errors import BaseMismatch, MergedOnly, plural
 from ..override import Override
 from ..sites import Site
 from .plan import OverrideTerm, OverrideTerms, Plan
@@ -150,8 +150,8 @@ def check_one_input(site: Site, args: Sequence[Any], kwargs: Mapping[str, Any]) 
     """
     if len(args) + len(kwargs) != 1:
         raise BaseMismatch(
-            f"{site.name}: called with {len(args) + len(kwargs)} arguments, and an override beside "
-            "the weights needs one, its input",
+            f"{site.name}: called with {plural(len(args) + len(kwargs), 'argument')}, "
+            "and an override beside the weights needs one, its input",
             'use activate(…, mode="merged")',
         )
 

@@ -144,8 +144,7 @@ class Mergeable:
             if replacing and not self._pristine.keeps:
                 raise UnmergedOnly(
                     f"{replacing[0].node}: {name}: an override can't be taken back without a copy "
-                    f"of the base's "
-                    'own weight, and pristine="none" keeps none',
+                    'of the base\'s own weight, and pristine="none" keeps none',
                     'attach with pristine="auto", or use activate(…, mode="unmerged")',
                 )
             # torch finds one module under two names if it is registered twice.

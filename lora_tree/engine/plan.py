@@ -48,23 +48,30 @@ class Term:
         coefficient: its coefficient in the blend.
         value: the node's increment here.
         version: how often its factors had been written to in place, as training does.
+        trained: autograd followed its factors when the term was made.
     """
 
     node: str
     coefficient: float
     value: LowRank
     version: int
+    trained: bool
     _scaled: LowRank | None = field(default=None, init=False, repr=False)
 
     @classmethod
     def of(cls, node: str, coefficient: float, value: LowRank) -> Term:
         """Return the term of factors as they are now."""
-        return cls(node, coefficient, value, _version(value))
+        return cls(node, coefficient, value, _version(value), value.trains)
 
     @property
     def trains(self) -> bool:
         """True: autograd follows its factors."""
         return self.value.trains
+
+    @property
+    def is_as_it_was(self) -> bool:
+        """True: its factors hold the same numbers, and train or don't, as when it was made."""
+        return self.version == _version(self.value) and self.trained == self.value.trains
 
     @property
     def scaled(self) -> LowRank:
@@ -89,22 +96,29 @@ class OverrideTerm:
         attribute: the tensor of the site's module: ``weight``, ``bias``, ….
         value: the node's override.
         version: how often it had been written to in place, as training does.
+        trained: autograd followed it when the term was made.
     """
 
     node: str
     attribute: str
     value: Override
     version: int
+    trained: bool
 
     @classmethod
     def of(cls, node: str, attribute: str, value: Override) -> OverrideTerm:
         """Return the term of an override as it is now."""
-        return cls(node, attribute, value, _override_version(value))
+        return cls(node, attribute, value, _override_version(value), value.trains)
 
     @property
     def trains(self) -> bool:
         """True: autograd follows it."""
         return self.value.trains
+
+    @property
+    def is_as_it_was(self) -> bool:
+        """True: it holds the same numbers, and trains or doesn't, as when the term was made."""
+        return self.version == _override_version(self.value) and self.trained == self.value.trains
 
 
 OverrideTerms = tuple[OverrideTerm, ...]
@@ -202,18 +216,15 @@ class Plan:
         """Return whether its factors hold the same numbers as before, and the same ones train."""
         if self.fixed:
             return True
-        # Versions count writes in place, as an optimiser's; the flags are set by `trainable`.
-        for name, terms in self.terms.items():
+        # Versions count writes in place, as an optimiser's; the flags are set by `trainable`, and
+        # those of two tensors of one node and site may differ.
+        for terms in self.terms.values():
             for term in terms:
-                if term.version != _version(term.value):
+                if not term.is_as_it_was:
                     return False
-                if term.trains != ((name, term.node) in self.live):
-                    return False
-        for name, overrides in self.overrides.items():
+        for overrides in self.overrides.values():
             for override in overrides:
-                if override.version != _override_version(override.value):
-                    return False
-                if override.trains and (name, override.node) not in self.live:
+                if not override.is_as_it_was:
                     return False
         return True
 
@@ -245,4 +256,7 @@ def _version(value: LowRank) -> int:
     """Return how often factors that train, or did, were written to; 0 for others, which are never
     written to.
     """
-    return value.A._version + value.B._version if value.is_trainable else 0
+    if not value.is_trainable:
+        return 0
+    written = value.A._version + value.B._version
+    return written if value.bias is None else written + value.bias._version

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from ..errors import MergedOnly, SpecError, StateError
+from ..errors import MergedOnly, SpecError, StateError, agreeing
 from ..lowrank import LowRank, stacked
 from ..sites import Site
 from ..tree import AdapterTree
@@ -201,8 +201,8 @@ class Prepared:
         check_strategy(rows.strategy)
         if rows.strategy not in ("auto", "matrix", "segmented"):
             raise SpecError(
-                f"a prepared model chooses by itself how it adds up, got strategy "
-                f"{rows.strategy!r}",
+                "a prepared model chooses by itself how it adds up, "
+                f"got strategy {rows.strategy!r}",
                 "leave strategy out",
             )
         self._check(placed, rows.batch.largest)
@@ -243,8 +243,7 @@ class Prepared:
         for name, overrides in plan.overrides.items():
             raise StateError(
                 f"{overrides[0].node}: {name}: an override has no buffer in a prepared model, "
-                f"which "
-                "holds increments alone",
+                "which holds increments alone",
                 'use activate(…, mode="merged"), which works under torch.compile as it is',
             )
         kinds = side_kinds(plan, self._dtype)
@@ -342,9 +341,9 @@ class _Fixed:
         rank = sum(term.value.rank for term in terms)
         if rank > self.max_rank:
             nodes = ", ".join(term.node for term in terms)
+            have = agreeing(len(terms), f"has rank {rank}", f"have rank {rank} together")
             raise StateError(
-                f"{self.site.name}: {nodes} have rank {rank} together, and {self.max_rank} was "
-                "prepared for",
+                f"{self.site.name}: {nodes} {have}, and {self.max_rank} was prepared for",
                 f"prepare(max_rank={rank}) or more, after attaching anew; or route fewer paths at "
                 "a time",
             )

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import StateError
+from ..errors import StateError, plural
 from ..lowrank import LowRank
 from ..sites import Site
 from .batch import Batch
@@ -187,8 +187,8 @@ class PreparedSegments:
         """
         if len(nodes) > self._scales.shape[1]:
             raise StateError(
-                f"{len(nodes)} nodes, and {self._scales.shape[1]} were there when the model was "
-                "prepared",
+                f"{plural(len(nodes), 'node')}, and there were {self._scales.shape[1]} when the "
+                "model was prepared",
                 "detach, attach the tree again, and prepare it before the base is compiled",
             )
         place = {node: i for i, node in enumerate(nodes)}
@@ -252,9 +252,9 @@ class PreparedSegments:
         ):
             if there is not None:
                 warnings.warn(
-                    f"a batch of {rows} rows owes more nodes than any before: its lists were laid "
-                    "out anew, and a CUDA graph that was captured for as many rows reads the old "
-                    "ones, in which no row owes anything: capture it again",
+                    f"a batch of {plural(rows, 'row')} owes more nodes than any before: its "
+                    "lists were laid out anew, and a CUDA graph that was captured for as many rows "
+                    "reads the old ones, in which no row owes anything: capture it again",
                     RuntimeWarning,
                     stacklevel=2,
                 )
@@ -300,8 +300,7 @@ class _SegmentedSite:
         if not fits or (self.table.aligned and value.rank % 8):
             raise StateError(
                 f"{node}: {self.site.name}: its factors are {value.dtype} of rank {value.rank}, "
-                f"and "
-                f"{self.table.dtype} of a rank of at most {self.table.rank} was prepared for",
+                f"and {self.table.dtype} of a rank of at most {self.table.rank} was prepared for",
                 "detach, attach the tree again, and prepare it before the base is compiled",
             )
         found = []

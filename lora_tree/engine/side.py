@@ -35,6 +35,7 @@ __all__ = [
     "Side",
     "SideKind",
     "Sides",
+    "product_dtype",
     "raise_for_copy",
     "recorded",
     "side_device",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import html
 
-from ..errors import LoraTreeError, printable
+from ..errors import LoraTreeError, plural, printable
 from .answers import Answers, RowAnswer
 from .pictures import Pictures
 from .tokens import TextRun
@@ -63,8 +63,8 @@ def answers_html(answers: Answers) -> str:
     rows = "".join(_row(answer) for answer in answers.rows)
     count = sum(len(answer.tokens) for answer in answers.rows)
     rate = f"{answers.tokens_per_second:.1f} tokens per second"
-    batch = "1 row" if len(answers.rows) == 1 else f"{len(answers.rows)} rows in one batch"
-    note = f"{batch}: {count} tokens in {answers.seconds:.1f} s, {rate}"
+    batch = plural(len(answers.rows), "row", "rows in one batch")
+    note = f"{batch}: {plural(count, 'token')} in {answers.seconds:.1f} s, {rate}"
     if not answers.done:
         note += " …"
     return (
@@ -77,7 +77,7 @@ def answers_html(answers: Answers) -> str:
 
 def pictures_html(pictures: Pictures) -> str:
     """Return the images side by side, each with its path below; before that, the steps done."""
-    took = f"{pictures.step} of {pictures.steps} steps in {pictures.seconds:.1f} s"
+    took = f"{pictures.step} of {plural(pictures.steps, 'step')} in {pictures.seconds:.1f} s"
     figures = []
     for row in pictures.rows:
         name = _text(row.blend or BARE)

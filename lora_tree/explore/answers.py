@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import SpecError
+from ..errors import SpecError, plural
 from ..extras import foreign
 from ..model import TreeModel
 from .question import Question, QuestionRow, rows_of
@@ -131,8 +131,9 @@ class Answerer:
         room = getattr(self.base.config, "max_position_embeddings", None)
         if isinstance(room, int) and len(prompt) + question.max_new_tokens > room:
             raise SpecError(
-                f"the prompt's {len(prompt)} tokens and {question.max_new_tokens} new ones are "
-                f"more than the {room} that the base takes",
+                f"the prompt's {plural(len(prompt), 'token')} and "
+                f"{plural(question.max_new_tokens, 'new one')} are more than the {room} "
+                "that the base takes",
                 "shorten the prompt, or ask for fewer tokens",
             )
         return AnswerRun(self, question, rows, prompt)

@@ -21,7 +21,7 @@ from ..algebra import Likeness, similar
 from ..algebra.sums import read_apart
 from ..drawn.node_lines import NodeLine, lines_of
 from ..drawn.stale_words import stale_words
-from ..errors import FormatError, LoraTreeError
+from ..errors import FormatError, LoraTreeError, plural
 from ..folder import (
     Problem,
     RunRecord,
@@ -182,7 +182,7 @@ def explore_facts(
     made = {path: own[-1] for path, own in found.items() if own and own[-1].is_present}
     records = run_records(folder)
     if len(records) > RUNS:
-        notes.append(f"the last {RUNS} of {len(records)} runs are shown")
+        notes.append(f"the last {RUNS} of {plural(len(records), 'run')} are shown")
     return ExploreFacts(
         folder=os.fspath(folder),
         base=tree.base,

@@ -13,7 +13,7 @@ import math
 from dataclasses import dataclass
 
 from ..blend import parse_blend, spelled
-from ..errors import SpecError
+from ..errors import SpecError, plural
 from ..tree import AdapterTree
 
 __all__ = ["MOST_ASKED", "Question", "QuestionRow", "parent_of", "rows_of"]
@@ -98,7 +98,8 @@ def rows_of(question: Question, tree: AdapterTree) -> tuple[QuestionRow, ...]:
         raise SpecError("nothing is asked", "choose at least one path; '' is the bare base")
     if len(asked) > MOST_ASKED:
         raise SpecError(
-            f"{len(asked)} paths and blends are asked at once; the most is {MOST_ASKED}",
+            f"{plural(len(asked), 'path or blend', 'paths and blends')} are asked at once; "
+            f"the most is {MOST_ASKED}",
             "ask some of them first",
         )
     rows = [QuestionRow(blend, parent_of(blend), True) for blend in asked]

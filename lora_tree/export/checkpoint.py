@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..blend import Blend, spelled
 from ..engine.arithmetic import exact_mode
-from ..errors import FolderError, LoraTreeError, SpecError
+from ..errors import FolderError, LoraTreeError, SpecError, listing
 from ..extras import foreign, hub_answers, need
 from ..folder import disk
 from ..storage import as_path
@@ -34,7 +34,7 @@ from .beside import beside_weights
 from .checkpoint_writer import CheckpointWriter, GroupWrites
 from .model_folder import new_model_folder
 from .names import CheckpointNames, TensorGroup
-from .shards import Stored, open_checkpoint, own_files
+from .shards import Stored, missing_files, open_checkpoint, own_files
 from .unloaded_base import skeleton
 from .writes import Write, writes
 
@@ -197,13 +197,24 @@ def base_folder(tree: AdapterTree, base: str | os.PathLike[str] | None) -> Path:
         f"{name}: no folder of that name, and the hub can't give it",
         "name its folder: --base FOLDER",
     ):
-        fetched = hub.snapshot_download(
-            os.fspath(name),
-            # the same weights in formats that are not read here
-            ignore_patterns=["*.bin", "*.pth", "*.gguf", "original/*"],
-            local_files_only=not hub_answers(),
+        is_online = hub_answers()
+        fetched = Path(
+            hub.snapshot_download(
+                os.fspath(name),
+                # the same weights in formats that are not read here
+                ignore_patterns=["*.bin", "*.pth", "*.gguf", "original/*"],
+                local_files_only=not is_online,
+            )
         )
-        return Path(fetched)
+    # Without the hub the cache gives what it has of a commit, which may be the config alone.
+    missing = [] if is_online else missing_files(fetched, inside=own_files(fetched))
+    if missing:
+        raise SpecError(
+            f"{name}: not whole in the hub's cache: it lacks {listing(missing)}; and the hub does "
+            "not answer",
+            "fetch it once where the hub answers; or name its folder: --base FOLDER",
+        )
+    return fetched
 
 
 def _check_not_quantised(model: object, source: Path) -> None:

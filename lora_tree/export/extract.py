@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import Adapter
-from ..errors import BaseMismatch, LoraTreeError, SpecError, listing
+from ..errors import BaseMismatch, LoraTreeError, SpecError, listing, plural
 from ..given import check_dtype, check_rank
 from ..lowrank import EMBEDDING, LINEAR, PARAMETER, Layout, LowRank
 from ..sites import ParameterSite, Site, find_site
@@ -155,7 +155,7 @@ def _check_left(left: Mapping[str, str], tuned: object, *, ignore: bool) -> None
         return
     told = [f"{name}: {reason}" for name, reason in sorted(left.items())]
     raise BaseMismatch(
-        f"{tuned}: {len(left)} tensors changed in a way that no low rank holds",
+        f"{tuned}: {plural(len(left), 'tensor')} changed in a way that no low rank holds",
         *told[:20],
         *([f"and {len(told) - 20} more"] if len(told) > 20 else []),
         "to leave these changes behind: --ignore, ignore=True",

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ..adapter import Adapter
-from ..errors import LoraTreeError, SpecError, listing
+from ..errors import LoraTreeError, SpecError, agreeing, listing, plural
 from ..storage import as_path
 from ..tree import AdapterTree
 from .portable import Portable, portable
@@ -124,7 +124,9 @@ def _written_words(written: Sequence[str], leaves: Sequence[str], out: Path) -> 
     if not written:
         return f"nothing was written in {out}"
     stay = [path for path in leaves if path in set(written)]  # in the tree's order
-    return f"{len(stay)} of {len(leaves)} leaves were written in {out}, and stay: {listing(stay)}"
+    leaves_in_all = plural(len(leaves), "leaf", "leaves")
+    were, stays = agreeing(len(stay), "was", "were"), agreeing(len(stay), "stays", "stay")
+    return f"{len(stay)} of {leaves_in_all} {were} written in {out}, and {stays}: {listing(stay)}"
 
 
 def _has_something(tree: AdapterTree, path: str) -> bool:

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ..blend import Blend, spelled
 from ..engine.arithmetic import Scratch, add_bias, add_weight, exact_mode
-from ..errors import listing
+from ..errors import agreeing, listing, plural
 from ..renaming import Renaming
 from ..tree import AdapterTree
 from ..weights import Weight, weight_at
@@ -264,7 +264,9 @@ class _Comparing:
         ]
         rest = ""
         if aside:
-            rest = f"; {len(aside)} tensors beside its weights differ: {listing(aside, most=3)}"
+            verb = agreeing(len(aside), "differs", "differ")
+            tensors = plural(len(aside), "tensor")
+            rest = f"; {tensors} beside its weights {verb}: {listing(aside, most=3)}"
         if not self._fits:
             return Guess(f"another model, or another base{rest}")
         nodes = list(self._coefficients)
@@ -275,7 +277,8 @@ class _Comparing:
             wrong = [check.name for check in others if check.name not in aside]
             text = "the path"
             if wrong:
-                text += f", but {len(wrong)} tensors hold something else: {listing(wrong, most=3)}"
+                hold = plural(len(wrong), "tensor holds", "tensors hold")
+                text += f", but {hold} something else: {listing(wrong, most=3)}"
             return Guess(text + rest, multiples)
         if best is not None:
             return Guess(best.text + rest, multiples)

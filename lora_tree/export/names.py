@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import BaseMismatch, LoraTreeError, suggest
+from ..errors import BaseMismatch, LoraTreeError, plural, suggest
 from ..extras import foreign
 from ..renaming import Loading, loading_module
 from .shards import Stored
@@ -139,7 +139,7 @@ class CheckpointNames:
             if all(named[name].shape == wanted[name].shape for name in wanted):
                 return {name: value.contiguous() for name, value in named.items()}
         raise BaseMismatch(
-            f"{group.first}: transformers loads it from {len(wanted)} tensors, like "
+            f"{group.first}: transformers loads it from {plural(len(wanted), 'tensor')}, like "
             f"{next(iter(wanted))}, and would save it as {len(parts)}, like "
             f"{next(iter(parts), 'none')}: its conversion can't be inverted",
             "save the base again with the transformers installed here, and export from that: "

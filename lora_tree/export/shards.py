@@ -38,6 +38,7 @@ __all__ = [
     "Checkpoint",
     "Stored",
     "leads_outside",
+    "missing_files",
     "open_checkpoint",
     "own_files",
     "raw",
@@ -232,6 +233,19 @@ def open_checkpoint(folder: Path, *, inside: Inside | None = None) -> Checkpoint
             "download the base again, or save it again with save_pretrained",
         )
     return Checkpoint(folder, files, tensors)
+
+
+def missing_files(folder: Path, *, inside: Inside | None = None) -> list[str]:
+    """Return the files that a checkpoint in a folder needs and that are not there.
+
+    Raises:
+        FormatError: its index is broken.
+        FolderError: its index lies where it may not.
+    """
+    weights = [SINGLE]
+    if not is_file(folder / SINGLE) and is_file(folder / INDEX):
+        weights = sorted(set(_index(folder / INDEX, inside).values()))
+    return [name for name in ("config.json", *weights) if not is_file(folder / name)]
 
 
 def _reading(file: Path, inside: Inside | None) -> BinaryIO:

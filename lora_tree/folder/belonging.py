@@ -12,19 +12,20 @@ from __future__ import annotations
 
 import os
 import posixpath
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from ..formats.recognise import DIFFUSERS_WEIGHTS, MLX_WEIGHTS
 from ..spec import TreeSpec
 from .bounds import lies_in
+from .lockfile import TreeLock
 from .opening import Opened
 from .scan import FILES, SINGLE
 from .training_steps import step_of
 from .tree_place import TreePlace
 from .yamlfile import walk
 
-__all__ = ["Belongings", "belongings", "locked_times", "places_among"]
+__all__ = ["PLACE", "Belongings", "belongings", "locked_times", "missing_among", "places_among"]
 
 PLACE = TreePlace("")
 _FOLDERS = (DIFFUSERS_WEIGHTS, MLX_WEIGHTS)
@@ -109,6 +110,33 @@ def places_among(names: Iterable[str], spec: TreeSpec | None) -> list[str]:
         is_half = last in FILES and bool(above) and not is_step
         if (is_half or is_single) and not is_hidden(above):
             found.append(name)
+    return found
+
+
+def missing_among(names: Collection[str], spec: TreeSpec | None, lock: TreeLock) -> list[str]:
+    """Return the nodes that a tree.lock records, and whose files are not all among these names.
+
+    Args:
+        names: every file, relative to the tree's folder.
+        spec: what its tree.yaml says; None if there is none.
+        lock: its tree.lock.
+    """
+    named: dict[str, str] = {}
+    if spec is not None:
+        for path, node, _ in walk(spec):
+            if node.adapter is not None:
+                named[path] = posixpath.normpath(node.adapter)
+    found = []
+    for path, node_lock in lock.nodes.items():
+        if node_lock.hub is not None:
+            continue  # its adapter is in another repository
+        home = named.get(path, path)
+        if node_lock.file is None:
+            is_there = all(f"{home}/{name}" in names for name in FILES)
+        else:
+            is_there = home in names or any(f"{home}/{name}" in names for name in _FOLDERS)
+        if not is_there:
+            found.append(path)
     return found
 
 

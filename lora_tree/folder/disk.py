@@ -30,6 +30,7 @@ __all__ = [
     "check_parent",
     "copy",
     "digest",
+    "drop",
     "exists",
     "glimpse",
     "link",
@@ -115,7 +116,7 @@ def read_file(
         # The size is the open file's: the name may have belonged to another file a moment ago.
         size = os.fstat(file).st_size
         if most is not None and size > most:
-            raise FolderError(f"{path}: {size} bytes; the most is {most}")
+            raise FolderError(f"{path}: {size:,} bytes; the most is {most:,}")
         return b"".join(_blocks(file))
 
 

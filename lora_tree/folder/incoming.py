@@ -80,8 +80,7 @@ def planned(
     if blocked:
         raise FolderError(
             f"{folder}: {listing(blocked)}: would be replaced or deleted, and the hub does not "
-            f"have "
-            "this content, so it could not be brought back",
+            "have this content, so it could not be brought back",
             "pull into another folder; or push what is here first, to a branch of its own",
         )
     # A record of a save can't delete it: a folder without its tree.yaml may be another tree.

@@ -73,8 +73,7 @@ def outgoing(opened: Opened, *, base_name: str | None = None) -> Outgoing:
         node, folder = next(iter(own.outside.items()))
         raise FolderError(
             f"{listing(own.outside)}: outside of the tree's folder or hidden in it, like {folder}, "
-            f"so nobody else "
-            "would have it",
+            "so nobody else would have it",
             f"bring it in: lt.load({opened.place.spelled!r}) and save(copy=True); or push it to a "
             f"repository of its own and name that in tree.yaml: {node}: {{adapter: hub:org/name}}",
         )
@@ -162,8 +161,7 @@ class _BaseNames:
         if local and base is None:
             raise SpecError(
                 f"{opened.place.spelled}: the base is {listing(sorted(local), most=3)}, a folder "
-                f"of "
-                "this machine, which nobody else has under that name",
+                "of this machine, which nobody else has under that name",
                 "say what it is on the hub: --base-name org/model",
             )
         if base_name is not None and spelled is not None and spelled != base_name:

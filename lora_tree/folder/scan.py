@@ -24,7 +24,7 @@ from .disk import Stamp
 from .pending import Pending, pending
 from .record import HIDDEN
 
-__all__ = ["FILES", "Files", "Scan", "find_files", "scan"]
+__all__ = ["FILES", "SINGLE", "Files", "Scan", "find_files", "scan"]
 
 FILES = (CONFIG, WEIGHTS)
 SINGLE = ".safetensors"

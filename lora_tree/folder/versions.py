@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from ..errors import FolderError, PathError, TreeError, listing, suggest_path
+from ..errors import FolderError, PathError, TreeError, agreeing, listing, suggest_path
 from ..node_names import check_path
 from ..provenance import SaveNote
 from ..tree import AdapterTree
@@ -178,7 +178,7 @@ def _put(
         if removed:
             raise PathError(
                 f"{named.path}: {listing(removed)}, which it stood on, "
-                f"{'is' if len(removed) == 1 else 'are'} not in the tree",
+                f"{agreeing(len(removed), 'is', 'are')} not in the tree",
                 advice(removed),
             )
         for above in missing:

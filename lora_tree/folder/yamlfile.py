@@ -21,13 +21,13 @@ from ruamel.yaml import YAML
 from ruamel.yaml import events as ev
 from ruamel.yaml.error import MarkedYAMLError
 
-from ..errors import PathError, SpecError
+from ..errors import PathError, SpecError, plural
 from ..formats.limits import YAML_BYTES, YAML_VALUES
 from ..node_names import MAX_DEPTH, check_path
 from ..spec import NodeSpec, TreeSpec, check_format
 from ..spec_errors import Loc, describe_invalid
 
-__all__ = ["Located", "json_schema", "parse_yaml", "read_spec", "render_yaml"]
+__all__ = ["Located", "json_schema", "parse_yaml", "read_spec", "render_yaml", "walk"]
 
 _MOST_MISTAKES = 50  # that one error lists
 # A node and its children are two levels; then come a pattern and a list inside.
@@ -155,7 +155,7 @@ def parse_yaml(raw: bytes, file: str) -> Located:
         SpecError: not YAML 1.2, or more than plain data; with line and column.
     """
     if len(raw) > YAML_BYTES:
-        raise SpecError(f"{file}: {len(raw)} bytes; the most is {YAML_BYTES}")
+        raise SpecError(f"{file}: {plural(len(raw), 'byte')}; the most is {YAML_BYTES:,}")
     try:
         # Some editors begin a file with a byte order mark, which is no part of the text.
         # "utf-8-sig" drops it.

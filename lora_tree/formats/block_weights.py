@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..adapter import Adapter
-from ..errors import SpecError
+from ..errors import SpecError, plural
 from ..weights import ModuleWeights, as_weight, check_finite, weight_within
 
 __all__ = ["block_weights"]
@@ -64,8 +64,8 @@ def block_weights(numbers: Sequence[float], adapter: Adapter) -> dict[str, float
     """
     if len(numbers) not in BLOCKS:
         raise SpecError(
-            f"block weights: got {len(numbers)} numbers, expected 12 or 20 (SDXL), or 17 or 26 "
-            "(Stable Diffusion 1.5)",
+            f"block weights: got {plural(len(numbers), 'number')}, expected 12 or 20 (SDXL), or "
+            "17 or 26 (Stable Diffusion 1.5)",
             "the first is BASE, for the text encoders",
         )
     found: dict[str, float] = {}
@@ -78,8 +78,7 @@ def block_weights(numbers: Sequence[float], adapter: Adapter) -> dict[str, float
         some = min(adapter.module_names, default="none")
         raise SpecError(
             "block weights: no module of the adapter lies in a block of a Stable Diffusion UNet; "
-            "one "
-            f"of its names: {some}",
+            f"one of its names: {some}",
             "write patterns on its own names instead: {'*.to_q': 0.5}",
         )
     return dict(weight.patterns)

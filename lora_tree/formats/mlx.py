@@ -118,8 +118,7 @@ def _check_type(fields: Mapping[str, object], where: str) -> None:
         raise UnsupportedAdapter(f"{where}: fine_tune_type is {kind}: {reasons[kind]}", _FUSE)
     raise UnsupportedAdapter(
         f"{where}: fine_tune_type is {kind!r:.80}, expected 'lora' ('dora' and 'full' are known "
-        f"and "
-        "refused)",
+        "and refused)",
         _FUSE,
     )
 
@@ -219,8 +218,7 @@ def render_mlx(adapter: Adapter, *, layers: int | None = None) -> dict[str, byte
         if value.layout not in (LINEAR, EMBEDDING) or value.A.ndim != 2:
             raise FormatError(
                 f"{module}: {value.layout.kind} factors of {tuple(value.A.shape)}: mlx-lm's "
-                f"adapters "
-                "hold Linear layers and embeddings"
+                "adapters hold Linear layers and embeddings"
             )
         if value.bias is not None:
             raise FormatError(f"{module}: it adds a bias, which mlx-lm's adapters can't hold")

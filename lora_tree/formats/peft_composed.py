@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from ..adapter import Adapter
-from ..errors import FormatError, LoraTreeError, UnsupportedAdapter
+from ..errors import FormatError, LoraTreeError, UnsupportedAdapter, plural
 from ..lowrank import LowRank
 from . import strict_json
 from .peft_config import EXTRACT
@@ -238,8 +238,8 @@ def _vblora(
     a, b = own["vblora_logits_A"], own["vblora_logits_B"]
     if a.shape[0] != b.shape[1] or not a.shape[2] == b.shape[2] == len(bank) >= config.topk:
         raise FormatError(
-            f"vblora_logits_A {tuple(a.shape)} and _B {tuple(b.shape)} do not fit {len(bank)} "
-            f"vectors, of which {config.topk} count"
+            f"vblora_logits_A {tuple(a.shape)} and _B {tuple(b.shape)} do not fit "
+            f"{plural(len(bank), 'vector')}, of which {config.topk} count"
         )
     bank, a, b = _wide(bank, a, b)
     A = _pieces(a, bank, config.topk).flatten(1)  # (r, in / l, l) → (r, in)

@@ -28,7 +28,18 @@ from .peft_overrides import SavedWhole
 
 T = TypeVar("T")
 
-__all__ = ["DERIVED", "FUSED", "TRAINING", "VARIANTS", "PeftConfig", "mutates_base", "parse_config"]
+__all__ = [
+    "DERIVED",
+    "EXTRACT",
+    "FUSED",
+    "TRAINING",
+    "TURNED",
+    "VARIANTS",
+    "PeftConfig",
+    "mutates_base",
+    "parse_config",
+    "says_which_way",
+]
 
 VARIANTS = {
     "use_dora": "DoRA rescales the whole weight, which is no sum of W and B·A",

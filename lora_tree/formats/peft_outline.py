@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ..adapter import Adapter
-from ..errors import FormatError, UnsupportedAdapter
+from ..errors import FormatError, UnsupportedAdapter, plural
 from ..lowrank import LowRank
 from ..overlay import over
 from . import peft_keys, strict_json
@@ -185,15 +185,15 @@ class _OutlineMaker:
         if is_own:
             if set(wrappers) != {0}:
                 raise FormatError(
-                    f"{self._where}: {module}: {len(wrappers)} nested factors, but "
+                    f"{self._where}: {module}: {plural(len(wrappers), 'nested factor')}, but "
                     "target_parameters names none of its parameters",
                     "name each trained parameter as module.parameter in target_parameters",
                 )
             return _Registered()
         if set(wrappers) != set(range(len(names))):
             raise FormatError(
-                f"{self._where}: {module}: factors of {len(wrappers)} parameters, expected "
-                f"{len(names)}: {', '.join(names)}",
+                f"{self._where}: {module}: factors of {plural(len(wrappers), 'parameter')}, "
+                f"expected {len(names)}: {', '.join(names)}",
                 "name each trained parameter as module.parameter in target_parameters",
             )
         if recorded:

@@ -23,7 +23,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import FormatError
+from ..errors import FormatError, plural
 from ..override import Override, tensor_owner
 
 __all__ = [
@@ -100,7 +100,7 @@ class SavedWhole:
         tokens = self.tokens or {}
         found = [rows for end, rows in tokens.items() if module.endswith(end)]
         if len(found) != 1 or len(found[0]) != len(values):
-            said = "no rows of it" if not found else f"{len(found[0])} rows"
+            said = "no rows of it" if not found else plural(len(found[0]), "row")
             raise FormatError(
                 f"{self.where}: trainable_token_indices: {said} for {module}, whose "
                 f"trainable_tokens_delta has {len(values)}",

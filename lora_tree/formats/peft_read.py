@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from ..adapter import Adapter
-from ..errors import FormatError, LoraTreeWarning, UnsupportedAdapter, listing
+from ..errors import FormatError, LoraTreeWarning, UnsupportedAdapter, agreeing, listing
 from ..lowrank import PARAMETER
 from ..overlay import over
 from ..storage import Allocate, Witness
@@ -152,7 +152,8 @@ def _warn_if_turned(adapter: Adapter, config_named: str) -> None:
         LoraTreeWarning(
             f"{config_named}: it has target_parameters, and its peft_version is {said!r:.40}: "
             f"PEFT before {turned} wrote the factors of fused experts the other way round; "
-            f"{listing(fused, most=2)} are read as PEFT reads them since then",
+            f"{listing(fused, most=2)} {agreeing(len(fused), 'is', 'are')} read as PEFT reads "
+            f"{agreeing(len(fused), 'it', 'them')} since then",
             f"where such a PEFT trained it, train it again with {turned} or newer; "
             f'otherwise put "peft_version": "{turned}" into the file',
         ),

@@ -130,7 +130,7 @@ class SortedKeys:
                 raise FormatError(
                     f"{self.where}: {shown} is a whole weight, and the config names no "
                     "modules_to_save that it belongs to",
-                    f'name it there, where it is meant: "modules_to_save": '
+                    'name it there, where it is meant: "modules_to_save": '
                     f'["{name.rpartition(".")[0]}"] in {self.config.where}',
                     "a state dict of the whole model holds the base's weights too: save the "
                     "adapter alone, with PEFT's save_pretrained",

@@ -28,7 +28,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ..errors import FormatError
+from ..errors import FormatError, plural
 from ..storage import Allocate
 from ..system.memory import check_fits
 from ..system.processors import ENOUGH, processors
@@ -301,7 +301,7 @@ def _in_order(data: bytes, metadata: Mapping[str, str]) -> bytes:
         # The offsets would be wrong. No known version of the package gets here.
         raise FormatError(
             f"safetensors wrote a header of {start - 8} bytes, expected its shortest form, "
-            f"{len(text)} bytes",
+            f"{plural(len(text), 'byte')}",
             "install a version of safetensors that is known here; this is "
             f"{safetensors.__version__}",
         )

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import FormatError
+from ..errors import FormatError, plural
 from . import strict_json
 from .limits import TENSORS
 
@@ -83,7 +83,7 @@ def parse_header(head: bytes, nbytes: int, where: str) -> Header:
         )
     if len(fields) > TENSORS:
         raise FormatError(
-            f"{where}: header: {len(fields):,} tensors; the most is {TENSORS:,}",
+            f"{where}: header: {plural(len(fields), 'tensor')}; the most is {TENSORS:,}",
             "no adapter has so many: is it the right file?",
         )
     entries = {name: _entry(value, f"{where}: {name[:200]}") for name, value in fields.items()}

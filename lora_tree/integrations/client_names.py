@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from ..blend import parse_blend, spelled
-from ..errors import LoraTreeError, PathError, SpecError, printable
+from ..errors import LoraTreeError, PathError, SpecError, plural, printable
 from ..node_names import MAX_DEPTH
 
 __all__ = ["Asked", "NameRules", "shown"]
@@ -42,7 +42,7 @@ def shown(text: object, most: int = SHOWN_CHARACTERS) -> str:
     text = str(text)
     # The text is cut before its characters are looked at: it may be as long as a request.
     head = printable(text[:most])
-    return head if len(text) <= most else f"{head}… ({len(text):,} characters)"
+    return head if len(text) <= most else f"{head}… ({plural(len(text), 'character')})"
 
 
 @dataclass(frozen=True)

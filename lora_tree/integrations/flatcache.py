@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from ..blend import Blend
-from ..errors import BudgetError, FolderError, LoraTreeError, SpecError, UnlockedError
+from ..errors import BudgetError, FolderError, LoraTreeError, SpecError, UnlockedError, plural
 from ..export import Portable, portable
 from ..folder import Problem
 from ..storage import as_path
@@ -31,7 +31,7 @@ from .flat_content import Contents, FlatContent, FlatForm, is_blend, lineages
 from .flat_usage import Usage
 from .shared_folder import SharedFolder
 
-__all__ = ["FlatCache", "FlatForm", "Flattened", "NoRoom", "TooLarge", "name_of"]
+__all__ = ["ROUNDING", "FlatCache", "FlatForm", "Flattened", "NoRoom", "TooLarge", "name_of"]
 
 V = TypeVar("V")
 
@@ -322,9 +322,12 @@ class FlatCache:
                 del sizes[content]
                 self._on_evict()
         if is_full() or has_its_share():
+            take = plural(
+                len(sizes), "adapter that is in use takes", "adapters that are in use take"
+            )
             raise NoRoom(
-                f"{self.folder}: no room for {nbytes:,} bytes: {len(sizes)} adapters that are in "
-                f"use take {sum(sizes.values()):,} of {self.budget_bytes:,}",
+                f"{self.folder}: no room for {nbytes:,} bytes: "
+                f"{take} {sum(sizes.values()):,} of {self.budget_bytes:,}",
                 f"they stay for {self._usage.grace_s:.0f} s after their last use; "
                 "or give the cache more bytes",
             )
@@ -359,7 +362,7 @@ class FlatCache:
                 self._usage.forget(one)
                 return
         raise NoRoom(
-            f"{len(blends)} blends are in use, and no more are served at once",
+            f"{plural(len(blends), 'blend')} are in use, and no more are served at once",
             "ask again in a moment",
         )
 

@@ -18,7 +18,7 @@ from typing import Any
 from torch.utils.data import Subset
 
 from ..blend import Blend
-from ..errors import SpecError
+from ..errors import SpecError, plural
 from ..runs.held_back import Verdict, at_part, judge, places_held_back
 from ..training.diverged import BASE_LABEL
 from ..tree import AdapterTree
@@ -116,7 +116,7 @@ def held_rows(
     left_out = set(held)
     kept = [place for place in range(len(paths)) if place not in left_out]
     told = ", ".join(f"{len(own)} of {path or BASE_LABEL}" for path, own in sorted(places.items()))
-    _log.info("held back: %d rows, to judge leaves by: %s", len(held), told)
+    _log.info("held back: %s, to judge leaves by: %s", plural(len(held), "row"), told)
     return _rows(data, kept), HeldRows(data, places)
 
 

@@ -1,6 +1,6 @@
 """HubAdapters: single adapters of the model hub, as nodes of a tree name them.
 
-An adapter that the cache has at the locked commit is used without asking the hub.
+An adapter that the cache has whole at the locked commit is used without asking the hub.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from ..errors import HubError, listing
 from ..folder.hub_name import Fetched, HubName, install_hub
 from ..formats.peft import CONFIG, WEIGHTS
 from ..formats.recognise import DIFFUSERS_WEIGHTS, MLX_WEIGHTS
-from .hub_client import MAIN, HubClient
+from .hub_client import MAIN, HubClient, Snapshot
 
 __all__ = ["HubAdapters"]
 
@@ -25,16 +25,18 @@ class HubAdapters:
     def fetch(self, name: HubName, commit: str | None) -> Fetched:
         """Bring an adapter into the cache; see `lora_tree.folder.hub_name.fetched`."""
         client = HubClient(name.repository, what=f"the adapter {name}", progress=False)
-        names = _files(name)
-        place = None if commit is None else client.cached(commit, names)
-        if place is None:
-            snapshot = client.fetch(commit or name.revision, names)
-            place, commit = str(snapshot.folder), snapshot.commit
-        assert commit is not None
+        choices = _choices(name)
+        snapshot = None
+        # A commit never changes. Where a branch points now only the hub can tell.
+        if commit is not None or not client.is_online:
+            snapshot = client.cached(commit or name.revision or MAIN, choices)
+        if snapshot is None:
+            names = {each: None for choice in choices for each in choice}
+            snapshot = client.fetch(commit or name.revision, list(names))
+            _check_whole(client, name, snapshot, choices)
+        place = str(snapshot.folder)
         found = os.path.join(place, name.path) if name.path else place
-        if not any(os.path.isfile(os.path.join(place, each)) for each in names):
-            raise _not_there(client, name, commit)
-        return Fetched(found, commit)
+        return Fetched(found, snapshot.commit)
 
     def head(self, name: HubName) -> str | None:
         """Return the commit that a name means now; None if the hub does not say."""
@@ -45,14 +47,45 @@ class HubAdapters:
             return None
 
 
-def _files(name: HubName) -> list[str]:
-    """Return the files that an adapter of this name may consist of."""
+def _choices(name: HubName) -> list[list[str]]:
+    """Return the lists of files of which an adapter of this name may consist.
+
+    Their order is that of `lora_tree.formats.recognise`, where a folder fits several.
+    """
     if name.path.endswith(SINGLE):
         above, _, last = name.path.rpartition("/")
         config = [f"{above}/{CONFIG}".lstrip("/")] if last == MLX_WEIGHTS else []
-        return [*config, name.path]
+        return [[*config, name.path]]
     above = f"{name.path}/" if name.path else ""
-    return [f"{above}{each}" for each in (CONFIG, WEIGHTS, MLX_WEIGHTS, DIFFUSERS_WEIGHTS)]
+    kinds = ([CONFIG, WEIGHTS], [CONFIG, MLX_WEIGHTS], [DIFFUSERS_WEIGHTS])
+    return [[f"{above}{each}" for each in kind] for kind in kinds]
+
+
+def _check_whole(
+    client: HubClient, name: HubName, snapshot: Snapshot, choices: Sequence[Sequence[str]]
+) -> None:
+    """Refuse an adapter of which nothing was fetched, or only a part of what the hub has.
+
+    huggingface_hub returns what its cache has of a commit where it can't ask the hub.
+    """
+    lacks = []
+    for choice in choices:
+        lacks.append([each for each in choice if not (snapshot.folder / each).is_file()])
+    if not all(lacks):
+        return
+    begun = [lack for lack, choice in zip(lacks, choices, strict=True) if len(lack) < len(choice)]
+    if not begun:
+        raise _not_there(client, name, snapshot.commit)
+    if not client.is_online:
+        raise client.not_whole(snapshot.commit, begun[0])
+    # This raises if the hub can't be asked. An adapter that is half on the hub is for its reader to
+    # refuse.
+    on_the_hub = client.files(snapshot.commit)
+    for lack in begun:
+        if all(each in on_the_hub for each in lack):
+            raise HubError(
+                f"{name}: {listing(lack)}: on the hub, and was not fetched", "try again later"
+            )
 
 
 def _not_there(client: HubClient, name: HubName, commit: str) -> HubError:

@@ -23,7 +23,7 @@ from rich.filesize import decimal
 from ..drawn.drawing import arranged
 from ..drawn.node_lines import NodeLine, lines_of, remark_words
 from ..drawn.tree_picture import tree_picture
-from ..errors import SpecError, printable
+from ..errors import SpecError, plural, printable
 from ..extras import need
 from ..tree import AdapterTree
 
@@ -118,8 +118,8 @@ class TreeCard:
             f" over [{_plain(self.base)}](https://huggingface.co/{self.base})" if self.base else ""
         )
         rows = [
-            f"A tree of LoRA adapters{over}: {len(self.lines):,} nodes. The model of a node is the "
-            "base plus its own increments and those of every node above it.",
+            f"A tree of LoRA adapters{over}: {plural(len(self.lines), 'node')}. The model of a "
+            "node is the base plus its own increments and those of every node above it.",
             "",
             f"![the tree]({PICTURE})",
             "",
@@ -139,7 +139,7 @@ class TreeCard:
     def _total(self) -> str:
         size = decimal(sum(line.bytes for line in self.lines))
         over = self.base or "an unnamed base"
-        return f"{len(self.lines):,} nodes over {over}, {size}"
+        return f"{plural(len(self.lines), 'node')} over {over}, {size}"
 
 
 def _row(line: NodeLine) -> str:

@@ -15,11 +15,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..errors import HubError, LoraTreeError, SpecError
+from ..errors import HubError, LoraTreeError, SpecError, listing
 from ..extras import hub_answers, need
 from ..folder import disk
 
-__all__ = ["HubClient", "HubFile", "Snapshot"]
+__all__ = ["MAIN", "HubClient", "HubFile", "Snapshot"]
 
 MAIN = "main"
 _LOGIN = "log in with an account that may: hf auth login, or set HF_TOKEN"
@@ -110,18 +110,29 @@ class HubClient:
         return hub_answers()
 
     # ------------------------------------------------------------------ reading
-    def cached(self, commit: str, names: Sequence[str]) -> str | None:
-        """Return the folder of a commit in the cache, if every file is there or known to be absent.
+    def cached(self, revision: str, choices: Sequence[Sequence[str]]) -> Snapshot | None:
+        """Return a commit in the cache, if the files of one choice are all there; None if not.
 
-        The hub is not asked.
+        The hub is not asked. What the cache does not know may be on the hub, so a choice counts
+        only if the cache has nothing of the choices before it but files that both have.
+
+        Args:
+            revision: a commit, or a branch or tag, which is what it was when it was last fetched.
+            choices: the lists of files of which any one is enough, the preferred one first.
         """
-        folder = None
-        for name in names:
-            found = self._hub.try_to_load_from_cache(self.repository, name, revision=commit)
-            if isinstance(found, str):
-                depth = name.count("/") + 1
-                folder = str(Path(found).parents[depth - 1])
-        return folder
+        found: dict[str, str] = {}
+        for name in {name: None for choice in choices for name in choice}:
+            file = self._hub.try_to_load_from_cache(self.repository, name, revision=revision)
+            # Another answer is None, or a mark that the commit has no such file.
+            if isinstance(file, str):
+                found[name] = file
+        for i, choice in enumerate(choices):
+            earlier = {name for each in choices[:i] for name in each}
+            if choice and found.keys() >= set(choice) and not earlier - set(choice) & found.keys():
+                depth = choice[0].count("/") + 1
+                folder = Path(found[choice[0]]).parents[depth - 1]
+                return Snapshot(folder, folder.name)
+        return None
 
     def commit_of(self, revision: str) -> str | None:
         """Return the hash of the commit that a branch, tag or hash means; None if there is none.
@@ -244,6 +255,21 @@ class HubClient:
         """Return the error for an action that needs the hub."""
         return HubError(f"{self.repository}: this needs the hub, and {self._why_offline()}")
 
+    def not_whole(self, revision: str, missing: Sequence[str] = ()) -> HubError:
+        """Return the error for a revision of which the cache lacks a part.
+
+        Args:
+            revision: a branch, tag or hash.
+            missing: the files that it lacks, as far as they are known.
+        """
+        lacks = [f"it lacks {listing(missing)}"] if missing else []
+        return HubError(
+            f"{self.repository}: {revision} is not whole in the cache "
+            f"({self._constants.HF_HUB_CACHE}), and {self._why_offline()}",
+            *lacks,
+            "fetch it once where the hub answers",
+        )
+
     @property
     def _api(self) -> Any:
         return self._hub.HfApi()
@@ -289,11 +315,7 @@ class HubClient:
             cause = error.__cause__
             if isinstance(cause, known.HfHubHTTPError):
                 raise HubError(*self._refused(cause)) from error
-            raise HubError(
-                f"{name}: {revision} is not whole in the cache "
-                f"({self._constants.HF_HUB_CACHE}), and {self._why_offline()}",
-                "fetch it once where the hub answers",
-            ) from error
+            raise self.not_whole(revision) from error
         except known.HfHubHTTPError as error:
             raise HubError(*self._refused(error)) from error
         except Exception as error:  # sockets, proxies, certificates: whatever its transport raises

@@ -17,12 +17,13 @@ from ..errors import HubError
 from ..folder import disk
 from ..folder.belonging import PLACE
 from ..folder.hub_origin import HubOrigin
+from ..folder.lockfile import TreeLock, parse_lock
 from ..folder.yamlfile import read_spec
-from ..formats.limits import YAML_BYTES
+from ..formats.limits import LOCK_BYTES, YAML_BYTES
 from ..spec import TreeSpec
 from .hub_client import HubClient, HubFile
 
-__all__ = ["seen_files", "spec_in"]
+__all__ = ["lock_in", "seen_files", "spec_in"]
 
 
 def seen_files(client: HubClient, origin: HubOrigin | None) -> Mapping[str, HubFile]:
@@ -54,3 +55,15 @@ def spec_in(folder: Path) -> TreeSpec | None:
     if not file.is_file():
         return None
     return read_spec(disk.read_file(file, most=YAML_BYTES), str(file))[0]
+
+
+def lock_in(folder: Path) -> TreeLock | None:
+    """Return the tree.lock in a folder of fetched files; None if there is none.
+
+    Raises:
+        SpecError: it is broken.
+    """
+    file = folder / PLACE.lock
+    if not file.is_file():
+        return None
+    return parse_lock(disk.read_file(file, most=LOCK_BYTES), str(file))

@@ -18,16 +18,17 @@ from pathlib import Path
 
 from ..errors import FolderError, listing
 from ..folder import disk
-from ..folder.belonging import PLACE, belongings, locked_times, places_among
+from ..folder.belonging import PLACE, belongings, locked_times, missing_among, places_among
 from ..folder.hub_origin import HubOrigin, read_origin
 from ..folder.incoming import Arrival, arrive, planned
 from ..folder.opening import inspect
 from ..folder.problem import raise_any
 from ..folder.tree_place import TreePlace
 from ..formats.peft import CONFIG
+from ..spec import TreeSpec
 from ..storage import as_path
-from .hub_client import MAIN, HubClient, HubFile
-from .hub_commit import seen_files, spec_in
+from .hub_client import MAIN, HubClient, HubFile, Snapshot
+from .hub_commit import lock_in, seen_files, spec_in
 
 __all__ = ["Pulled", "pull"]
 
@@ -84,7 +85,10 @@ def pull(
     target = Path(os.path.abspath(as_path(folder)))
     there = client.fetch(revision, [PLACE.yaml, PLACE.lock])
     files = _listed(client, there.folder, there.commit)
-    names = places_among(files, spec_in(there.folder))
+    spec = spec_in(there.folder)
+    if not client.is_online:
+        _refuse_partial(client, there, files, spec)
+    names = places_among(files, spec)
     _refuse_no_tree(repository, files, names)
     origin = read_origin(target) if target.is_dir() else None
     known = partial(_is_on_the_hub, client, origin)
@@ -140,6 +144,18 @@ def _listed(client: HubClient, folder: Path, commit: str) -> dict[str, HubFile]:
             path = os.path.relpath(file, folder).replace(os.sep, "/")
             found[path] = HubFile(os.stat(file).st_size, "", disk.digest(file))
     return found
+
+
+def _refuse_partial(
+    client: HubClient, there: Snapshot, files: Mapping[str, HubFile], spec: TreeSpec | None
+) -> None:
+    """Refuse a tree of which the cache has only a part, as a dry run leaves it."""
+    lock = lock_in(there.folder)
+    if lock is None:
+        return
+    missing = missing_among(files, spec, lock)
+    if missing:
+        raise client.not_whole(there.commit, missing)
 
 
 def _refuse_no_tree(repository: str, files: Mapping[str, HubFile], names: Sequence[str]) -> None:

@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..errors import FolderError, HubError, SpecError, listing
+from ..errors import FolderError, HubError, SpecError, listing, plural
 from ..folder import StaleWarning, disk, load
 from ..folder.belonging import PLACE, places_among
 from ..folder.hub_origin import HubOrigin, read_origin, write_origin
@@ -146,7 +146,7 @@ def push(
     assert parent is not None, "the repository and the branch were made just now"
     commit = parent
     if draft or deletes:
-        said = message or f"A tree of {len(opened.entries)} nodes, by lora-tree push"
+        said = message or f"A tree of {plural(len(opened.entries), 'node')}, by lora-tree push"
         commit = client.commit(draft, deletes, branch=target, parent=parent, message=said)
         _check_arrived(client, commit, draft)
     # The folder may be one that can't be written; then the next push compares file by file.
@@ -227,7 +227,7 @@ def _refuse_unseen(
     what = "pushed by somebody else since" if seen else "of a tree that this folder has not seen"
     raise HubError(
         f"{client.repository}@{branch}: {listing(unseen)}: {what}",
-        f"pull it into another folder and bring your changes there: lora-tree pull "
+        "pull it into another folder and bring your changes there: lora-tree pull "
         f"{client.repository} other; or push to a branch: --branch NAME",
         "--force replaces it; the repository's history keeps it",
     )

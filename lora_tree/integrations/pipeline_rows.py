@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..callers import locals_of_call
 from ..engine.batch_axis import BatchAxis, Place, SeenSites
-from ..errors import BaseMismatch
+from ..errors import BaseMismatch, plural
 
 __all__ = ["PipelineAxis"]
 
@@ -78,14 +78,15 @@ class PipelineAxis(BatchAxis):
         given, lie = known
         if lie is None:
             raise BaseMismatch(
-                f"{site.name}: {component} was given {given} prompts, and the route is for "
-                f"{self.rows} rows, which differ in it: the images of one prompt share its text",
+                f"{site.name}: {component} was given {plural(given, 'prompt')}, and the route "
+                f"is for {plural(self.rows, 'row')}, which differ in it: "
+                "the images of one prompt share its text",
                 "repeat the prompt, one for each path: pipe([prompt] * n)",
             )
         if x.shape[:1] != (given,) or out.shape[:1] != (given,):
             raise BaseMismatch(
                 f"{site.name}: its input is {tuple(x.shape)}, and the first axis should be the "
-                f"{given} rows of {component}"
+                f"{plural(given, 'row')} of {component}"
             )
         return lie
 
@@ -107,8 +108,9 @@ class PipelineAxis(BatchAxis):
         repeat = each if self.rows == prompts else 1
         if self.rows not in (prompts, prompts * each) or given % (self.rows * repeat):
             raise BaseMismatch(
-                f"{name}: the pipeline makes {each} images for each of {prompts} prompts ({given} "
-                f"rows at once), and the route is for {self.rows} rows",
+                f"{name}: the pipeline makes {plural(each, 'image')} for each of "
+                f"{plural(prompts, 'prompt')} ({plural(given, 'row')} at once), "
+                f"and the route is for {plural(self.rows, 'row')}",
                 "give route one path for each prompt, or one for each image",
             )
         return repeat, given // (self.rows * repeat)

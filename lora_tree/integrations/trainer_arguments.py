@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..errors import SpecError, StateError, listing
+from ..errors import SpecError, StateError, agreeing, listing
 from ..model import TreeModel
 
 __all__ = [
@@ -61,7 +61,8 @@ def whole_groups(
     # with other parameters, `TreeModel.follow` refuses them.
     if sorted(named) != sorted(training):
         raise SpecError(
-            f"groups are of {listing(named)}, and {listing(training)} train",
+            f"groups are of {listing(named)}, and {listing(training)} "
+            f"{agreeing(len(training), 'trains', 'train')}",
             "give the groups that model.trainable(…) returned last",
         )
     return list(groups)

@@ -22,7 +22,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..blend import spelled
-from ..errors import MissingExtra, SpecError, StateError, listing
+from ..errors import MissingExtra, SpecError, StateError, agreeing, listing
 from ..extras import need
 from ..model import TreeModel
 from ..path_model import PathModel
@@ -248,7 +248,8 @@ def _reference(policy: Any, given: Any, trainer: str) -> PathModel:
     moving = given.factors.training_paths
     if moving:
         raise StateError(
-            f"{listing(moving)} trains and is in the reference, which would move with the policy",
+            f"{listing(moving)} {agreeing(len(moving), 'trains and is', 'train and are')} in the "
+            "reference, which would move with the policy",
             "let nodes train that are in the policy alone: stage after stage",
         )
     given.get_output_embeddings()

@@ -27,7 +27,7 @@ from ..callers import caller_object
 from ..extras import need
 from .flatcache import Flattened
 
-__all__ = ["Front", "asking"]
+__all__ = ["Front", "asking", "request_of"]
 
 WAIT_S = 120.0
 """Seconds that vLLM may take to load an adapter."""

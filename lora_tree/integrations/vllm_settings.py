@@ -16,7 +16,7 @@ from ..storage import as_path
 from ..tree import AdapterTree
 from .client_names import NameRules
 
-__all__ = ["ZOO", "PluginSettings", "ServerArgs", "server_args"]
+__all__ = ["DEFAULT_ERROR", "ZOO", "PluginSettings", "ServerArgs", "server_args"]
 
 ZOO = "LORA_TREE_VLLM_ZOO"
 CACHE = "LORA_TREE_VLLM_CACHE"

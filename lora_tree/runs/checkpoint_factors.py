@@ -19,7 +19,7 @@ import torch
 from torch.distributed.tensor import distribute_tensor
 
 from ..adapter import Adapter
-from ..errors import FolderError, FormatError, listing
+from ..errors import FolderError, FormatError, agreeing, listing
 from ..folder import disk
 from ..formats import strict_json
 from ..formats.safetensors import read_tensors, render_tensors
@@ -89,7 +89,8 @@ def load_factors(model: TreeModel, folder: Path) -> None:
         there = {path_of(name) for name in saved}
         here = {path_of(name) for name in now}
         if there != here:
-            what = f"of {listing(sorted(there))}, and {listing(sorted(here))} train now"
+            train = agreeing(len(here), "trains", "train")
+            what = f"of {listing(sorted(there))}, and {listing(sorted(here))} {train} now"
         else:
             what = f"with other modules: {listing(sorted(saved.keys() ^ now.keys()))}"
         raise FormatError(

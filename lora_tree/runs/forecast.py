@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ..errors import SpecError, listing
+from ..errors import SpecError, agreeing, listing, plural
 from ..folder.source import FolderSource
 from ..model import TreeModel
 from ..tree import AdapterTree
@@ -52,8 +52,7 @@ class NodeForecast:
         above = [f"{node} as it is" for node in self.frozen]
         above += [f"{node}, which trains" for node in self.trained_with]
         ground = listing(above) if above else "the bare base"
-        plural = "s" if self.rows != 1 else ""
-        return f"{self.node}: {start}, on {ground}; {self.rows} row{plural}"
+        return f"{self.node}: {start}, on {ground}; {plural(self.rows, 'row')}"
 
 
 def chosen(
@@ -84,7 +83,8 @@ def chosen(
             found.update(above for above in tree.lineage(path) if _can_train(tree, above))
     if not found:
         if named:
-            reason = f"{listing(sorted(named))} have none of their own"
+            have = agreeing(len(named), "has none of its own", "have none of their own")
+            reason = f"{listing(sorted(named))} {have}"
         else:
             reason = "they are all for the bare base"
         raise SpecError(

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..blend import Blend
+from ..errors import plural
 from ..model import TreeModel
 from ..tree import AdapterTree
 from ..weights import Weight, scaled_weight
@@ -79,8 +80,7 @@ class Verdict:
 
     def __str__(self) -> str:
         """One line: ``fr/legal: 3.247 on 12 held-back rows, its parent 2.759: kept at …``."""
-        plural = "s" if self.rows != 1 else ""
-        said = f"{self.node}: {self.trained:.3f} on {self.rows} held-back row{plural}"
+        said = f"{self.node}: {self.trained:.3f} on {plural(self.rows, 'held-back row')}"
         said += f", its parent {self.parent:.3f}"
         if self.beats_parent:
             return said

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import SpecError, listing
+from ..errors import SpecError, agreeing, listing
 from ..model import TreeModel
 from ..training.losses import row_losses
 from ..tree import AdapterTree
@@ -73,7 +73,8 @@ def check_references(rows: Sequence[Row], nodes: Sequence[str], tree: AdapterTre
         if moving:
             raise SpecError(
                 f"{row.where}: {reference} is the reference for rows of {row.path}, and "
-                f"{listing(moving)} trains: the reference would move",
+                f"{listing(moving)} {agreeing(len(moving), 'trains', 'train')}: "
+                "the reference would move",
                 "train stage after stage, each node against its parent as it is",
             )
 

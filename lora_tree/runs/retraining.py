@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import LoraTreeError, SpecError, listing
+from ..errors import LoraTreeError, SpecError, listing, plural
 from ..folder import disk
 from ..folder.nodes import made_of_node
 from ..provenance import DataFile, TrainedWith
@@ -54,9 +54,7 @@ class RetrainJob:
     def __str__(self) -> str:
         """One line: ``fr/legal, fr/medical: 200 steps on rows.jsonl``."""
         files = listing(os.fspath(file) for file in self.data)
-        steps = self.settings.steps
-        plural = "s" if steps != 1 else ""
-        return f"{', '.join(self.nodes)}: {steps} step{plural} on {files}"
+        return f"{', '.join(self.nodes)}: {plural(self.settings.steps, 'step')} on {files}"
 
 
 @dataclass(frozen=True)

@@ -249,8 +249,7 @@ def _way(data: Mapping[str, Any]) -> tuple[set[str], set[str]]:
         near = _nearest(extra, WORDS - keys)
         raise SpecError(
             "a row has a path and text, or prompt and completion, or messages, or prompt, chosen "
-            "and rejected; "
-            f"this has {listing(sorted(data))}{near}"
+            f"and rejected; this has {listing(sorted(data))}{near}"
         )
     return keys, extra
 

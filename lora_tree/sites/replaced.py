@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import BaseMismatch, suggest
+from ..errors import BaseMismatch, plural, suggest
 from ..spec import LoraSpec
 
 __all__ = ["is_inside", "replaced_tensors"]
@@ -103,7 +103,9 @@ def _token_rows(base: nn.Module, spec: LoraSpec) -> dict[str, Sequence[int]]:
         for word, named in said.items():
             names = list(_ending_with(base, word, field))
             if len(names) > 1:
-                raise BaseMismatch(f"{field}: {word!r} names {len(names)} modules", "name one")
+                raise BaseMismatch(
+                    f"{field}: {word!r} names {plural(len(names), 'module')}", "name one"
+                )
             found[names[0]] = named
     for module, rows in found.items():
         weight = getattr(base.get_submodule(module), "weight", None)
@@ -111,7 +113,7 @@ def _token_rows(base: nn.Module, spec: LoraSpec) -> dict[str, Sequence[int]]:
             raise BaseMismatch(f"{field}: {module} is no embedding, and has no rows")
         if max(rows) >= weight.shape[0]:
             raise BaseMismatch(
-                f"{field}: {module} has {weight.shape[0]} rows, and {max(rows)} is named",
+                f"{field}: {module} has {plural(weight.shape[0], 'row')}, and {max(rows)} is named",
                 f"resize the base before attach: base.resize_token_embeddings({max(rows) + 1})",
             )
     return found

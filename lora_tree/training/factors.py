@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ..adapter import Adapter
-from ..errors import StateError, listing
+from ..errors import StateError, agreeing, listing
 from ..lowrank import is_sharded
 from ..tree import AdapterTree
 from .node_factors import NodeFactors, is_in_dtype, key_of, path_of
@@ -165,7 +165,8 @@ class Factors(nn.ModuleDict):
         if held != chosen:
             wanted = listing(sorted(chosen)) or "nothing"
             raise StateError(
-                f"the factors of {listing(sorted(held))} are sharded, and {wanted} is to train",
+                f"the factors of {listing(sorted(held))} are sharded, and {wanted} "
+                f"{agreeing(len(chosen) or 1, 'is', 'are')} to train",
                 "say what trains before fully_shard, and the same after it; "
                 "for other nodes attach again",
             )

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..blend import Blend, spelled
 from ..engine.upload import uploaded
-from ..errors import SpecError, StateError
+from ..errors import SpecError, StateError, plural
 from ..tree import AdapterTree
 from .rank_names import blends_of_all, ranks
 
@@ -98,8 +98,8 @@ def path_loss(
     names = list(map(spelled, paths))
     if len(names) != len(logits) or logits.shape[:2] != labels.shape:
         raise SpecError(
-            f"logits {tuple(logits.shape)}, labels {tuple(labels.shape)} and {len(names)} paths "
-            "do not fit together",
+            f"logits {tuple(logits.shape)}, labels {tuple(labels.shape)} and "
+            f"{plural(len(names), 'path')} do not fit together",
             "labels are (rows, tokens), logits (rows, tokens, vocabulary), "
             "and every row has one path",
         )
@@ -212,7 +212,7 @@ def token_counts(
         named.append((labels, names))
         if len(labels) != len(names):
             raise SpecError(
-                f"labels of {len(labels)} rows, and {len(names)} paths",
+                f"labels of {plural(len(labels), 'row')}, and {plural(len(names), 'path')}",
                 "give one path for every row",
             )
     mine = _counted(named, shift)

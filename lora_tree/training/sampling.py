@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch.utils.data import Sampler
 
-from ..errors import SpecError
+from ..errors import SpecError, plural
 
 __all__ = ["PathSampler"]
 
@@ -54,7 +54,8 @@ class PathSampler(Sampler[int]):
             )
         if not paths or (length is not None and length < 1):
             raise SpecError(
-                f"a sampler needs rows and a length, got {len(paths)} rows and length {length}"
+                f"a sampler needs rows and a length, got {plural(len(paths), 'row')} "
+                f"and length {length}"
             )
         self._length = len(paths) if length is None else length
         self._seed = seed

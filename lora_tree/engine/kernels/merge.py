@@ -37,6 +37,7 @@ from .tiles import TYPES
 
 __all__ = [
     "COLUMNS",
+    "POLICY",
     "RANKS",
     "ROWS",
     "SLOT_FIELDS",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["MergePart", "MergeTerm", "can_merge", "on"]
+__all__ = ["DTYPES", "MergePart", "MergeTerm", "can_merge", "on"]
 
 DTYPES = frozenset((torch.bfloat16, torch.float16, torch.float32))
 

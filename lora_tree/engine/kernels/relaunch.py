@@ -32,7 +32,7 @@ from .segments import Segments
 from .tiles import TYPES, products
 from .tiling import Tiling
 
-__all__ = ["LaunchPlan", "Relaunch", "shared_constants"]
+__all__ = ["BoundLaunch", "LaunchPlan", "Relaunch", "shared_constants"]
 
 _VERSION = tuple([int(number) for number in triton.__version__.split(".")[:2]])
 _IS_KNOWN = (3, 6) <= _VERSION < (4, 0)

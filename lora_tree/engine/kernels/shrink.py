@@ -37,7 +37,15 @@ from .tiles import (
 )
 from .tiling import Tiling, entries_at_once
 
-__all__ = ["bound_shrink", "of_few_inputs", "shrink", "shrunk_plainly"]
+__all__ = [
+    "bound_shrink",
+    "of_few_inputs",
+    "shares_of",
+    "shrink",
+    "shrunk_plainly",
+    "warps_of",
+    "width_at_once",
+]
 
 WARPS, MOST_STAGES = 4, 5
 
