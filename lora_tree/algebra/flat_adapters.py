@@ -22,6 +22,7 @@ from ..tree import AdapterTree
 from ..weights import weight_at
 from .deviation import call_named
 from .families import Families
+from .moments import check_moments
 from .shared_fit import SharedProblem
 from .stack import stack_of
 from .sums import aligned, read_apart
@@ -100,6 +101,7 @@ class FlatAdapters:
             raise SpecError(
                 "the weights of these adapters are 0 at all of their modules, so they share nothing"
             )
+        check_moments(moments, self.numbers)
         self.dtype = dtype or widest or torch.float32
         # module → the bytes of one rank
         self.rank_bytes = {name: width * self.dtype.itemsize for name, width in widths.items()}
