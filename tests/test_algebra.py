@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import lora_tree as lt
+import lora_tree.algebra.gram as gram_module
 from lora_tree.algebra.clusters import average_linkage, groups
 from lora_tree.algebra.core import angles, effective_rank, energy, joint, spectrum
 from lora_tree.algebra.gram import gram
+from lora_tree.algebra.likeness import _lineage_outline
 from lora_tree.errors import BaseMismatch, ShapeMismatch, SpecError
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -389,6 +391,26 @@ def test_too_many_products_are_sketched(monkeypatch: pytest.MonkeyPatch) -> None
     assert lt.similar(named, exact=True).error == 0.0
     names = list(named)
     assert gram(names, named.__getitem__, named.__getitem__, exact=None).error > 0.0
+
+
+def test_the_cost_of_lineages_is_that_of_their_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    tree = lt.AdapterTree()
+    path = ""
+    for depth in range(3):
+        path = f"{path}/n{depth}".lstrip("/")
+        tree.add(path, adapter=zoo_of(depth, rank=2 + depth, without="conv" if depth else ""))
+    names = tree.paths()
+    for name in names:
+        assert _lineage_outline(tree, name).ranks == tree.flatten(name).ranks
+    flats = {name: tree.flatten(name) for name in names}
+    counted: list[float] = []
+    whole = gram_module._steps
+    monkeypatch.setattr(
+        gram_module, "_steps", lambda outlines: counted.append(whole(outlines)) or 0
+    )
+    lt.similar(tree, of="lineage")
+    lt.similar(flats)
+    assert counted[0] == counted[1]
 
 
 # ---------------------------------------------------------------------- the picture

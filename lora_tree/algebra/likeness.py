@@ -21,7 +21,7 @@ from ..tree import AdapterTree
 from .clusters import Join, average_linkage, groups, leaf_order
 from .gram import gram
 from .picture import heat_map
-from .sums import check_spelling, read_apart
+from .sums import aligned, check_spelling, read_apart
 
 __all__ = ["Likeness", "similar"]
 
@@ -176,7 +176,23 @@ def _outline(tree: AdapterTree, path: str) -> Adapter:
 
 
 def _lineage_outline(tree: AdapterTree, path: str) -> Adapter:
+    """Return the modules of a lineage's sum, without numbers, each of rank Σr.
+
+    If nodes differ in a module's shape, the last one's is taken: `AdapterTree.flatten` raises when
+    the sum is made, and names the nodes. Increments that an override drops are counted as well.
+    """
     modules: dict[str, LowRank] = {}
-    for node in tree.lineage(path):
-        modules.update(_outline(tree, node).modules)
-    return Adapter(modules)
+    ranks: dict[str, int] = {}
+    for outline in aligned([_outline(tree, node) for node in tree.lineage(path)]):
+        modules.update(outline.modules)
+        for name, value in outline.modules.items():
+            ranks[name] = ranks.get(name, 0) + value.rank
+    return Adapter({name: _of_rank(value, ranks[name]) for name, value in modules.items()})
+
+
+def _of_rank(value: LowRank, rank: int) -> LowRank:
+    """Return a value of the same shape and layout and another rank, without numbers."""
+    *batch, out, into = value.shape
+    A = torch.empty(*batch, rank, into, dtype=value.dtype, device="meta")
+    B = torch.empty(*batch, out, rank, dtype=value.dtype, device="meta")
+    return LowRank(A, B, layout=value.layout)
