@@ -413,6 +413,40 @@ def test_the_cost_of_lineages_is_that_of_their_sums(monkeypatch: pytest.MonkeyPa
     assert counted[0] == counted[1]
 
 
+# ---------------------------------------------------------------------- names that are a guess
+def two_orders(sizes: tuple[int, int]) -> tuple[lt.Adapter, lt.Adapter]:
+    """An adapter whose parameters are known, and the same one from a file that left them open."""
+    up, down = (
+        lt.LowRank(v.A, v.B, v.scale, layout=lt.Layout("parameter"))
+        for v in (draw(i, 2, batch=(2,), out=size) for i, size in enumerate(sizes))
+    )
+    known = lt.Adapter({"x.up": up, "x.down": down}, nesting={"x": ("down", "up")})
+    guess = lt.Adapter(
+        {"x.up": down, "x.down": up}, nesting={"x": ("up", "down")}, assumed=frozenset({"x"})
+    )
+    return known, guess
+
+
+@pytest.mark.parametrize("sizes", [(6, 6), (6, 5)], ids=["of one shape", "of two shapes"])
+def test_a_guessed_order_is_settled_before_adapters_are_compared(sizes: tuple[int, int]) -> None:
+    known, guess = two_orders(sizes)
+    for a, b in ((known, guess), (guess, known)):
+        assert lt.diff(a, b).is_nothing
+        assert lt.deviation(a, b).error == 0.0
+        for exact in (True, False):
+            found = lt.similar({"a": a, "b": b}, exact=exact).cosines
+            equal = lt.similar({"a": known, "b": known}, exact=exact).cosines
+            torch.testing.assert_close(found, equal)
+    tree = lt.AdapterTree()
+    tree.add("a", adapter=known)
+    tree.add("a/b", adapter=guess)
+    tree.add("c", adapter=guess)
+    for exact in (True, False):
+        found = lt.similar(tree, ["a/b", "c"], of="lineage", exact=exact).cosines
+        equal = lt.similar({"a/b": known.scaled(2.0), "c": known}, exact=exact).cosines
+        torch.testing.assert_close(found, equal)
+
+
 # ---------------------------------------------------------------------- the picture
 def test_a_name_is_never_markup() -> None:
     hostile = '"><script>alert(1)</script>\x1b[2J'

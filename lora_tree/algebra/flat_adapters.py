@@ -20,12 +20,13 @@ from ..lowrank import LowRank
 from ..override import tensor_owner
 from ..tree import AdapterTree
 from ..weights import weight_at
+from .aligning import aligned
 from .deviation import call_named
 from .families import Families
 from .moments import check_moments
 from .shared_fit import SharedProblem
 from .stack import stack_of
-from .sums import aligned, read_apart
+from .sums import read_apart
 
 __all__ = ["FlatAdapters", "FlatModule", "smallest_module"]
 
