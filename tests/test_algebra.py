@@ -467,7 +467,41 @@ def test_a_picture_of_many_stays_small() -> None:
     assert ElementTree.fromstring(lt.similar({}).picture()) is not None
 
 
-def test_distances_without_clusters_are_refused() -> None:
-    lopsided = torch.tensor([[0.0, 1.0, 2.0], [2.0, 0.0, 1.0], [1.0, 2.0, 0.0]])
-    with pytest.raises(SpecError, match="not symmetric"):
-        average_linkage(lopsided)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@given(SEEDS, st.integers(2, 9))
+def test_distances_that_are_not_symmetric_are_refused(
+    dtype: torch.dtype, seed: int, count: int
+) -> None:
+    draws = torch.Generator().manual_seed(seed)
+    apart = torch.rand(count, count, generator=draws, dtype=dtype) + 0.5
+    apart = (apart + apart.mT) / 2
+    wanted = average_linkage(apart)
+    row, column = torch.randperm(count, generator=draws)[:2].tolist()
+    rounded = apart.clone()
+    rounded[row, column] *= 1.0 + 1e-7
+    assert len(average_linkage(rounded)) == len(wanted)
+    apart[row, column] += 1e-3
+    with pytest.raises(SpecError, match="not symmetric have no clusters"):
+        average_linkage(apart)
+
+
+@pytest.mark.parametrize(
+    ("distances", "said"),
+    [
+        (torch.tensor([[0.0, math.nan], [math.nan, 0.0]]), "not finite"),
+        (torch.full((3, 3), math.inf), "not finite"),
+        (torch.rand(3, 4), r"got \(3, 4\), expected a square matrix"),
+        (torch.rand(3), r"got \(3,\), expected a square matrix"),
+    ],
+)
+def test_what_is_no_matrix_of_distances_is_refused(distances: Tensor, said: str) -> None:
+    with pytest.raises(SpecError, match=said):
+        average_linkage(distances)
+
+
+def test_the_diagonal_of_distances_is_not_read() -> None:
+    apart = torch.rand(4, 4)
+    apart = apart + apart.mT
+    wanted = average_linkage(apart)
+    assert average_linkage(apart.fill_diagonal_(math.nan)) == wanted
+    assert average_linkage(torch.zeros(0, 0)) == average_linkage(torch.zeros(1, 1)) == []
