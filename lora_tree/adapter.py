@@ -57,7 +57,7 @@ class Adapter:
             only to write two or more parameters of one module as PEFT does.
         assumed: the modules in `nesting` whose order a file did not say; `renested` corrects them.
         errors: module → relative error ‖ΔW − ΔW'‖ / ‖ΔW‖ that a truncation left; empty if none was
-            made.
+            made. Where a base gives several modules one name, an upper bound for their sum.
         rounded: the modules whose factors `to` rounded; `errors` does not count that.
         overrides: the name of a tensor of the base (``score.weight``) → its replacement.
 

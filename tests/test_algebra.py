@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import lora_tree as lt
+import lora_tree.algebra.gram as gram_module
 from lora_tree.algebra.clusters import average_linkage, groups
 from lora_tree.algebra.core import angles, effective_rank, energy, joint, spectrum
 from lora_tree.algebra.gram import gram
+from lora_tree.algebra.likeness import _lineage_outline
 from lora_tree.errors import BaseMismatch, ShapeMismatch, SpecError
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -391,6 +393,60 @@ def test_too_many_products_are_sketched(monkeypatch: pytest.MonkeyPatch) -> None
     assert gram(names, named.__getitem__, named.__getitem__, exact=None).error > 0.0
 
 
+def test_the_cost_of_lineages_is_that_of_their_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    tree = lt.AdapterTree()
+    path = ""
+    for depth in range(3):
+        path = f"{path}/n{depth}".lstrip("/")
+        tree.add(path, adapter=zoo_of(depth, rank=2 + depth, without="conv" if depth else ""))
+    names = tree.paths()
+    for name in names:
+        assert _lineage_outline(tree, name).ranks == tree.flatten(name).ranks
+    flats = {name: tree.flatten(name) for name in names}
+    counted: list[float] = []
+    whole = gram_module._steps
+    monkeypatch.setattr(
+        gram_module, "_steps", lambda outlines: counted.append(whole(outlines)) or 0
+    )
+    lt.similar(tree, of="lineage")
+    lt.similar(flats)
+    assert counted[0] == counted[1]
+
+
+# ---------------------------------------------------------------------- names that are a guess
+def two_orders(sizes: tuple[int, int]) -> tuple[lt.Adapter, lt.Adapter]:
+    """An adapter whose parameters are known, and the same one from a file that left them open."""
+    up, down = (
+        lt.LowRank(v.A, v.B, v.scale, layout=lt.Layout("parameter"))
+        for v in (draw(i, 2, batch=(2,), out=size) for i, size in enumerate(sizes))
+    )
+    known = lt.Adapter({"x.up": up, "x.down": down}, nesting={"x": ("down", "up")})
+    guess = lt.Adapter(
+        {"x.up": down, "x.down": up}, nesting={"x": ("up", "down")}, assumed=frozenset({"x"})
+    )
+    return known, guess
+
+
+@pytest.mark.parametrize("sizes", [(6, 6), (6, 5)], ids=["of one shape", "of two shapes"])
+def test_a_guessed_order_is_settled_before_adapters_are_compared(sizes: tuple[int, int]) -> None:
+    known, guess = two_orders(sizes)
+    for a, b in ((known, guess), (guess, known)):
+        assert lt.diff(a, b).is_nothing
+        assert lt.deviation(a, b).error == 0.0
+        for exact in (True, False):
+            found = lt.similar({"a": a, "b": b}, exact=exact).cosines
+            equal = lt.similar({"a": known, "b": known}, exact=exact).cosines
+            torch.testing.assert_close(found, equal)
+    tree = lt.AdapterTree()
+    tree.add("a", adapter=known)
+    tree.add("a/b", adapter=guess)
+    tree.add("c", adapter=guess)
+    for exact in (True, False):
+        found = lt.similar(tree, ["a/b", "c"], of="lineage", exact=exact).cosines
+        equal = lt.similar({"a/b": known.scaled(2.0), "c": known}, exact=exact).cosines
+        torch.testing.assert_close(found, equal)
+
+
 # ---------------------------------------------------------------------- the picture
 def test_a_name_is_never_markup() -> None:
     hostile = '"><script>alert(1)</script>\x1b[2J'
@@ -411,7 +467,41 @@ def test_a_picture_of_many_stays_small() -> None:
     assert ElementTree.fromstring(lt.similar({}).picture()) is not None
 
 
-def test_distances_without_clusters_are_refused() -> None:
-    lopsided = torch.tensor([[0.0, 1.0, 2.0], [2.0, 0.0, 1.0], [1.0, 2.0, 0.0]])
-    with pytest.raises(SpecError, match="not symmetric"):
-        average_linkage(lopsided)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@given(SEEDS, st.integers(2, 9))
+def test_distances_that_are_not_symmetric_are_refused(
+    dtype: torch.dtype, seed: int, count: int
+) -> None:
+    draws = torch.Generator().manual_seed(seed)
+    apart = torch.rand(count, count, generator=draws, dtype=dtype) + 0.5
+    apart = (apart + apart.mT) / 2
+    wanted = average_linkage(apart)
+    row, column = torch.randperm(count, generator=draws)[:2].tolist()
+    rounded = apart.clone()
+    rounded[row, column] *= 1.0 + 1e-7
+    assert len(average_linkage(rounded)) == len(wanted)
+    apart[row, column] += 1e-3
+    with pytest.raises(SpecError, match="not symmetric have no clusters"):
+        average_linkage(apart)
+
+
+@pytest.mark.parametrize(
+    ("distances", "said"),
+    [
+        (torch.tensor([[0.0, math.nan], [math.nan, 0.0]]), "not finite"),
+        (torch.full((3, 3), math.inf), "not finite"),
+        (torch.rand(3, 4), r"got \(3, 4\), expected a square matrix"),
+        (torch.rand(3), r"got \(3,\), expected a square matrix"),
+    ],
+)
+def test_what_is_no_matrix_of_distances_is_refused(distances: Tensor, said: str) -> None:
+    with pytest.raises(SpecError, match=said):
+        average_linkage(distances)
+
+
+def test_the_diagonal_of_distances_is_not_read() -> None:
+    apart = torch.rand(4, 4)
+    apart = apart + apart.mT
+    wanted = average_linkage(apart)
+    assert average_linkage(apart.fill_diagonal_(math.nan)) == wanted
+    assert average_linkage(torch.zeros(0, 0)) == average_linkage(torch.zeros(1, 1)) == []

@@ -10,12 +10,20 @@ import torch
 from dense import zoo_of
 
 import lora_tree as lt
-from lora_tree.errors import PathError, SpecError
+from lora_tree.algebra.moments import moment_inside
+from lora_tree.errors import LoraTreeError, PathError, SpecError
 
 
 def zoo() -> lt.AdapterTree:
     tree = lt.AdapterTree()
     for seed, path in enumerate(("fr", "fr/legal", "de")):
+        tree.add(path, adapter=zoo_of(seed))
+    return tree
+
+
+def flat() -> lt.AdapterTree:
+    tree = lt.AdapterTree()
+    for seed, path in enumerate(("fr", "de")):
         tree.add(path, adapter=zoo_of(seed))
     return tree
 
@@ -85,6 +93,63 @@ def test_a_moment_that_is_no_mean_of_squares_is_refused(moment: Any) -> None:
     with pytest.raises(SpecError, match=r"fr: q_proj: moments: "):
         lt.compress(tree, ["fr"], rank=1, moments={"q_proj": moment})
     assert {path: tree.adapter(path) for path in tree.paths()} == before
+
+
+ROWS = torch.rand(8, 8, generator=torch.Generator().manual_seed(0))
+NO_MOMENTS: dict[str, tuple[Any, str]] = {
+    "as many rows as the input is wide": (ROWS, r"not symmetric\n  rows x .* x\.T @ x / len\(x\)"),
+    "such rows of both signs": (ROWS - 0.5, "negative mean square|not symmetric"),
+    "symmetric rows": (ROWS + ROWS.T - 2 * torch.eye(8), "negative"),
+    "one row": (ROWS[:1], "got 1 rows of inputs, expected 2 or more"),
+    "no row": (ROWS[:0], "got 0 rows of inputs, expected 2 or more"),
+    "a batch of rows": (ROWS[None], r"got \(1, 8, 8\), expected \(8,\), \(8, 8\) or \(rows, 8\)"),
+    "a number": (ROWS[0, 0], r"got \(\), expected"),
+    "complex": (ROWS.to(torch.complex64), "expected a tensor of real numbers, got torch.complex64"),
+    "meta": (ROWS.to("meta"), "expected a tensor of real numbers, got a tensor on the meta device"),
+    "too large": (torch.full((3, 8), 1e200, dtype=torch.float64), "too large for float64"),
+}
+
+
+@pytest.mark.parametrize("verb", ["compress", "grow"])
+@pytest.mark.parametrize("case", NO_MOMENTS)
+def test_inputs_that_could_be_taken_for_their_moment_are_refused(case: str, verb: str) -> None:
+    moment, said = NO_MOMENTS[case]
+    with pytest.raises(LoraTreeError, match=said):
+        if verb == "compress":
+            lt.compress(zoo(), rank=1, moments={"q_proj": moment})
+        else:
+            lt.grow(flat(), max_error=0.1, moments={"q_proj": moment})
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("count", [2, 5, 7, 9, 300])
+def test_rows_and_their_moment_give_one_cut(count: int, dtype: torch.dtype) -> None:
+    x = torch.randn(count, 8, generator=torch.Generator().manual_seed(count)).to(dtype)
+    Q, _ = torch.linalg.qr(torch.randn(8, 5, dtype=torch.float64))
+    C = x.double().T @ x.double() / count
+    exact = Q.T @ C @ Q
+    for moment in (x, C, x.T @ x / count):
+        inside = moment_inside(Q, moment, 8)
+        near = 1e-12 if moment is not x and moment.dtype == torch.float64 else 0.02
+        assert float((inside - exact).norm()) <= near * float(exact.norm())
+        assert float(torch.linalg.eigvalsh(inside).min()) >= -1e-12 * float(exact.norm())
+
+
+@pytest.mark.parametrize("verb", ["compress", "grow"])
+def test_moments_of_no_module_are_refused(verb: str) -> None:
+    def call(moments: Any) -> None:
+        if verb == "compress":
+            lt.compress(zoo(), rank=1, moments=moments)
+        else:
+            lt.grow(flat(), max_error=0.1, moments=moments)
+
+    with pytest.raises(
+        SpecError, match=r"none of them is of a module(.|\n)*modules are block.mlp, c_attn"
+    ):
+        call({"q": torch.ones(8)})
+    with pytest.raises(SpecError, match=r"moments: expected module → tensor, got Tensor"):
+        call(torch.ones(8))
+    call({"q_proj": torch.ones(8), "of another part of the model": torch.ones(3)})
 
 
 def test_similar_takes_a_tree_or_adapters_by_name() -> None:

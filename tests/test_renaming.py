@@ -8,7 +8,7 @@ import copy
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 import transformers as T
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from oracle import low_rank
+from oracle import dense, low_rank
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from shell import Shell
@@ -27,6 +27,7 @@ import lora_tree as lt
 from lora_tree.errors import BaseMismatch
 from lora_tree.export.unloaded_base import skeleton
 from lora_tree.lowrank import EMBEDDING, LINEAR, PARAMETER
+from lora_tree.renaming import Renaming
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*tie_word_embeddings.*:UserWarning"),
@@ -403,6 +404,65 @@ def test_names_that_fall_together_and_do_not_add_up_are_an_error_that_names_both
     with pytest.raises(lt.errors.LoraTreeError, match=f"fr: {re.escape(new)}") as caught:
         lt.attach(tree, base).activate("fr")
     assert old in str(caught.value)
+
+
+def opposed(case: Case, one: str, other: str, batch: tuple[int, ...]) -> lt.Adapter:
+    """Two names of one module whose increments nearly cancel, beside a third that has no twin."""
+    out, into = case.old[one]
+    x = low_rank(out, into, 3, seed=1, dtype=torch.float64)
+    B = torch.zeros(*batch, out, 3, dtype=torch.float64)
+    B[(1,) * len(batch)] = -x.B
+    if batch:
+        # The fused parameter has the rows of the second projection below those of the first.
+        B = torch.cat([B, torch.zeros_like(B)], dim=-2)
+    A = (x.A + 0.02).expand(*batch, *x.A.shape).contiguous()
+    layout = {"layout": PARAMETER} if batch else {}
+    y = lt.LowRank(A, B, x.scale, **layout)
+    return lt.Adapter({one: x, other: y, "lm_head": low_rank(64, HIDDEN, 2, seed=2)})
+
+
+@pytest.mark.parametrize(
+    ("name", "one", "other", "batch"),
+    [
+        (
+            "llava",
+            "language_model.model.layers.0.self_attn.q_proj",
+            "model.language_model.layers.0.self_attn.q_proj",
+            (),
+        ),
+        (
+            "mixtral",
+            "model.layers.0.block_sparse_moe.experts.1.w1",
+            "model.layers.0.mlp.experts.gate_up_proj",
+            (EXPERTS,),
+        ),
+        (
+            "mixtral",
+            "model.layers.0.block_sparse_moe.experts.1.w1",
+            "layers.0.block_sparse_moe.experts.1.w1",
+            (),
+        ),
+    ],
+    ids=["two names", "a part and the whole", "two names of a part"],
+)
+@pytest.mark.parametrize("rank", [1, 2])
+def test_the_error_of_names_that_nearly_cancel_is_a_bound(
+    name: str, one: str, other: str, batch: tuple[int, ...], rank: int
+) -> None:
+    case = CASES[name]
+    whole = opposed(case, one, other, batch)
+    short = whole.truncate(rank)
+    base = case.base()
+    wanted, got = (Renaming(base).bound(each) for each in (whole, short))
+    for module, value in got.modules.items():
+        exact = dense(wanted.modules[module])
+        error = float((dense(value) - exact).norm() / exact.norm())
+        assert got.errors.get(module, 0.0) >= 0.999 * error
+    assert got.errors.get("lm_head") == short.errors.get("lm_head")
+    # A change that is small beside the sum has a bound that says so.
+    near = lt.Adapter({one: whole.modules[one].scaled(100.0), other: whole.modules[other]})
+    told = Renaming(base).bound(replace(near, errors={other: 0.01}))
+    assert 0.0 < max(told.errors.values()) < 0.001
 
 
 def expert(n: int, shape: tuple[int, int] = (WIDE, HIDDEN), **more: Any) -> lt.Adapter:

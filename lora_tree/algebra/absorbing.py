@@ -21,10 +21,11 @@ from ..adapter import Adapter
 from ..errors import FormatError, PathError, SpecError
 from ..lowrank import inner
 from ..tree import AdapterTree
+from .aligning import aligned
 from .arguments import check_adapter, check_tree
 from .deviation import Deviation, Shortening, call_named, norm
 from .edit import Edited, check_savable, free, is_savable, savable_error
-from .sums import added_up, aligned, less, read_apart
+from .sums import added_up, less, read_apart
 
 __all__ = ["Absorbed", "absorb"]
 

@@ -19,6 +19,9 @@ from ..errors import SpecError
 
 __all__ = ["Join", "average_linkage", "groups", "leaf_order"]
 
+_ROUNDING = 1e-5
+"""The most by which two distances of one pair may differ, in parts of the largest distance."""
+
 
 @dataclass(frozen=True)
 class Join:
@@ -34,17 +37,17 @@ def average_linkage(distances: Tensor) -> list[Join]:
     """Return the n − 1 joins of n items, nearest first.
 
     Args:
-        distances: (n, n), symmetric.
+        distances: (n, n), finite, and symmetric up to rounding. The diagonal is not read.
 
     Raises:
-        SpecError: they are not symmetric, or one is NaN.
+        SpecError: they are not such a matrix.
 
     >>> apart = torch.tensor([[0.0, 1.0, 4.0], [1.0, 0.0, 6.0], [4.0, 6.0, 0.0]])
     >>> [(join.left, join.right, join.distance) for join in average_linkage(apart)]
     [(0, 1, 1.0), (2, 3, 5.0)]
     """
-    count = len(distances)
-    apart = distances.double().clone()
+    apart = _checked(distances)
+    count = len(apart)
     apart.fill_diagonal_(torch.inf)
     sizes = [1] * count
     alive = [True] * count
@@ -62,10 +65,7 @@ def average_linkage(distances: Tensor) -> list[Join]:
             if len(walk) > 1 and float(row[walk[-2]]) <= float(row[near]):
                 near = walk[-2]
                 break
-            if len(walk) > count:
-                raise SpecError(
-                    "distances that are not symmetric, or not numbers, have no clusters"
-                )
+            # Every step is shorter than the last one, so the walk ends.
             walk.append(near)
         walk.pop()
         walk.pop()
@@ -73,11 +73,34 @@ def average_linkage(distances: Tensor) -> list[Join]:
         found.append((float(apart[here, near]), keep, gone))
         whole = sizes[keep] + sizes[gone]
         mixed = (apart[keep] * sizes[keep] + apart[gone] * sizes[gone]) / whole
+        # A mean of two is at least the smaller one, but may be rounded below it. Then a cluster
+        # earlier on the walk would have another nearest one than the walk took.
+        mixed = torch.maximum(mixed, torch.minimum(apart[keep], apart[gone]))
         mixed[keep] = torch.inf
         apart[keep], apart[:, keep] = mixed, mixed
         apart[gone], apart[:, gone] = torch.inf, torch.inf
         sizes[keep], alive[gone] = whole, False
     return _numbered(found, count)
+
+
+def _checked(distances: Tensor) -> Tensor:
+    """Return the distances in float64 and exactly symmetric, as a copy with zeros on the diagonal.
+
+    Raises:
+        SpecError: they are not square, finite and symmetric up to rounding.
+    """
+    if distances.ndim != 2 or distances.shape[0] != distances.shape[1]:
+        raise SpecError(f"distances: got {tuple(distances.shape)}, expected a square matrix")
+    apart = distances.double().clone()
+    apart.fill_diagonal_(0.0)
+    if not bool(apart.isfinite().all()):
+        raise SpecError("distances that are not finite have no clusters")
+    if apart.numel() and bool(((apart - apart.mT).abs() > _ROUNDING * apart.abs().max()).any()):
+        raise SpecError(
+            "distances that are not symmetric have no clusters",
+            "expected d[i, j] = d[j, i]; (d + d.T) / 2 takes the mean of the two",
+        )
+    return (apart + apart.mT) / 2
 
 
 def groups(joins: list[Join], count: int, distance: float) -> list[list[int]]:

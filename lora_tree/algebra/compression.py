@@ -34,7 +34,7 @@ from .arguments import check_factor_dtype, check_tree
 from .core import check_readable
 from .deviation import Deviation, call_named, measured
 from .edit import Edited, changeable, put_adapter
-from .moments import moment_inside
+from .moments import check_moments, moment_inside
 
 __all__ = ["Compressed", "compress"]
 
@@ -100,8 +100,9 @@ def compress(
             ``"512MiB"``. Overrides are kept as they are.
         dtype: of the factors; None keeps each module's own.
         moments: module → E[x xᵀ] of its inputs: (in, in); or its diagonal, (in,); or rows of
-            inputs, (rows, in) with more rows than one. A module that is not in the mapping counts
-            as if its inputs were white (C = identity).
+            inputs, (rows, in) with two rows or more. A square tensor is C; of as many rows as
+            the input is wide pass C itself, ``rows.T @ rows / len(rows)``. A module that is not
+            in the mapping counts as if its inputs were white (C = identity).
 
     Raises:
         PathError: a path or pattern matches no node.
@@ -130,7 +131,9 @@ def compress(
             adapters[path] = tree.adapter(path) or Adapter({})
     if not adapters:
         raise SpecError("no node with an adapter to compress")
-    cuts = _cuts(tree, adapters, dtype, moments or {})
+    moments = {} if moments is None else moments
+    check_moments(moments, {name for adapter in adapters.values() for name in adapter.modules})
+    cuts = _cuts(tree, adapters, dtype, moments)
     if rank is not None:
         ranks = {place: min(rank, cut.value.rank) for place, cut in cuts.items()}
     else:

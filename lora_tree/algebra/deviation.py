@@ -20,6 +20,7 @@ from torch import Tensor
 from ..adapter import Adapter
 from ..errors import LoraTreeError
 from ..lowrank import LowRank
+from .aligning import aligned
 from .arguments import check_adapter, check_factor_dtype
 from .core import joint
 
@@ -98,6 +99,7 @@ def deviation(wanted: Adapter, got: Adapter) -> Deviation:
     """
     check_adapter(wanted, "wanted")
     check_adapter(got, "got")
+    wanted, got = aligned([wanted, got])
     errors: dict[str, float] = {}
     norms: dict[str, float] = {}
     for name in sorted({*wanted.modules, *got.modules}):

@@ -26,6 +26,7 @@ from ..given import unchecked
 from ..lowrank import LowRank
 from ..tree import AdapterTree
 from ..weights import Weight, plain_weight
+from .aligning import aligned
 from .arguments import check_tree
 from .core import angles, effective_rank, joint, spectrum
 from .deviation import call_named, length, minus
@@ -196,6 +197,7 @@ def diff(a: Adapter, b: Adapter, *, names: tuple[str, str] = ("a", "b")) -> Diff
                 f"diff compares two adapters, got {type(adapter).__name__}",
                 "diff_paths compares paths of a tree, diff_trees two trees",
             )
+    a, b = aligned([a, b])
     check_spelling([(names[0], 1.0, a), (names[1], 1.0, b)])
     found: dict[str, ModuleDiff] = {}
     for name in sorted({*a.modules, *b.modules}):

@@ -20,11 +20,13 @@ from ..lowrank import LowRank
 from ..override import tensor_owner
 from ..tree import AdapterTree
 from ..weights import weight_at
+from .aligning import aligned
 from .deviation import call_named
 from .families import Families
+from .moments import check_moments
 from .shared_fit import SharedProblem
 from .stack import stack_of
-from .sums import aligned, read_apart
+from .sums import read_apart
 
 __all__ = ["FlatAdapters", "FlatModule", "smallest_module"]
 
@@ -100,6 +102,7 @@ class FlatAdapters:
             raise SpecError(
                 "the weights of these adapters are 0 at all of their modules, so they share nothing"
             )
+        check_moments(moments, self.numbers)
         self.dtype = dtype or widest or torch.float32
         # module → the bytes of one rank
         self.rank_bytes = {name: width * self.dtype.itemsize for name, width in widths.items()}

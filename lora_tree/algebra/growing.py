@@ -152,7 +152,7 @@ def grow(
         names,
         families,
         weights,
-        moments=moments or {},
+        moments={} if moments is None else moments,
         working_bytes=parse_bytes(working_bytes),
         dtype=dtype,
     )

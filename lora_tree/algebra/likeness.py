@@ -18,6 +18,7 @@ from ..errors import SpecError
 from ..given import unchecked
 from ..lowrank import LowRank
 from ..tree import AdapterTree
+from .aligning import aligned
 from .clusters import Join, average_linkage, groups, leaf_order
 from .gram import gram
 from .picture import heat_map
@@ -163,9 +164,14 @@ def _of_adapters(adapters: dict[str, Adapter], exact: bool | None) -> Likeness:
 
 
 def _alike(names: list[str], read: Read, outline: Read, exact: bool | None) -> Likeness:
-    outlines = {name: outline(name) for name in names}
+    # A file may leave open how a module's raw parameters are ordered, and another one settle it.
+    outlines = dict(zip(names, aligned([outline(name) for name in names]), strict=True))
     check_spelling([(name, 1.0, each) for name, each in outlines.items()])
-    found = gram(names, read, outlines.__getitem__, exact=exact)
+
+    def aligned_read(name: str) -> Adapter:
+        return read(name).renested(outlines[name].nesting)
+
+    found = gram(names, aligned_read, outlines.__getitem__, exact=exact)
     cosines = found.cosines
     joins = average_linkage(1.0 - cosines) if names else []
     return Likeness(found.names, cosines, found.norms, tuple(joins), found.error)
@@ -176,7 +182,28 @@ def _outline(tree: AdapterTree, path: str) -> Adapter:
 
 
 def _lineage_outline(tree: AdapterTree, path: str) -> Adapter:
+    """Return the modules of a lineage's sum, without numbers, each of rank Σr.
+
+    If nodes differ in a module's shape, the last one's is taken: `AdapterTree.flatten` raises when
+    the sum is made, and names the nodes. Increments that an override drops are counted as well.
+    """
     modules: dict[str, LowRank] = {}
-    for node in tree.lineage(path):
-        modules.update(_outline(tree, node).modules)
-    return Adapter(modules)
+    ranks: dict[str, int] = {}
+    nesting: dict[str, tuple[str, ...]] = {}
+    assumed: set[str] = set()
+    for outline in aligned([_outline(tree, node) for node in tree.lineage(path)]):
+        modules.update(outline.modules)
+        nesting.update(outline.nesting)
+        assumed |= outline.assumed
+        for name, value in outline.modules.items():
+            ranks[name] = ranks.get(name, 0) + value.rank
+    whole = {name: _of_rank(value, ranks[name]) for name, value in modules.items()}
+    return Adapter(whole, nesting=nesting, assumed=frozenset(assumed))
+
+
+def _of_rank(value: LowRank, rank: int) -> LowRank:
+    """Return a value of the same shape and layout and another rank, without numbers."""
+    *batch, out, into = value.shape
+    A = torch.empty(*batch, rank, into, dtype=value.dtype, device="meta")
+    B = torch.empty(*batch, out, rank, dtype=value.dtype, device="meta")
+    return LowRank(A, B, layout=value.layout)

@@ -28,13 +28,14 @@ from ..given import unchecked
 from ..lowrank import LowRank
 from ..tree import AdapterTree
 from ..weights import GivenWeight, Weight, as_weight, weight_at
+from .aligning import aligned
 from .arguments import check_tree
 from .core import Joint, joint
 from .deviation import Deviation, Shortening, call_named, deviation
 from .edit import Edited, check_savable, free, stale_notes
 from .elementwise import Method, check_method, merged
 from .replacing import refuse_overrides
-from .sums import added_up, aligned, check_spelling, less
+from .sums import added_up, check_spelling, less
 
 __all__ = ["Merged", "Recipe", "Space", "merge", "merge_paths", "spread", "widest"]
 

@@ -4,26 +4,56 @@
 
 The caller gives C itself, its diagonal, or rows of inputs. Only Qᵀ C Q is ever needed, with a basis
 Q of the increments' row spaces; the last two forms yield it without an (in, in) matrix.
+
+Law: the shape alone says which form it is, and a square tensor is C. As many rows of inputs as the
+input is wide look like C, but C is symmetric and has no negative eigenvalue, so they are refused.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+
 import torch
 from torch import Tensor
 
-from ..errors import ShapeMismatch, SpecError
-from ..given import unchecked
+from ..errors import ShapeMismatch, SpecError, listing
 
-__all__ = ["moment_inside"]
+__all__ = ["check_moments", "moment_inside"]
+
+_ROUNDING = 0.01
+"""C may be this far from symmetric and positive, in parts of its largest number: bf16 rounds by
+0.4 %, and twice in a sum."""
+
+_AS_ROWS = "rows x of inputs give C = x.T @ x / len(x)"
+
+
+def check_moments(moments: object, modules: Collection[str]) -> None:
+    """Refuse moments that are not a mapping, or of which none is of these modules.
+
+    Those of further modules are allowed: a caller may have the moments of a whole model.
+
+    Raises:
+        SpecError: they are refused.
+    """
+    if not isinstance(moments, Mapping):
+        raise SpecError(
+            f"moments: expected module → tensor, got {type(moments).__name__}",
+            f"moments={{{min(modules, default='MODULE')!r}: rows}}",
+        )
+    if moments and not any(name in modules for name in moments):
+        raise SpecError(
+            f"moments: none of them is of a module of these adapters: {listing(map(str, moments))}",
+            f"the modules are {listing(sorted(modules))}",
+        )
 
 
 def moment_inside(Q: Tensor | None, moment: Tensor, size: int) -> Tensor:
-    """Return Qᵀ C Q in float64.
+    """Return Qᵀ C Q in float64, symmetric and without negative eigenvalues.
 
     Args:
         Q: (\\*batch, in, l); None is the identity, on the CPU.
-        moment: C (in, in); or its diagonal (in,); or rows of inputs, (rows, in) with more rows
-            than one.
+        moment: C (in, in); or its diagonal (in,); or rows of inputs, (rows, in) with two rows or
+            more, but not just ``in``.
         size: in.
 
     Returns:
@@ -31,27 +61,83 @@ def moment_inside(Q: Tensor | None, moment: Tensor, size: int) -> Tensor:
 
     Raises:
         ShapeMismatch: the moment does not have the size of the input.
-        SpecError: it is not a tensor, or has infinities, NaN or a negative mean square.
+        SpecError: it is not a real tensor, or has infinities, NaN, a negative mean square or a
+            negative eigenvalue; or it is square and not symmetric; or it is a single row.
     """
-    if not isinstance(unchecked(moment), Tensor):
-        raise SpecError(f"moments: expected a tensor, got {type(moment).__name__}")
-    device = torch.device("cpu") if Q is None else Q.device
-    C = moment.detach().to(device=device, dtype=torch.float64)
-    # A diagonal of C holds mean squares: a negative one would make errors negative.
-    squares = C.square()
+    C = _as_numbers(moment, torch.device("cpu") if Q is None else Q.device)
     if C.shape == (size,):
-        squares = C
+        _check_squares(C)
+        inside = torch.diag(C) if Q is None else Q.mT @ (C[:, None] * Q)
     elif C.shape == (size, size):
-        squares = C.diagonal()
-    if not bool((squares >= 0).all()) or not bool(C.isfinite().all()):
-        raise SpecError("moments: they hold numbers that are not finite, or a negative mean square")
-    if C.shape == (size,):
-        return torch.diag(C) if Q is None else Q.mT @ (C[:, None] * Q)
-    if C.shape == (size, size):
-        return C if Q is None else Q.mT @ C @ Q
-    if C.ndim == 2 and C.shape[1] == size:
+        _check_squares(C.diagonal())
+        _check_symmetric(C)
+        inside = C if Q is None else Q.mT @ C @ Q
+    elif C.ndim == 2 and C.shape[1] == size:
+        if len(C) < 2:
+            raise SpecError(
+                f"moments: got {len(C)} rows of inputs, expected 2 or more: their mean is taken",
+                f"give more rows; or the mean squares themselves, as ({size},)",
+            )
         seen = C if Q is None else C @ Q  # (rows, l)
-        return seen.mT @ seen / len(C)
-    raise ShapeMismatch(
-        f"moments: got {tuple(C.shape)}, expected ({size},), ({size}, {size}) or (rows, {size})"
-    )
+        inside = seen.mT @ seen / len(C)
+    else:
+        raise ShapeMismatch(
+            f"moments: got {tuple(C.shape)}, expected ({size},), ({size}, {size}) or (rows, {size})"
+        )
+    if not bool(inside.isfinite().all()):
+        raise SpecError("moments: their products are too large for float64")
+    return _without_negative(inside) if C.shape == (size, size) else inside
+
+
+def _as_numbers(moment: object, device: torch.device) -> Tensor:
+    """Return a moment in float64 on a device.
+
+    Raises:
+        SpecError: it is not a tensor, or not real, or not finite, or has no numbers.
+    """
+    if not isinstance(moment, Tensor):
+        raise SpecError(f"moments: expected a tensor, got {type(moment).__name__}")
+    if moment.is_complex() or moment.is_meta:
+        kind = moment.dtype if moment.is_complex() else "a tensor on the meta device"
+        raise SpecError(f"moments: expected a tensor of real numbers, got {kind}")
+    C = moment.detach().to(device=device, dtype=torch.float64)
+    if not bool(C.isfinite().all()):
+        raise SpecError("moments: they hold numbers that are not finite")
+    return C
+
+
+def _check_squares(squares: Tensor) -> None:
+    """Refuse a negative mean square, which would make errors negative."""
+    if bool((squares < 0).any()):
+        raise SpecError(
+            "moments: they hold a negative mean square",
+            f"of mean squares none is negative, nor is one on C's diagonal; {_AS_ROWS}",
+        )
+
+
+def _check_symmetric(C: Tensor) -> None:
+    """Refuse a square tensor that is not symmetric up to rounding: it holds rows of inputs."""
+    if bool(((C - C.mT).abs() > _ROUNDING * C.abs().max()).any()):
+        raise SpecError(
+            f"moments: a tensor of {tuple(C.shape)} is taken for C = E[x xᵀ], and it is not "
+            "symmetric",
+            _AS_ROWS,
+        )
+
+
+def _without_negative(inside: Tensor) -> Tensor:
+    """Return a symmetric matrix without the negative eigenvalues that rounding leaves.
+
+    Raises:
+        SpecError: one is too large for rounding.
+    """
+    inside = (inside + inside.mT) / 2
+    values, vectors = torch.linalg.eigh(inside)
+    least, largest = float(values.min()), float(values.abs().max())
+    if least < -_ROUNDING * largest:
+        raise SpecError(
+            "moments: the matrix has negative eigenvalues, so it is no C = E[x xᵀ]", _AS_ROWS
+        )
+    if least >= 0.0:
+        return inside
+    return vectors @ (values.clamp(min=0.0)[..., None] * vectors.mT)

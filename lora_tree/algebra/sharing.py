@@ -28,6 +28,7 @@ from ..node_names import check_path
 from ..override import tensor_owner
 from ..tree import AdapterTree
 from ..weights import Weight, inverse_weight, weight_at
+from .aligning import aligned
 from .arguments import check_tree
 from .core import Joint, joint
 from .deviation import Deviation, call_named, deviation
@@ -45,7 +46,7 @@ from .edit import (
 from .elementwise import Method
 from .merging import Recipe, Space, spread, widest
 from .replacing import without_overrides
-from .sums import Term, added_up, aligned, as_term, read_terms
+from .sums import Term, added_up, as_term, read_terms
 
 __all__ = ["hoist"]
 

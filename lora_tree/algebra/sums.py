@@ -29,7 +29,6 @@ from .replacing import check_kept, under
 __all__ = [
     "Term",
     "added_up",
-    "aligned",
     "as_term",
     "check_spelling",
     "less",
@@ -174,17 +173,6 @@ def added_up(terms: list[Term], *, base: nn.Module | None = None) -> Adapter:
     flat = combine(pairs, names=nodes)
     # A negative lora_alpha is legal but surprises readers of the files, so the sign goes into B.
     return flat.map(_upright)
-
-
-def aligned(adapters: Sequence[Adapter]) -> list[Adapter]:
-    """Return the adapters with raw parameters renamed by the orders that are certain."""
-    certain: dict[str, tuple[str, ...]] = {}
-    for adapter in adapters:
-        for module, order in adapter.nesting.items():
-            # An order that a file did not state is a guess, and must not rename another adapter's.
-            if module not in adapter.assumed:
-                certain[module] = order
-    return [adapter.renested(certain) for adapter in adapters]
 
 
 def check_spelling(terms: list[Term], base: nn.Module | None = None) -> None:

@@ -139,7 +139,8 @@ def _by_group(found: Sequence[Write], names: CheckpointNames) -> list[GroupWrite
     """Sort writes by the tensors that they change.
 
     Raises:
-        BaseMismatch: the checkpoint has no tensor for one, or one of another shape.
+        BaseMismatch: the checkpoint has no tensor for one, or not all, or one of another shape.
+        SpecError: transformers can't make one of its tensors.
         UnmergedOnly: its tensor is quantised.
     """
     by_first: dict[str, GroupWrites] = {}
@@ -148,11 +149,13 @@ def _by_group(found: Sequence[Write], names: CheckpointNames) -> list[GroupWrite
             group = names.group(write.parameter)
         except LoraTreeError as error:
             raise error.within(f"{write.node}: {write.module}") from error
-        # A parameter made of several tensors has its shape checked once they are put together.
-        if group.converter is None:
-            write.check_shape(group.stored[0].shape)
         for stored in group.stored:
             write.check_dtype(stored)
+        try:
+            shape = names.shape(write.parameter)
+        except LoraTreeError as error:
+            raise error.within(write.node) from error
+        write.check_shape(shape)
         by_first.setdefault(group.first, (group, []))[1].append(write)
     return list(by_first.values())
 

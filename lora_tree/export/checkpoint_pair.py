@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import BaseMismatch
+from ..errors import BaseMismatch, LoraTreeError
 from ..storage import as_path
 from .names import CheckpointNames, TensorGroup
 from .shards import Checkpoint, Stored, open_checkpoint, own_files
@@ -72,9 +72,37 @@ class CheckpointPair:
             for stored in group.stored:
                 if stored.dtype is None:
                     return f"stored as {stored.spelled}, which can't be subtracted"
-        old, new = (group.stored for group in groups if group is not None)
-        if len(old) == len(new) == 1 and old[0].shape != new[0].shape:
-            return f"{new[0].shape}, and the base's is {old[0].shape}: a grown vocabulary?"
+        shapes: list[tuple[int, ...]] = []
+        for which, names in zip(("base", "tuned checkpoint"), self._names, strict=True):
+            try:
+                shapes.append(names.shape(parameter))
+            except LoraTreeError as error:
+                reason = str(error).splitlines()[0].removeprefix(f"{parameter}: ")
+                return f"the {which} doesn't hold the whole of it: {reason}"
+        old, new = shapes
+        if old != new:
+            return f"{new}, and the base's is {old}{self._likely(old, new)}"
+        if old != self._shapes[parameter]:
+            return (
+                f"{old} in both checkpoints, and the base's config says {self._shapes[parameter]}"
+            )
+        return self._renumbered(parameter)
+
+    def _likely(self, old: tuple[int, ...], new: tuple[int, ...]) -> str:
+        """Return the likely reason for another shape, to append to a sentence."""
+        words = getattr(self._model.config.get_text_config(), "vocab_size", None)
+        grew = len(old) == len(new) == 2 and old[1] == new[1] and old[0] < new[0]
+        return ": a grown vocabulary?" if grew and old[0] == words else ""
+
+    def _renumbered(self, parameter: str) -> str | None:
+        """Return that both have as many experts, but other ones; None if they are the same."""
+        old, new = (names.group(parameter).numbers for names in self._names)
+        for pattern in old.keys() & new.keys():
+            if sorted(old[pattern]) != sorted(new[pattern]):
+                return (
+                    f"its first {pattern} is number {min(new[pattern])}, and the base's is number "
+                    f"{min(old[pattern])}"
+                )
         return None
 
     def both(self, parameter: str) -> tuple[Tensor, Tensor] | None:

@@ -25,8 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import Adapter
+from ..algebra.arguments import check_factor_dtype
 from ..errors import BaseMismatch, LoraTreeError, SpecError, listing, plural
-from ..given import check_dtype, check_rank
+from ..given import check_max_error, check_rank
 from ..lowrank import EMBEDDING, LINEAR, PARAMETER, Layout, LowRank
 from ..sites import ParameterSite, Site, find_site
 from ..sites.conv import ConvSite
@@ -94,7 +95,8 @@ def extract(
         trust_remote_code: run the base's own Python code.
 
     Raises:
-        SpecError: neither bound was given, or they can't both be met; names the module.
+        SpecError: neither bound was given, or one is not valid, or they can't both be met, or the
+            factors are too large for ``dtype``; names the module.
         BaseMismatch: changes that no low rank holds, and not ``ignore``; or nothing changed; or the
             two are not of one architecture.
         FormatError: a folder has no whole safetensors checkpoint.
@@ -106,7 +108,9 @@ def extract(
         )
     if rank is not None:
         check_rank(rank)
-    check_dtype(dtype)
+    if max_error is not None:
+        check_max_error(max_error)
+    check_factor_dtype(dtype)
     old, new = open_own(base), open_own(tuned)
     model = skeleton(old.folder, what="extract", trust_remote_code=trust_remote_code)
     pair = CheckpointPair(model, old, new)
@@ -226,9 +230,15 @@ class _ModuleFactors:
         """Return a site's change as factors, and its relative error.
 
         Raises:
-            SpecError: the bounds can't both be met; names the module.
+            SpecError: the bounds can't both be met, or the factors are too large for the dtype;
+                names the module.
         """
         rows = site.rows(change)  # (batch, a, b): one batch per expert
+        # The products below may overflow although the change itself fits, so all numbers are
+        # brought below 1. By a power of 4, because each factor gets its root, without rounding.
+        _, exponent = math.frexp(float(rows.abs().max()))
+        root = 2.0 ** ((exponent + 1) // 2)
+        rows = rows / root / root
         # The norm is taken in fp64: `_smallest` subtracts a nearly equal sum from its square, and
         # in fp32 little more than rounding errors would remain.
         norm = float(torch.linalg.vector_norm(rows.double()))
@@ -246,9 +256,14 @@ class _ModuleFactors:
                 2 * asked, bound
             )  # this rank leaves too large an error: the spectrum falls slowly
         keep = asked if keep is None else keep
-        left = left[..., :keep].to(self._dtype)
-        right = right[..., :keep, :].to(self._dtype)
-        error = _residual(rows, left, right) / norm
+        left = (left[..., :keep] * root).to(self._dtype)
+        right = (right[..., :keep, :] * root).to(self._dtype)
+        if not (left.isfinite().all() and right.isfinite().all()):
+            raise SpecError(
+                f"{site.name}: the factors of its change are too large for {str(self._dtype)[6:]}",
+                "round to a wider dtype: dtype=torch.float64",
+            )
+        error = _residual(rows, left.to(rows.dtype) / root, right.to(rows.dtype) / root) / norm
         if self._max_error is not None and error > self._max_error + ROUNDING:
             raise SpecError(
                 f"{site.name}: relative error {error:.3g} at rank {keep} in "

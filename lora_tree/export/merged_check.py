@@ -185,6 +185,8 @@ class _Comparing:
         base, old = old, ground_of(write, old)
         if not new.isfinite().all():
             check = TensorCheck(name, "other", math.inf, "not finite")
+        elif not old.isfinite().all():
+            check = TensorCheck(name, "other", math.inf, "the base's own is not finite")
         elif write is None:
             check = _untouched(name, old, new)
         elif write.overrides and same_bits(base.to(new.dtype), new) and not same_bits(old, base):

@@ -14,14 +14,14 @@ first taken apart unchanged, and must give the same bits as the files.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import BaseMismatch, LoraTreeError, plural, suggest
+from ..errors import BaseMismatch, LoraTreeError, listing, plural, suggest
 from ..extras import foreign
 from ..renaming import Loading, loading_module
 from .shards import Stored
@@ -38,15 +38,40 @@ class TensorGroup:
         parts: the tensors in the order in which they are loaded, each with the pattern of its name.
         converter: transformers' own object that makes the parameters; None if the one tensor is
             the one parameter.
+        numbers: pattern → the numbers of its experts; only for patterns that count experts.
     """
 
     first: str
     parts: list[tuple[Stored, str]] = field(default_factory=list)
     converter: Any = None
+    numbers: dict[str, list[int]] = field(default_factory=dict)
 
     @property
     def stored(self) -> list[Stored]:
         return [stored for stored, _ in self.parts]
+
+    def check_whole(self) -> None:
+        """Refuse tensors that would make another parameter than the one that was saved.
+
+        Raises:
+            BaseMismatch: two tensors are loaded as one parameter, or an expert is missing.
+        """
+        if self.converter is None and len(self.parts) > 1:
+            raise BaseMismatch(
+                f"{listing([stored.name for stored in self.stored])} are names of one tensor, of "
+                "which transformers loads only one",
+                "save the model again with save_pretrained, which writes one",
+            )
+        for pattern, numbers in self.numbers.items():
+            # transformers stacks the experts that it finds, so all after a missing one would get
+            # the place of the one before.
+            missing = sorted({*range(min(numbers), max(numbers))} - {*numbers})
+            if missing:
+                raise BaseMismatch(
+                    f"the checkpoint has {pattern} up to number {max(numbers)}, but not number "
+                    f"{listing(map(str, missing))}",
+                    "download it again, or save it again with save_pretrained",
+                )
 
 
 class CheckpointNames:
@@ -64,18 +89,23 @@ class CheckpointNames:
         # The experts are stacked in this order, so expert 10 has to come after expert 9.
         order: Callable[[str], Any] = getattr(loading_module(), "dot_natural_key", str)
         for name in sorted(tensors, key=order):
-            renamed, pattern, _ = loading.renamed(name)
+            renamed, pattern, number = loading.renamed(name)
             group = self._groups.setdefault(renamed, TensorGroup(renamed))
             group.parts.append((tensors[name], pattern or name))
             if pattern is not None:
                 group.converter = loading.converters[pattern]
+                if "*" in pattern:
+                    group.numbers.setdefault(pattern, []).append(number)
         # transformers' revert_weight_conversion reads this attribute, which from_pretrained sets:
         # the conversions that renamed something.
         model._weight_conversions = [each for each in loading.conversions if each.was_used()]
         self._by_parameter: dict[str, TensorGroup] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
         for group in self._groups.values():
-            for name in self._parameters_of(group):
+            for name, shape in self._made_of(group).items():
                 self._by_parameter[name] = group
+                if shape is not None:
+                    self._shapes[name] = shape
 
     def group(self, parameter: str) -> TensorGroup:
         """Return the tensors that a parameter is made of.
@@ -91,6 +121,23 @@ class CheckpointNames:
                 "is this the base that the adapter was trained on, with its head?",
             )
         return found
+
+    def shape(self, parameter: str) -> tuple[int, ...]:
+        """Return the shape of the parameter that its tensors make, from their headers alone.
+
+        Raises:
+            BaseMismatch: the checkpoint has no tensor for it, or not all.
+            SpecError: transformers can't make it.
+        """
+        group = self.group(parameter)
+        if parameter not in self._shapes:
+            # Making it failed before; this raises the reason again.
+            try:
+                group.check_whole()
+            except LoraTreeError as error:
+                raise error.within(parameter) from error
+            self.together(group, _without_numbers)
+        return self._shapes[parameter]
 
     def together(self, group: TensorGroup, read: Callable[[Stored], Tensor]) -> dict[str, Tensor]:
         """Make the parameters of a group from what ``read`` gives for each tensor: name → values.
@@ -164,14 +211,21 @@ class CheckpointNames:
                     "that",
                 )
 
-    def _parameters_of(self, group: TensorGroup) -> Iterable[str]:
-        """Return the names of the parameters that a group makes, by a run on the meta device."""
-        if group.converter is None:
-            return (group.first,)
+    def _made_of(self, group: TensorGroup) -> dict[str, tuple[int, ...] | None]:
+        """Return the parameters that a group makes, name → shape, by a run on the meta device.
+
+        If they can't be made, the shape is None: `shape` raises the reason for the parameters that
+        a caller asks for, and most are never asked for.
+        """
         try:
-            return self.together(
-                group, lambda stored: torch.empty(stored.shape, dtype=stored.dtype, device="meta")
-            )
+            group.check_whole()
+            if group.converter is None:
+                return {group.first: group.stored[0].shape}
+            made = self.together(group, _without_numbers)
         except LoraTreeError:
-            # The error is raised again if this parameter has to be changed; most never are.
-            return (group.first,)
+            return {group.first: None}
+        return {name: tuple(value.shape) for name, value in made.items()}
+
+
+def _without_numbers(stored: Stored) -> Tensor:
+    return torch.empty(stored.shape, dtype=stored.dtype, device="meta")

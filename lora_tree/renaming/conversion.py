@@ -24,6 +24,7 @@ from torch import Tensor
 from ..errors import BaseMismatch
 from ..lowrank import LowRank, concat
 from .loading import Loading
+from .sum_error import error_of_sum
 
 __all__ = ["Conversion", "Increment"]
 
@@ -66,10 +67,13 @@ class Conversion:
         """The names that the modules had."""
         # source → number of the expert (0 if there are none) → the values to add up
         self._values: dict[str, dict[int, list[LowRank]]] = {}
+        self._errors: dict[tuple[str, int], list[tuple[LowRank, float]]] = {}
         self._sources: list[str] = list(converter.source_patterns)
         self._counts_experts = any("*" in source for source in self._sources)
 
-    def add(self, name: str, source: str, number: int, value: LowRank) -> None:
+    def add(
+        self, name: str, source: str, number: int, value: LowRank, *, error: float = 0.0
+    ) -> None:
         """Add a module's value: a matrix, or a batch for a source without experts.
 
         Args:
@@ -77,9 +81,19 @@ class Conversion:
             source: the pattern of its source in the conversion.
             number: of its expert, from 0.
             value: the module's increment.
+            error: its relative error.
         """
+        self._errors.setdefault((source, number), []).append((value, error))
         self._values.setdefault(source, {}).setdefault(number, []).append(value)
         self.names.append(name)
+
+    def error(self) -> float:
+        """Return an upper bound on the relative error of each parameter that is made.
+
+        Its parts are different rows or experts. So they are orthogonal, and the relative error of
+        the whole is at most the largest of theirs. But two names may mean one part.
+        """
+        return max(error_of_sum(parts) for parts in self._errors.values())
 
     def increments(self, loading: Loading) -> Iterator[Increment]:
         """Yield the increments of the stored parameters, source by source.

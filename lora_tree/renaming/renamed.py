@@ -14,6 +14,7 @@ from ..lowrank import LINEAR, PARAMETER, LowRank, concat
 from ..sites import ParameterSite, find_site, is_there, takes_delta, weight_names
 from .conversion import Conversion, Increment
 from .loading import Loading
+from .sum_error import error_of_sum
 
 __all__ = ["Moving", "modules_or_parameters"]
 
@@ -32,6 +33,8 @@ class Moving:
         self._base, self._adapter = base, adapter
         self._loading = Loading(base)
         self._parts: dict[str, list[LowRank]] = {}  # present name → the values to add up
+        # present name → the relative errors of these values; one for all values of a conversion
+        self._shares: dict[str, list[tuple[list[LowRank], float]]] = {}
         self._from: dict[str, list[str]] = {}  # present name → the names in the adapter
         self._conversions: dict[str, Conversion] = {}  # first parameter → the modules it is made of
 
@@ -83,7 +86,8 @@ class Moving:
                     conversion = self._conversions.setdefault(
                         renamed, Conversion(renamed, converter)
                     )
-                    conversion.add(name, source, number, one)
+                    error = self._adapter.errors.get(name, 0.0)
+                    conversion.add(name, source, number, one, error=error)
                     return  # `_convert` adds it, together with the other sources
             if renamed in self._loading.parameters:
                 found = self._placed(renamed, value)
@@ -96,6 +100,7 @@ class Moving:
 
     def _put(self, name: str, value: LowRank, old: str) -> None:
         self._parts.setdefault(name, []).append(value)
+        self._shares.setdefault(name, []).append(([value], self._adapter.errors.get(old, 0.0)))
         sources = self._from.setdefault(name, [])
         if old not in sources:
             sources.append(old)
@@ -126,12 +131,16 @@ class Moving:
             placed = [self._as_site_has_it(increment) for increment in increments]
         except LoraTreeError as error:
             raise error.within(conversion.names[0]) from error
+        made: dict[str, list[LowRank]] = {}
         for name, value in placed:
+            made.setdefault(name, []).append(value)
             for old in conversion.names:
                 self._from.setdefault(name, [])
                 if old not in self._from[name]:
                     self._from[name].append(old)
             self._parts.setdefault(name, []).append(value)
+        for name, values in made.items():
+            self._shares.setdefault(name, []).append((values, conversion.error()))
 
     def _as_site_has_it(self, increment: Increment) -> tuple[str, LowRank]:
         """Return the name and the value of the site whose stored weight gets this increment.
@@ -163,11 +172,14 @@ class Moving:
 
     # ------------------------------------------------------------------ the rest of the adapter
     def _errors(self) -> dict[str, float]:
+        """Return upper bounds on the relative errors, under the present names."""
         errors: dict[str, float] = {}
-        for name, sources in self._from.items():
-            # The parts of a converted parameter are different rows or experts. So they are
-            # orthogonal, and the relative error of the whole is at most the largest of theirs.
-            error = max(self._adapter.errors.get(source, 0.0) for source in sources)
+        if not self._adapter.errors:
+            return errors
+        for name, shares in self._shares.items():
+            error = shares[0][1]
+            if len(shares) > 1:
+                error = error_of_sum([(concat(values), error) for values, error in shares])
             if error:
                 errors[name] = error
         return errors
