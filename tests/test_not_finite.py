@@ -77,6 +77,14 @@ def test_a_node_that_is_there_already_does_not_keep_others_from_being_saved(
     assert (problem.node, problem.kind) == ("broken", "numbers")
 
 
+def test_a_tree_that_holds_such_a_node_is_saved_elsewhere(tmp_path: Path) -> None:
+    files = broken_files(tmp_path / "zoo", math.nan, "peft")
+    assert files == tmp_path / "zoo/a"
+    lt.load(tmp_path / "zoo").save(tmp_path / "copy")
+    (problem,) = lt.check(tmp_path / "copy")
+    assert (problem.node, problem.kind) == ("a", "numbers")
+
+
 def test_the_command_adds_no_files_whose_numbers_are_not_finite(
     tmp_path: Path, shell: Shell
 ) -> None:

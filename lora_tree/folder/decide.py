@@ -126,8 +126,11 @@ def _decide_node(draft: _Decisions, path: str) -> None:
     node = draft.tree[path]
     draft.rights.check_present(node)
     adapter = _only_in_memory(node, copy=draft.copy)
-    if adapter is not None and isinstance(node.source, FolderSource) and _is_new(draft, path):
-        check_numbers(node.source.folder, not_finite(adapter))
+    source = node.source
+    if adapter is not None and isinstance(source, FolderSource) and _is_new(draft, path, source):
+        # What has trained since is no longer what the files hold.
+        broken = () if _may_have_trained(adapter) else not_finite(adapter)
+        check_numbers(source.folder, broken)
     rendered = _Rendered.of(adapter) if adapter is not None else None
     if rendered is not None and not _is_in_files(node, rendered):
         draft.kept[path] = _from_memory(draft, node, rendered)
@@ -239,7 +242,7 @@ def _from_files(draft: _Decisions, node: Node, source: FolderSource) -> KeptAdap
     if os.path.realpath(source.folder) == os.path.realpath(home):
         return _in_place(draft, node.path, source, files)
     if source.root is None and not draft.copy and not _is_other_nodes(draft, source.folder):
-        found = _examined(source, files, is_new=_is_new(draft, node.path))
+        found = _examined(source, files, is_new=_is_new(draft, node.path, source))
         check_numbers(files.folder, found.broken)
         return KeptAdapter(
             files.folder,
@@ -267,7 +270,7 @@ def _from_files(draft: _Decisions, node: Node, source: FolderSource) -> KeptAdap
         draft.files.append(NewFile(f"{node.path}/{name}", hashes[name], origin))
     untrained = False
     if source.trained is None:
-        found = examine(files, is_new=_is_new(draft, node.path))
+        found = examine(files, is_new=_is_new(draft, node.path, source))
         check_numbers(files.folder, found.broken)
         untrained = found.untrained
     pieces = by_pieces(hashes, of_pieces)
@@ -306,9 +309,9 @@ def _examined(source: FolderSource, files: Files, *, is_new: bool = False) -> Ex
     return examine(files, is_new=is_new)
 
 
-def _is_new(draft: _Decisions, path: str) -> bool:
-    """Tell whether this save adds a node: a save must not fail because of one that stays."""
-    return path not in draft.opened.entries
+def _is_new(draft: _Decisions, path: str, source: FolderSource) -> bool:
+    """Tell whether a save adds a node of files that its user named; others may not stop it."""
+    return source.root is None and path not in draft.opened.entries
 
 
 # ---------------------------------------------------------------------- the folder as a whole
