@@ -117,7 +117,7 @@ def fsdp(folder: Path) -> dict[str, list[Tensor]]:
     sharded = fully_shard(model, mesh=mesh)
     for wrong, message in (
         (lambda: model.trainable("a"), "the factors of a, a/b/c, d are sharded, and a is to train"),
-        (lambda: model.trainable(*TRAINING, "a/b"), "and a, a/b, a/b/c, d is to train"),
+        (lambda: model.trainable(*TRAINING, "a/b"), "and a, a/b, a/b/c, d are to train"),
         (lambda: model.activate("a"), "the base is sharded"),
         (lambda: model.follow(torch.optim.SGD(early)), "has parameters that are not that node's"),
     ):

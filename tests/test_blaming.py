@@ -192,7 +192,7 @@ def test_the_commands_tell_parts_and_versions(
     code, out, _ = shell("blame", zoo, "fr/legal", "--data", data, "--by", "kinds", "--most", "1")
     assert code == 0
     assert "q_proj" in out
-    assert "and 1 more parts" in out
+    assert "and 1 more part: " in out
     told = answer(shell, "bisect", zoo, "fr/legal", "--data", data)
     assert list(told["losses"]) == ["", "fr", "fr/legal"]
     told = answer(shell, "bisect", zoo, "fr/legal", "--data", data, "--versions")

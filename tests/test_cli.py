@@ -671,7 +671,7 @@ def test_an_export_of_all_leaves_that_fails_says_which_it_has_written(
     )
     assert (code, out) == (1, "")
     last = err.splitlines()[-1]
-    assert last == f"  1 of 2 leaves were written in {tmp_path}/out, and stay: good"
+    assert last == f"  1 of 2 leaves was written in {tmp_path}/out, and stays: good"
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["good"]
 
 

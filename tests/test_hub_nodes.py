@@ -29,7 +29,7 @@ from lora_tree.folder.hub_name import parse_hub_name
 from lora_tree.integrations import hub_client
 
 pytest.importorskip("huggingface_hub", reason="an extra of its own")
-from huggingface_hub import constants, hf_hub_download
+from huggingface_hub import constants, hf_hub_download, snapshot_download
 
 
 @pytest.fixture
@@ -267,15 +267,20 @@ def test_without_the_hub_what_was_fetched_is_used(
         lt.Adapter.load("hub:org/one")
 
 
+@pytest.mark.parametrize("is_listed", [False, True], ids=["one file", "one file of a list"])
 def test_what_the_cache_has_in_part_is_fetched(
-    hub: LoopbackHub, zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    is_listed: bool, hub: LoopbackHub, zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a PeftConfig.from_pretrained leaves it, or a download that was interrupted."""
     write(zoo / "tree.yaml", "version: 1\ntree: {fr: {adapter: hub:org/one}}\n")
     lt.lock(zoo)
     head = hub.repos["org/one"].branches["main"]
     talking_to(hub, tmp_path / "another-home", monkeypatch)
-    hf_hub_download("org/one", CONFIG, revision=head)
+    if is_listed:
+        # huggingface_hub 2 notes the files of the commit, too.
+        snapshot_download("org/one", allow_patterns=[CONFIG], revision=head)
+    else:
+        hf_hub_download("org/one", CONFIG, revision=head)
     with monkeypatch.context() as offline:
         offline.setattr(constants, "HF_HUB_OFFLINE", True)
         text = refused(zoo, FormatError)
@@ -283,8 +288,8 @@ def test_what_the_cache_has_in_part_is_fetched(
         assert "and HF_HUB_OFFLINE is set" in text
         assert f"it lacks {WEIGHTS}\n" in text
         assert "half an adapter" not in text
-    # The hub refuses to list the commit: its reason is told, not that the cache has half of it.
-    hub.broken = {"GET /api/models/org/one": 400}
+    # The hub refuses: its reason is told, and not that the cache has half of it.
+    hub.broken = {"(GET /api/models|HEAD )/?org/one": 400}
     assert "org/one: the hub answered 400" in refused(zoo, FormatError)
     hub.broken = {}
     assert same(lt.load(zoo).adapter("fr"), adapter(1))

@@ -99,6 +99,26 @@ def test_the_wheel_says_what_it_is(built: Path) -> None:
     )
 
 
+def compared_with_peft(page: str) -> list[str]:
+    """The rows of the table that says what PEFT does and what lora_tree does; links have only their
+    text, since the page of the package can't lead into the repository.
+    """
+    table = re.search(r"^\| you want to \|.*\n(?:\|.*\n)+", page, re.MULTILINE)
+    assert table is not None
+    return re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", table[0]).splitlines()
+
+
+def test_the_page_of_the_package_has_the_figures_of_the_readme() -> None:
+    readme, page = ((ROOT / name).read_text() for name in ("README.md", "docs/package.md"))
+    rows = compared_with_peft(readme)
+    assert len([row for row in rows if re.search(r"\d", row)]) >= 3, "rows with figures"
+    assert compared_with_peft(page) == rows
+    # A figure that is brought up to date on one of the two pages alone is found.
+    for figure in set(re.findall(r"\d+(?:[.,]\d+)*", "\n".join(rows))):
+        other = re.sub(rf"(?<![\d.,]){re.escape(figure)}(?![\d.,]*\d)", "7", page)
+        assert compared_with_peft(other) != rows, figure
+
+
 def test_the_page_of_the_package_says_what_the_readme_says() -> None:
     readme, page = (
         " ".join((ROOT / name).read_text().split()) for name in ("README.md", "docs/package.md")

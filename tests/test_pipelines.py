@@ -343,7 +343,7 @@ def test_another_number_of_images_than_paths_is_refused() -> None:
     pipe = pipeline("stable_diffusion")
     model = attach_pipeline(unet_only(pipe), pipe)
     with (
-        pytest.raises(BaseMismatch, match="makes 1 images for each of 2 prompts"),
+        pytest.raises(BaseMismatch, match="makes 1 image for each of 2 prompts"),
         model.route(["knight", "wizard", "knight"]),
     ):
         tiny.call(pipe, PROMPTS)

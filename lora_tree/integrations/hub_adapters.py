@@ -25,12 +25,15 @@ class HubAdapters:
     def fetch(self, name: HubName, commit: str | None) -> Fetched:
         """Bring an adapter into the cache; see `lora_tree.folder.hub_name.fetched`."""
         client = HubClient(name.repository, what=f"the adapter {name}", progress=False)
-        choices = _choices(name)
+        choices, revision = _choices(name), commit or name.revision or MAIN
         snapshot = None
         # A commit never changes. Where a branch points now only the hub can tell.
         if commit is not None or not client.is_online:
-            snapshot = client.cached(commit or name.revision or MAIN, choices)
+            snapshot = client.cached(revision, choices)
         if snapshot is None:
+            lacks = [] if client.is_online else client.lacking(revision, choices)
+            if lacks:
+                raise client.not_whole(revision, lacks)
             names = {each: None for choice in choices for each in choice}
             snapshot = client.fetch(commit or name.revision, list(names))
             _check_whole(client, name, snapshot, choices)
@@ -76,8 +79,6 @@ def _check_whole(
     begun = [lack for lack, choice in zip(lacks, choices, strict=True) if len(lack) < len(choice)]
     if not begun:
         raise _not_there(client, name, snapshot.commit)
-    if not client.is_online:
-        raise client.not_whole(snapshot.commit, begun[0])
     # This raises if the hub can't be asked. An adapter that is half on the hub is for its reader to
     # refuse.
     on_the_hub = client.files(snapshot.commit)

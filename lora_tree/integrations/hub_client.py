@@ -120,12 +120,7 @@ class HubClient:
             revision: a commit, or a branch or tag, which is what it was when it was last fetched.
             choices: the lists of files of which any one is enough, the preferred one first.
         """
-        found: dict[str, str] = {}
-        for name in {name: None for choice in choices for name in choice}:
-            file = self._hub.try_to_load_from_cache(self.repository, name, revision=revision)
-            # Another answer is None, or a mark that the commit has no such file.
-            if isinstance(file, str):
-                found[name] = file
+        found = self._in_cache(revision, choices)
         for i, choice in enumerate(choices):
             earlier = {name for each in choices[:i] for name in each}
             if choice and found.keys() >= set(choice) and not earlier - set(choice) & found.keys():
@@ -133,6 +128,30 @@ class HubClient:
                 folder = Path(found[choice[0]]).parents[depth - 1]
                 return Snapshot(folder, folder.name)
         return None
+
+    def lacking(self, revision: str, choices: Sequence[Sequence[str]]) -> list[str]:
+        """Return what the cache lacks of the first choice of which it has any file; none if it has
+        no file of any.
+
+        Args:
+            revision, choices: as of `cached`.
+        """
+        found = self._in_cache(revision, choices)
+        for choice in choices:
+            lacks = [name for name in choice if name not in found]
+            if len(lacks) < len(choice):
+                return lacks
+        return []
+
+    def _in_cache(self, revision: str, choices: Sequence[Sequence[str]]) -> dict[str, str]:
+        """Return the files that the cache has: name → where it lies."""
+        found: dict[str, str] = {}
+        for name in {name: None for choice in choices for name in choice}:
+            file = self._hub.try_to_load_from_cache(self.repository, name, revision=revision)
+            # Another answer is None, or a mark that the commit has no such file.
+            if isinstance(file, str):
+                found[name] = file
+        return found
 
     def commit_of(self, revision: str) -> str | None:
         """Return the hash of the commit that a branch, tag or hash means; None if there is none.
