@@ -92,7 +92,8 @@ def grow(
         paths: children of the root without children of their own, as paths or patterns; None: all
             of these that have an adapter and a weight other than 0.
         max_error: the largest relative error over all adapters together; the tree has as few bytes
-            as it allows.
+            as it allows. Rounding to a narrow dtype comes on top; the error that is returned
+            includes it.
         budget_bytes: the size of all nodes that replace these adapters: a number, or ``"512MiB"``;
             the tree has as little error as it allows.
         depth: the most shared nodes above a leaf.
