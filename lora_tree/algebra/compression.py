@@ -31,10 +31,10 @@ from ..lowrank import LowRank
 from ..tree import AdapterTree
 from ..weights import weight_at
 from .arguments import check_factor_dtype, check_tree
-from .core import check_readable, joint
+from .core import check_readable
 from .deviation import Deviation, call_named, measured
 from .edit import Edited, changeable, put_adapter
-from .moments import check_moments, moment_inside
+from .moments import check_moments, moment_inside, weighted_square
 
 __all__ = ["Compressed", "compress"]
 
@@ -177,14 +177,7 @@ class Cut:
 
     def lost(self, got: LowRank | None) -> float:
         """Return how much the squared error of ``got`` in place of the value counts."""
-        if got is self.value:
-            return 0.0
-        both = joint([self.value] if got is None else [self.value, got])
-        gap = both.cores[0] if got is None else both.cores[0] - both.cores[1]
-        if self.moment is None:
-            return self.share * float(gap.square().sum())
-        inside = moment_inside(both.Q_A, self.moment, both.Q_A.shape[-2])
-        return self.share * max(float(((gap @ inside) * gap).sum()), 0.0)
+        return self.share * weighted_square(self.value, got, self.moment)
 
     def at(self, rank: int) -> LowRank:
         """Return the module at a rank; the value itself if it is neither cut nor rounded."""
