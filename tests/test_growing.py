@@ -216,6 +216,25 @@ def test_moments_weigh_the_error_by_what_it_does_to_outputs(members: int) -> Non
     assert found["full"] <= found["diagonal"] < found["plain"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_rounded_factors_are_a_part_of_the_error_under_moments(dtype: torch.dtype) -> None:
+    tree = family(3)
+    rows = torch.randn(200, 64, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    rows *= torch.logspace(0, -1, 64, dtype=torch.float64)
+    C = rows.T @ rows / 200
+    before = copy.copy(tree)
+    grown = lt.grow(tree, max_error=1e-3, dtype=dtype, by_norm=True, moments={"q_proj": C})
+    both = {"q_proj": C, "v_proj": torch.eye(64, dtype=torch.float64)}
+    lost, whole = [], []
+    for old in before.paths():
+        wanted = effective(before, old)
+        got = effective(tree, grown.edited.moved.get(old, old))
+        lost.append(weighted({name: wanted[name] - got[name] for name in wanted}, both))
+        whole.append(weighted(wanted, both))
+    error = math.hypot(*lost) / math.hypot(*whole)
+    assert grown.relative_error == pytest.approx(error, rel=1e-4)
+
+
 def test_moments_of_another_size_and_infinite_ones_are_refused() -> None:
     with pytest.raises(ShapeMismatch, match=r"q_proj: moments: got \(3,\)"):
         lt.grow(family(), max_error=0.1, moments={"q_proj": torch.ones(3)})

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import oracle
 import pytest
 import torch
 from dense import draw, gauged, zoo_of
@@ -610,6 +612,33 @@ def test_inputs_decide_what_a_cut_costs(seed: int) -> None:
         least = float(torch.linalg.svdvals(whole @ root)[2:].square().sum().sqrt())
         assert error == pytest.approx(least, rel=1e-4)
         assert found.error == pytest.approx(least, rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("own", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weighed", [False, True])
+def test_rounded_factors_count_in_the_error_of_compress(
+    dtype: torch.dtype | None, own: torch.dtype, weighed: bool
+) -> None:
+    tree = lt.AdapterTree()
+    for seed, path in enumerate(("a", "a/b", "a/c")):
+        # The second rank is small, so that cutting it costs less than rounding the first one.
+        value = draw(seed, 2)
+        value = replace(value, A=value.A * torch.tensor([[1.0], [1e-4]])).to(dtype=own)
+        bias = torch.ones(6, dtype=own)
+        tree.add(path, adapter=lt.Adapter({"q": replace(value, bias=bias)}), weight=0.5)
+    C = torch.diag(torch.arange(1.0, 9.0, dtype=torch.float64)) if weighed else torch.eye(8)
+    before = {path: tree.adapter(path).modules["q"] for path in tree.paths()}
+    moments = {"q": C.diagonal()} if weighed else None
+    found = lt.compress(tree, rank=1, dtype=dtype, moments=moments)
+    lost = whole = 0.0
+    for path, value in before.items():
+        counts = 0.5**2 * (2 if path == "a" else 1)  # two leaves inherit the error of "a"
+        old, new = (oracle.dense(v) for v in (value, tree.adapter(path).modules["q"]))
+        lost += counts * float(torch.trace((old - new) @ C.double() @ (old - new).mT))
+        whole += counts * float(torch.trace(old @ C.double() @ old.mT))
+    assert found.error == pytest.approx(math.sqrt(lost), rel=1e-6)
+    assert found.relative_error == pytest.approx(math.sqrt(lost / whole), rel=1e-6)
 
 
 def test_compress_refuses_what_it_can_t_do() -> None:

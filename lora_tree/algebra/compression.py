@@ -34,7 +34,7 @@ from .arguments import check_factor_dtype, check_tree
 from .core import check_readable
 from .deviation import Deviation, call_named, measured
 from .edit import Edited, changeable, put_adapter
-from .moments import check_moments, moment_inside
+from .moments import check_moments, moment_inside, weighted_square
 
 __all__ = ["Compressed", "compress"]
 
@@ -51,7 +51,8 @@ class Compressed:
         ranks: node → module → its rank now; modules that were left out have none.
         bytes_before, bytes_after: of all factors of these nodes.
         error, relative_error: √ Σ c_n² ‖ΔW_n − ΔW'_n‖², and as a part of √ Σ c_n² ‖ΔW_n‖²; weighted
-            by second moments if given.
+            by second moments if given. Biases are kept, and not counted. It is measured on the
+            factors to be saved, so their rounding is a part of it.
     """
 
     edited: Edited
@@ -94,8 +95,8 @@ def compress(
             so the next save marks them stale.
         paths: which nodes, as paths or patterns; None: all that have an adapter.
         rank: the largest rank in any module.
-        max_error: the largest relative error over all of these nodes together; the result has as
-            few bytes as it allows.
+        max_error: the largest relative error of the cut, over all of these nodes together; the
+            result has as few bytes as it allows. Rounding to a narrow dtype comes on top.
         budget_bytes: of all factors and overrides of these nodes together: a number, or
             ``"512MiB"``. Overrides are kept as they are.
         dtype: of the factors; None keeps each module's own.
@@ -155,6 +156,8 @@ class Cut:
     Args:
         value: the module before the cut.
         gains: (r,) how much each further rank lowers the squared error, largest first.
+        moment: second moments of the inputs, which weight the error; None: the identity.
+        share: how much the module's squared error counts.
         unit: bytes of one rank.
         fixed: bytes of the bias, which do not depend on the rank.
         dtype: of the factors afterwards; None keeps their own.
@@ -169,6 +172,12 @@ class Cut:
     dtype: torch.dtype | None
     basis: Tensor
     rows: Tensor
+    moment: Tensor | None = None
+    share: float = 1.0
+
+    def lost(self, got: LowRank | None) -> float:
+        """Return how much the squared error of ``got`` in place of the value counts."""
+        return self.share * weighted_square(self.value, got, self.moment)
 
     def at(self, rank: int) -> LowRank:
         """Return the module at a rank; the value itself if it is neither cut nor rounded."""
@@ -204,7 +213,7 @@ def _cuts(
         for name, value in adapter.modules.items():
             share = weight_at(weight, name) ** 2 * leaves
             cut = call_named(f"{path}: {name}", _cut, value, dtype, moments.get(name))
-            cuts[path, name] = replace(cut, gains=cut.gains * share)
+            cuts[path, name] = replace(cut, gains=cut.gains * share, share=share)
     return cuts
 
 
@@ -226,7 +235,7 @@ def _cut(value: LowRank, dtype: torch.dtype | None, moment: Tensor | None) -> Cu
     size = (dtype or value.dtype).itemsize
     unit = math.prod(value.shape[:-2]) * (value.shape[-1] + value.shape[-2]) * size
     fixed = 0 if value.bias is None else value.bias.numel() * size
-    return Cut(value, gains.cpu(), unit, fixed, dtype, Q_B @ U, rows)
+    return Cut(value, gains.cpu(), unit, fixed, dtype, Q_B @ U, rows, moment)
 
 
 def _chosen(
@@ -304,6 +313,7 @@ def _cut_down(
     """Compute every node, then change the tree."""
     made: dict[str, Adapter] = {}
     errors: dict[str, Deviation] = {}
+    lost = whole = 0.0
     for path, adapter in adapters.items():
         modules: dict[str, LowRank] = {}
         far: dict[str, float] = {}
@@ -314,12 +324,11 @@ def _cut_down(
             if rank:
                 modules[name] = cuts[path, name].at(rank)
             far[name], norms[name] = measured(value, modules.get(name))
+            # Not the gains of the ranks that were dropped: the rest is rounded to its dtype.
+            lost += cuts[path, name].lost(modules.get(name))
+            whole += float(cuts[path, name].gains.sum())
         made[path] = replace(adapter, modules=modules, errors={}, rounded=frozenset())
         errors[path] = Deviation(far, norms)
-    lost = whole = 0.0
-    for place, cut in cuts.items():
-        whole += float(cut.gains.sum())
-        lost += float(cut.gains[ranks[place] :].sum())
     changed: dict[str, Deviation] = {}
     for path, adapter in made.items():
         # A node that was not cut keeps its files, and with them the record of its training lineage.

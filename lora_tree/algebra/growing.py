@@ -37,6 +37,7 @@ from .edit import Edited, changeable, check_savable, own, stale_notes
 from .families import Families, families_of
 from .flat_adapters import FlatAdapters, smallest_module
 from .likeness import similar
+from .moments import weighted_square
 from .price_search import Goal, PricedFit, PriceSearch, Progress, goal_of, relative_error
 from .shared_fit import Pair
 from .stack import Stack
@@ -92,7 +93,8 @@ def grow(
         paths: children of the root without children of their own, as paths or patterns; None: all
             of these that have an adapter and a weight other than 0.
         max_error: the largest relative error over all adapters together; the tree has as few bytes
-            as it allows.
+            as it allows. Rounding to a narrow dtype comes on top; the error that is returned
+            includes it.
         budget_bytes: the size of all nodes that replace these adapters: a number, or ``"512MiB"``;
             the tree has as little error as it allows.
         depth: the most shared nodes above a leaf.
@@ -160,11 +162,11 @@ def grow(
     made = _nodes(flat, found)
     _check_room(made, goal)
     edited = _installed(tree, names, families, made)
-    error = found.error
-    if not moments:
-        # Computed from the measured errors, which include the rounding of the factors.
-        lost = torch.tensor([each.error for each in made.errors], dtype=torch.float64).square()
-        error = relative_error(weights, lost, squares)
+    # Computed from the measured errors, which include the rounding of the factors.
+    lost = torch.tensor([each.error for each in made.errors], dtype=torch.float64).square()
+    if moments:
+        lost, squares = made.lost, made.energies
+    error = relative_error(weights, lost, squares)
     return Grown(edited, flat.nbytes, made.nbytes, error)
 
 
@@ -214,11 +216,14 @@ class _Nodes:
         shared: for each shared node; None where it is empty.
         leaves: for each leaf.
         errors: of each leaf.
+        lost, energies: (n,) each leaf's squared error and squared norm, weighted by moments.
     """
 
     shared: tuple[Adapter | None, ...]
     leaves: tuple[Adapter, ...]
     errors: tuple[Deviation, ...]
+    lost: Tensor
+    energies: Tensor
 
     @property
     def nbytes(self) -> int:
@@ -234,9 +239,13 @@ def _nodes(flat: FlatAdapters, found: PricedFit) -> _Nodes:
     leaves: list[dict[str, LowRank]] = [{} for _ in flat.names]
     errors: list[dict[str, float]] = [{} for _ in flat.names]
     norms: list[dict[str, float]] = [{} for _ in flat.names]
+    lost = torch.zeros(len(flat.names), dtype=torch.float64)
+    energies = torch.zeros_like(lost)
     for module in flat.modules():
         name, stack = module.name, module.problem.stack
         got = module.problem.whole(found.fits[name])
+        energies += stack.energies
+        moment = flat.moments.get(name)
         assert got.leaves is not None
         for modules, pair in zip(shared, got.shared, strict=True):
             _put(modules, name, pair, stack, None, flat.dtype)
@@ -247,6 +256,8 @@ def _nodes(flat: FlatAdapters, found: PricedFit) -> _Nodes:
             total = concat(parts) if parts else None
             if value is not None or total is not None:
                 errors[i][name], norms[i][name] = call_named(name, measured, value, total)
+                if flat.moments:
+                    lost[i] += call_named(name, weighted_square, value, total, moment)
     nesting = _nesting(flat.outlines)
     tops: list[Adapter | None] = []
     for modules in shared:
@@ -268,7 +279,7 @@ def _nodes(flat: FlatAdapters, found: PricedFit) -> _Nodes:
             replace(whole, modules=modules, nesting=mine, errors={}, rounded=frozenset())
         )
     told = [Deviation(far, norm) for far, norm in zip(errors, norms, strict=True)]
-    return _Nodes(tuple(tops), tuple(bottoms), tuple(told))
+    return _Nodes(tuple(tops), tuple(bottoms), tuple(told), lost, energies)
 
 
 def _put(

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from ..errors import ShapeMismatch, SpecError, listing
+from ..lowrank import LowRank
+from .core import joint
 
-__all__ = ["check_moments", "moment_inside"]
+__all__ = ["check_moments", "moment_inside", "weighted_square"]
 
 _ROUNDING = 0.01
 """C may be this far from symmetric and positive, in parts of its largest number: bf16 rounds by
@@ -87,6 +89,27 @@ def moment_inside(Q: Tensor | None, moment: Tensor, size: int) -> Tensor:
     if not bool(inside.isfinite().all()):
         raise SpecError("moments: their products are too large for float64")
     return _without_negative(inside) if C.shape == (size, size) else inside
+
+
+def weighted_square(wanted: LowRank | None, got: LowRank | None, moment: Tensor | None) -> float:
+    """Return E ‖(ΔW − ΔW') x‖² of one module, biases left out; None is zero.
+
+    Args:
+        moment: as for `moment_inside`; None is the identity: then it is ‖ΔW − ΔW'‖².
+
+    Raises:
+        ShapeMismatch, SpecError: as `moment_inside`; or the two are not of one weight.
+    """
+    if wanted is got:
+        return 0.0
+    both = joint([value for value in (wanted, got) if value is not None])
+    gap = both.cores[0]
+    if wanted is not None and got is not None:
+        gap = gap - both.cores[1]
+    if moment is None:
+        return float(gap.square().sum())
+    inside = moment_inside(both.Q_A, moment, both.Q_A.shape[-2])
+    return max(float(((gap @ inside) * gap).sum()), 0.0)
 
 
 def _as_numbers(moment: object, device: torch.device) -> Tensor:
