@@ -79,6 +79,40 @@ def test_norm_and_inner_product_are_those_of_the_dense_matrices(terms: list[lt.L
     assert x.norm() == pytest.approx(float(dense(x).norm()), rel=1e-10, abs=1e-10)
 
 
+@pytest.mark.parametrize("size", [1e-250, 1e-170, 1e-30, 1.0, 1e30, 1e140])
+@pytest.mark.parametrize("max_error", [None, 0.0, 0.3, 0.7, math.inf])
+def test_the_error_of_a_truncation_does_not_depend_on_the_scale(
+    size: float, max_error: float | None
+) -> None:
+    value = lt.LowRank(torch.eye(3, 5).double(), torch.diag(torch.tensor([3.0, 2, 1])).double())
+    rank = 2 if max_error is None else None
+    plain = value.truncate(rank, max_error=max_error)
+    scaled = value.scaled(size).truncate(rank, max_error=max_error)
+    assert scaled.value.rank == plain.value.rank
+    assert scaled.relative_error == pytest.approx(plain.relative_error, rel=1e-12)
+    assert scaled.error == pytest.approx(plain.error * size, rel=1e-12)
+
+
+def test_the_cut_of_a_zero_value_meets_every_bound() -> None:
+    zero = lt.LowRank(torch.zeros(3, 5), torch.ones(4, 3))
+    for max_error in (0.0, 0.5, math.inf):
+        assert zero.truncate(max_error=max_error)[1:] == (0.0, 0.0)
+
+
+def test_a_norm_whose_square_is_too_large_is_refused() -> None:
+    value = lt.LowRank(torch.eye(2, 4).double(), torch.eye(3, 2).double())
+    assert value.scaled(1e149).norm() == pytest.approx(math.sqrt(2) * 1e149)
+    for refused in (value.scaled(1e160).norm, lambda: value.scaled(1e160).truncate(1)):
+        with pytest.raises(SpecError, match="their product is too large for float64"):
+            refused()
+
+
+def test_a_bias_that_is_not_finite_is_named_by_truncation() -> None:
+    value = lt.LowRank(torch.eye(2, 4), torch.eye(3, 2), bias=torch.full((3,), math.nan))
+    with pytest.raises(SpecError, match=r"^the bias is not finite$"):
+        value.truncate(1)
+
+
 @given(several(), st.integers(1, 8))
 @settings(max_examples=150, deadline=None)
 def test_truncation_is_the_best_of_its_rank_and_knows_its_error(

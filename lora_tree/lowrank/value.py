@@ -354,6 +354,8 @@ class LowRank:
             bias=self._folded_bias(),
             layout=self.layout,
         )
+        if self.bias is not None and not all_finite([self.bias]):
+            raise SpecError("the bias is not finite")
         if not value.is_finite:
             narrow = str(dtype).removeprefix("torch.")
             raise SpecError(
