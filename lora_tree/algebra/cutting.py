@@ -17,6 +17,7 @@ from ..blend import Blend, spelled
 from ..errors import PathError, SpecError
 from ..given import check_rank
 from ..lowrank import LowRank
+from ..lowrank.cast import cast
 from ..node_names import check_path
 from ..patterns import glob_means
 from ..tree import AdapterTree
@@ -177,7 +178,7 @@ def _parts(value: LowRank, rank: int) -> tuple[LowRank, LowRank]:
         A = (root[..., :, None] * Vh[..., some, :]) @ alone.Q_A.mT
         bias = alone.biases[0] if some.start is None else None
         factors = LowRank(A.contiguous(), B.contiguous(), 1.0, bias, value.layout)
-        found.append(factors.to(dtype=dtype))
+        found.append(cast(factors, None, dtype))
     return found[0], found[1]
 
 
