@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from decimal import Decimal
@@ -393,3 +394,37 @@ def test_what_makes_no_sense_is_an_error_of_ours(call: Callable[[], object]) -> 
         SpecError, match=r"expected|must be|takes|is one of|are on|no numbers|at most"
     ):
         call()
+
+
+FP8 = [torch.float8_e4m3fn, torch.float8_e5m2]
+
+
+@pytest.mark.parametrize(("A", "B"), [*itertools.product(FP8, FP8), (FP8[0], torch.bfloat16)])
+def test_eight_bit_factors_have_the_value_of_their_numbers(A: torch.dtype, B: torch.dtype) -> None:
+    value = lt.LowRank(torch.randn(3, 5).to(A), torch.randn(4, 3).to(B), 0.3)
+    wide = lt.LowRank(value.A.float(), value.B.float(), 0.3)
+    torch.testing.assert_close(value.dense().float(), wide.dense(), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(torch.cat(list(value.dense_blocks(2))), value.dense())
+    assert value.norm() == wide.norm()
+    assert value.truncate(1)[1:] == wide.truncate(1)[1:]
+    assert value.fits() == wide.fits()
+    assert torch.equal(value.folded().B, wide.folded().B)
+    both = lt.concat([value, wide.scaled(2.0)])
+    torch.testing.assert_close(both.dense(), 3.0 * wide.dense())
+    found = lt.similar({"a": lt.Adapter({"q": value}), "b": lt.Adapter({"q": wide})}, exact=False)
+    assert float(found.cosines[0, 1]) == pytest.approx(1.0, abs=1e-5)
+    tree = lt.AdapterTree()
+    for name in ("a", "b"):
+        tree.add(name, adapter=lt.Adapter({"q": value}))
+    assert lt.hoist(tree, "", into="shared").relative_error < 1e-6
+
+
+def test_a_scale_is_folded_without_numbers() -> None:
+    value = lt.LowRank(torch.ones(2, 5).bfloat16(), torch.ones(4, 2).bfloat16(), 0.5)
+    folded = value.to(device="meta").folded()
+    assert (folded.scale, folded.B.dtype, folded.B.is_meta) == (1.0, torch.bfloat16, True)
+
+
+def test_sparse_factors_are_refused() -> None:
+    with pytest.raises(SpecError, match=r"dense tensors, got one of torch\.sparse_coo"):
+        lt.LowRank(torch.ones(2, 5).to_sparse(), torch.ones(4, 2))

@@ -18,6 +18,7 @@ from ..errors import PathError, SpecError
 from ..given import check_rank
 from ..lowrank import LowRank
 from ..lowrank.cast import cast
+from ..lowrank.promoting import promoted
 from ..node_names import check_path
 from ..patterns import glob_means
 from ..tree import AdapterTree
@@ -168,7 +169,7 @@ def _parts(value: LowRank, rank: int) -> tuple[LowRank, LowRank]:
     """Return the best approximation of a rank, with the bias, and the rest, from one SVD."""
     alone = joint([value])
     U, S, Vh = torch.linalg.svd(alone.cores[0], full_matrices=False)
-    dtype = torch.promote_types(value.dtype, torch.float32)
+    dtype = promoted(value.dtype, torch.float32)
     found = []
     for some in (slice(None, rank), slice(rank, value.rank)):
         # Each factor gets the root of every singular value, so both have the same magnitude and

@@ -315,8 +315,10 @@ def _small(value: LowRank, S: Tensor, T: Tensor) -> tuple[Tensor, float, float]:
 
 
 def _in_units(factor: Tensor) -> tuple[Tensor, float]:
-    """Return a factor in fp32, in units in which its products fit, and the unit: nearly always 1."""
+    """Return a factor in fp32, in units in which products fit, and the unit: nearly always 1."""
     factor = factor.detach().cpu()
+    if factor.element_size() == 1:
+        factor = factor.float()  # torch finds no largest number among 8-bit floats
     largest = float(factor.abs().max())
     if _LEAST_PLAIN < largest < _MOST_PLAIN:
         return factor.float(), 1.0

@@ -26,6 +26,7 @@ from ..combining import combine
 from ..errors import SpecError, listing
 from ..given import unchecked
 from ..lowrank import LowRank
+from ..lowrank.promoting import promoted
 from ..tree import AdapterTree
 from ..weights import GivenWeight, Weight, as_weight, weight_at
 from .aligning import aligned
@@ -270,7 +271,7 @@ def widest(adapter: Adapter) -> torch.dtype:
     """Return the dtype that holds the numbers of all modules, at least fp32."""
     dtype = torch.float32
     for value in adapter.modules.values():
-        dtype = torch.promote_types(dtype, value.dtype)
+        dtype = promoted(dtype, value.dtype)
     return dtype
 
 
