@@ -264,3 +264,36 @@ def test_a_number_is_no_list_of_paths(verb: str) -> None:
     with pytest.raises(SpecError, match=r"expected .*, got 3$"):
         LISTS[verb](tree, model, 3)
     assert model.active == ""
+
+
+def lists() -> dict[str, Callable[[], object]]:
+    """Calls with an argument of another kind than the verb takes."""
+    odd: Any = 3
+    a, b = zoo_of(1), zoo_of(2)
+    found = lt.similar({"a": a, "b": b})
+    return {
+        "most: -1": lambda: found.nearest(-1),
+        "most: a word": lambda: found.nearest("x"),  # type: ignore[arg-type]
+        "cosine: a word": lambda: found.groups("x"),  # type: ignore[arg-type]
+        "merge: a number": lambda: lt.merge(odd),
+        "merge: fewer names": lambda: lt.merge([a, b], names=["a"]),
+        "merge: a number as names": lambda: lt.merge([a, b], names=odd),
+        "merge: a number as weights": lambda: lt.merge([a, b], odd),
+        "merge: one weight": lambda: lt.merge([a, b], [1.0]),
+        "diff: one name": lambda: lt.diff(a, b, names=("a",)),  # type: ignore[arg-type]
+        "merge_paths: a number": lambda: lt.merge_paths(zoo(), odd, to="x"),
+        "hoist into: a number": lambda: lt.hoist(flat(), "", into=odd),
+        "split to: a number": lambda: lt.split(zoo(), "fr", to=odd, rank=1),
+        "split modules: a number": lambda: lt.split(zoo(), "fr", to="fr/x", modules=odd),
+        "split modules: numbers": lambda: lt.split(zoo(), "fr", to="fr/x", modules=[odd]),
+        "rebase to: a number": lambda: lt.rebase(zoo(), "fr", to=odd),
+        "absorb name: a number": lambda: lt.absorb(zoo(), odd, a),
+        "portable base: a number": lambda: lt.portable(zoo(), "fr", base=odd),
+        "portable shapes: a number": lambda: lt.portable(zoo(), "fr", complete=True, shapes=odd),
+    }
+
+
+@pytest.mark.parametrize("call", lists())
+def test_an_argument_of_another_kind_is_refused_in_words(call: str) -> None:
+    with pytest.raises(LoraTreeError, match=r"got |a cosine is a number|2 adapters, but 1"):
+        lists()[call]()

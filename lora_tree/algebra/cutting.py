@@ -15,7 +15,7 @@ from torch import nn
 from ..adapter import Adapter
 from ..blend import Blend, spelled
 from ..errors import PathError, SpecError
-from ..given import check_rank
+from ..given import check_iterable, check_rank, unchecked
 from ..lowrank import LowRank
 from ..lowrank.cast import cast
 from ..lowrank.promoting import promoted
@@ -122,6 +122,7 @@ def split(
     """
     check_tree(tree)
     own(tree, path)
+    check_path(to)
     if to.rpartition("/")[0] != path:
         raise PathError(f"{to} is no child of {path}", f"name it {path}/NAME")
     free(tree, to)
@@ -184,9 +185,12 @@ def _parts(value: LowRank, rank: int) -> tuple[LowRank, LowRank]:
 
 
 def _by_name(whole: Adapter, modules: Iterable[str]) -> tuple[Adapter, Adapter]:
+    check_iterable(modules, "modules: expected a list of modules")
     patterns = [modules] if isinstance(modules, str) else list(modules)
     moves: dict[str, LowRank] = {}
     for pattern in patterns:
+        if not isinstance(unchecked(pattern), str):
+            raise SpecError(f"modules: expected names or patterns, got {pattern!r:.80}")
         hits = {n: v for n, v in whole.modules.items() if glob_means(pattern, n)}
         # A pattern that matches no module is a typo, not a request to move nothing.
         if not hits:

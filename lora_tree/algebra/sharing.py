@@ -317,6 +317,7 @@ def _siblings(
     if parent:
         changeable(tree, [parent])
     if into is not None:
+        check_path(into)
         if into.rpartition("/")[0] != parent:
             raise PathError(f"{into} is no child of {parent or 'the root'}")
         free(tree, into)
