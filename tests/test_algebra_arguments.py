@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -152,6 +153,81 @@ def test_moments_of_no_module_are_refused(verb: str) -> None:
     call({"q_proj": torch.ones(8), "of another part of the model": torch.ones(3)})
 
 
+def with_bias(number: float) -> lt.Adapter:
+    own = zoo_of(5)
+    return lt.Adapter({"q_proj": replace(own.modules["q_proj"], bias=torch.full((6,), number))})
+
+
+def zoo_with(adapter: lt.Adapter) -> lt.AdapterTree:
+    tree = flat()
+    tree.add("odd", adapter=adapter)
+    return tree
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda own: lt.diff(own, with_bias(1.0)),
+        lambda own: lt.deviation(with_bias(1.0), own),
+        lambda own: lt.similar({"a": own, "b": with_bias(1.0)}, exact=True),
+        lambda own: lt.similar({"a": own, "b": with_bias(1.0)}, exact=False),
+        lambda own: lt.merge([own, with_bias(1.0)]),
+        lambda own: lt.absorb(flat(), "late", own),
+        lambda own: lt.compress(zoo_with(own), rank=1),
+        lambda own: lt.hoist(zoo_with(own), "", into="x"),
+        lambda own: lt.grow(zoo_with(own), max_error=0.1),
+        lambda own: lt.split(zoo_with(own), "odd", to="odd/x", rank=1),
+        lambda own: lt.squash(zoo_with(own), "odd", to="x", rank=1),
+        lambda own: lt.rebase(zoo_with(own), "odd", to="fr/x", rank=1),
+    ],
+    ids=[
+        *("diff", "deviation", "similar", "similar, sketched", "merge", "absorb", "compress"),
+        *("hoist", "grow", "split", "squash", "rebase"),
+    ],
+)
+def test_a_bias_that_is_not_finite_is_refused_by_its_module(
+    call: Callable[[lt.Adapter], object], number: float
+) -> None:
+    with pytest.raises(SpecError, match="q_proj: the bias is not finite"):
+        call(with_bias(number))
+
+
+@pytest.mark.parametrize("verb", ["compress", "grow", "squash"])
+def test_numbers_that_a_dtype_can_not_hold_are_refused(verb: str) -> None:
+    tree = flat()
+    # The bias is multiplied by the scale, 0.7.
+    tree.add("odd", adapter=with_bias(1e5))
+    before = {path: tree.adapter(path) for path in tree.paths()}
+    with pytest.raises(SpecError, match=r"q_proj: a factor goes up to 70000, float16 to 65504"):
+        if verb == "compress":
+            lt.compress(tree, rank=1, dtype=torch.float16)
+        elif verb == "grow":
+            lt.grow(tree, max_error=0.1, dtype=torch.float16)
+        else:
+            lt.squash(tree, "odd", to="x", rank=1, dtype=torch.float16)
+    assert {path: tree.adapter(path) for path in tree.paths()} == before
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("size", [1e-120, 1e-60, 1e30, 1e60, 1e120])
+def test_likeness_does_not_depend_on_the_scale(exact: bool, size: float) -> None:
+    named = {f"n{i}": zoo_of(i) for i in range(4)}
+    sized = {name: own.scaled(size) for name, own in named.items()}
+    sized["n0"] = named["n0"].scaled(1.0 / size)
+    plain, found = (lt.similar(each, exact=exact) for each in (named, sized))
+    torch.testing.assert_close(found.cosines, plain.cosines, rtol=1e-5, atol=1e-6)
+    wanted = plain.norms * torch.tensor([1.0 / size, *[size] * 3], dtype=torch.float64)
+    torch.testing.assert_close(found.norms, wanted, rtol=1e-5, atol=0.0)
+
+
+def test_a_weight_whose_square_is_too_large_is_refused() -> None:
+    tree = flat()
+    tree.update("fr", weight=1e200)
+    with pytest.raises(SpecError, match=r"fr: .*: its weighted norm is too large for float64"):
+        lt.compress(tree, rank=1)
+
+
 def test_similar_takes_a_tree_or_adapters_by_name() -> None:
     strange: Any
     for strange in (3, "zoo/", [zoo_of(1)]):
@@ -188,3 +264,36 @@ def test_a_number_is_no_list_of_paths(verb: str) -> None:
     with pytest.raises(SpecError, match=r"expected .*, got 3$"):
         LISTS[verb](tree, model, 3)
     assert model.active == ""
+
+
+def lists() -> dict[str, Callable[[], object]]:
+    """Calls with an argument of another kind than the verb takes."""
+    odd: Any = 3
+    a, b = zoo_of(1), zoo_of(2)
+    found = lt.similar({"a": a, "b": b})
+    return {
+        "most: -1": lambda: found.nearest(-1),
+        "most: a word": lambda: found.nearest("x"),  # type: ignore[arg-type]
+        "cosine: a word": lambda: found.groups("x"),  # type: ignore[arg-type]
+        "merge: a number": lambda: lt.merge(odd),
+        "merge: fewer names": lambda: lt.merge([a, b], names=["a"]),
+        "merge: a number as names": lambda: lt.merge([a, b], names=odd),
+        "merge: a number as weights": lambda: lt.merge([a, b], odd),
+        "merge: one weight": lambda: lt.merge([a, b], [1.0]),
+        "diff: one name": lambda: lt.diff(a, b, names=("a",)),  # type: ignore[arg-type]
+        "merge_paths: a number": lambda: lt.merge_paths(zoo(), odd, to="x"),
+        "hoist into: a number": lambda: lt.hoist(flat(), "", into=odd),
+        "split to: a number": lambda: lt.split(zoo(), "fr", to=odd, rank=1),
+        "split modules: a number": lambda: lt.split(zoo(), "fr", to="fr/x", modules=odd),
+        "split modules: numbers": lambda: lt.split(zoo(), "fr", to="fr/x", modules=[odd]),
+        "rebase to: a number": lambda: lt.rebase(zoo(), "fr", to=odd),
+        "absorb name: a number": lambda: lt.absorb(zoo(), odd, a),
+        "portable base: a number": lambda: lt.portable(zoo(), "fr", base=odd),
+        "portable shapes: a number": lambda: lt.portable(zoo(), "fr", complete=True, shapes=odd),
+    }
+
+
+@pytest.mark.parametrize("call", lists())
+def test_an_argument_of_another_kind_is_refused_in_words(call: str) -> None:
+    with pytest.raises(LoraTreeError, match=r"got |a cosine is a number|2 adapters, but 1"):
+        lists()[call]()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from decimal import Decimal
@@ -77,6 +78,40 @@ def test_norm_and_inner_product_are_those_of_the_dense_matrices(terms: list[lt.L
     size = dense(x).norm() * dense(y).norm() + 1e-300
     assert abs(lt.inner(x, y) - (dense(x) * dense(y)).sum()) <= 1e-12 * max(float(size), 1.0) * 100
     assert x.norm() == pytest.approx(float(dense(x).norm()), rel=1e-10, abs=1e-10)
+
+
+@pytest.mark.parametrize("size", [1e-250, 1e-170, 1e-30, 1.0, 1e30, 1e140])
+@pytest.mark.parametrize("max_error", [None, 0.0, 0.3, 0.7, math.inf])
+def test_the_error_of_a_truncation_does_not_depend_on_the_scale(
+    size: float, max_error: float | None
+) -> None:
+    value = lt.LowRank(torch.eye(3, 5).double(), torch.diag(torch.tensor([3.0, 2, 1])).double())
+    rank = 2 if max_error is None else None
+    plain = value.truncate(rank, max_error=max_error)
+    scaled = value.scaled(size).truncate(rank, max_error=max_error)
+    assert scaled.value.rank == plain.value.rank
+    assert scaled.relative_error == pytest.approx(plain.relative_error, rel=1e-12)
+    assert scaled.error == pytest.approx(plain.error * size, rel=1e-12)
+
+
+def test_the_cut_of_a_zero_value_meets_every_bound() -> None:
+    zero = lt.LowRank(torch.zeros(3, 5), torch.ones(4, 3))
+    for max_error in (0.0, 0.5, math.inf):
+        assert zero.truncate(max_error=max_error)[1:] == (0.0, 0.0)
+
+
+def test_a_norm_whose_square_is_too_large_is_refused() -> None:
+    value = lt.LowRank(torch.eye(2, 4).double(), torch.eye(3, 2).double())
+    assert value.scaled(1e149).norm() == pytest.approx(math.sqrt(2) * 1e149)
+    for refused in (value.scaled(1e160).norm, lambda: value.scaled(1e160).truncate(1)):
+        with pytest.raises(SpecError, match="their product is too large for float64"):
+            refused()
+
+
+def test_a_bias_that_is_not_finite_is_named_by_truncation() -> None:
+    value = lt.LowRank(torch.eye(2, 4), torch.eye(3, 2), bias=torch.full((3,), math.nan))
+    with pytest.raises(SpecError, match=r"^the bias is not finite$"):
+        value.truncate(1)
 
 
 @given(several(), st.integers(1, 8))
@@ -359,3 +394,37 @@ def test_what_makes_no_sense_is_an_error_of_ours(call: Callable[[], object]) -> 
         SpecError, match=r"expected|must be|takes|is one of|are on|no numbers|at most"
     ):
         call()
+
+
+FP8 = [torch.float8_e4m3fn, torch.float8_e5m2]
+
+
+@pytest.mark.parametrize(("A", "B"), [*itertools.product(FP8, FP8), (FP8[0], torch.bfloat16)])
+def test_eight_bit_factors_have_the_value_of_their_numbers(A: torch.dtype, B: torch.dtype) -> None:
+    value = lt.LowRank(torch.randn(3, 5).to(A), torch.randn(4, 3).to(B), 0.3)
+    wide = lt.LowRank(value.A.float(), value.B.float(), 0.3)
+    torch.testing.assert_close(value.dense().float(), wide.dense(), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(torch.cat(list(value.dense_blocks(2))), value.dense())
+    assert value.norm() == wide.norm()
+    assert value.truncate(1)[1:] == wide.truncate(1)[1:]
+    assert value.fits() == wide.fits()
+    assert torch.equal(value.folded().B, wide.folded().B)
+    both = lt.concat([value, wide.scaled(2.0)])
+    torch.testing.assert_close(both.dense(), 3.0 * wide.dense())
+    found = lt.similar({"a": lt.Adapter({"q": value}), "b": lt.Adapter({"q": wide})}, exact=False)
+    assert float(found.cosines[0, 1]) == pytest.approx(1.0, abs=1e-5)
+    tree = lt.AdapterTree()
+    for name in ("a", "b"):
+        tree.add(name, adapter=lt.Adapter({"q": value}))
+    assert lt.hoist(tree, "", into="shared").relative_error < 1e-6
+
+
+def test_a_scale_is_folded_without_numbers() -> None:
+    value = lt.LowRank(torch.ones(2, 5).bfloat16(), torch.ones(4, 2).bfloat16(), 0.5)
+    folded = value.to(device="meta").folded()
+    assert (folded.scale, folded.B.dtype, folded.B.is_meta) == (1.0, torch.bfloat16, True)
+
+
+def test_sparse_factors_are_refused() -> None:
+    with pytest.raises(SpecError, match=r"dense tensors, got one of torch\.sparse_coo"):
+        lt.LowRank(torch.ones(2, 5).to_sparse(), torch.ones(4, 2))

@@ -20,6 +20,7 @@ import torch
 from ..adapter import Adapter
 from ..errors import FormatError, PathError, SpecError
 from ..lowrank import inner
+from ..node_names import check_path
 from ..tree import AdapterTree
 from .aligning import aligned
 from .arguments import check_adapter, check_tree
@@ -99,6 +100,7 @@ def absorb(
     """
     check_tree(tree)
     check_adapter(adapter)
+    check_path(name)
     if "/" in name:
         raise PathError(f"{name}: the name of one node: absorb finds the path above it itself")
     if under and under not in tree:

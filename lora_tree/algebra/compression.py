@@ -28,6 +28,7 @@ from ..budget import parse_bytes
 from ..errors import BudgetError, SpecError
 from ..given import check_part, check_rank
 from ..lowrank import LowRank
+from ..lowrank.cast import cast
 from ..tree import AdapterTree
 from ..weights import weight_at
 from .arguments import check_factor_dtype, check_tree
@@ -180,9 +181,13 @@ class Cut:
         return self.share * weighted_square(self.value, got, self.moment)
 
     def at(self, rank: int) -> LowRank:
-        """Return the module at a rank; the value itself if it is neither cut nor rounded."""
+        """Return the module at a rank; the value itself if it is neither cut nor rounded.
+
+        Raises:
+            SpecError: a factor or the bias is too large for the dtype.
+        """
         if rank >= self.value.rank:
-            return self.value if self.dtype is None else self.value.to(dtype=self.dtype)
+            return cast(self.value, None, self.dtype)
         both = LowRank(
             self.rows[..., :rank, :].contiguous(),
             self.basis[..., :rank].contiguous(),
@@ -192,7 +197,7 @@ class Cut:
         # narrow dtype.
         short = _balanced(both)
         bias = None if self.value.bias is None else self.value.bias.double() * self.value.scale
-        return replace(short, bias=bias).to(dtype=self.dtype or self.value.dtype)
+        return cast(replace(short, bias=bias), None, self.dtype or self.value.dtype)
 
 
 def _leaves(tree: AdapterTree, path: str) -> int:
@@ -211,9 +216,16 @@ def _cuts(
     for path, adapter in adapters.items():
         weight, leaves = tree[path].weight, _leaves(tree, path)
         for name, value in adapter.modules.items():
-            share = weight_at(weight, name) ** 2 * leaves
+            number = weight_at(weight, name)
+            share = number * number * leaves
             cut = call_named(f"{path}: {name}", _cut, value, dtype, moments.get(name))
-            cuts[path, name] = replace(cut, gains=cut.gains * share, share=share)
+            gains = cut.gains * share
+            if not bool(gains.isfinite().all()):
+                raise SpecError(
+                    f"{path}: {name}: its weighted norm is too large for float64",
+                    f"the node's weight is {number:g} there",
+                )
+            cuts[path, name] = replace(cut, gains=gains, share=share)
     return cuts
 
 
@@ -226,6 +238,8 @@ def _cut(value: LowRank, dtype: torch.dtype | None, moment: Tensor | None) -> Cu
     else:
         inner = moment_inside(Q_A, moment, Q_A.shape[-2])
         inside = M @ inner @ M.mT  # (k, k): the core of ΔW C ΔWᵀ
+        if not bool(inside.isfinite().all()):
+            raise SpecError("the norm weighted by moments is too large for float64")
         squares, U = torch.linalg.eigh(inside)
         # eigh gives the smallest first, and rounding may put a zero slightly below itself.
         squares, U = squares.flip(-1).clamp(min=0.0), U.flip(-1)
@@ -322,10 +336,11 @@ def _cut_down(
             rank = ranks[path, name]
             # A module of rank 0 is left out: a missing module adds zero.
             if rank:
-                modules[name] = cuts[path, name].at(rank)
-            far[name], norms[name] = measured(value, modules.get(name))
+                modules[name] = call_named(f"{path}: {name}", cuts[path, name].at, rank)
+            got = modules.get(name)
+            far[name], norms[name] = call_named(f"{path}: {name}", measured, value, got)
             # Not the gains of the ranks that were dropped: the rest is rounded to its dtype.
-            lost += cuts[path, name].lost(modules.get(name))
+            lost += cuts[path, name].lost(got)
             whole += float(cuts[path, name].gains.sum())
         made[path] = replace(adapter, modules=modules, errors={}, rounded=frozenset())
         errors[path] = Deviation(far, norms)

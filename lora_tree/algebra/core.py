@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..errors import SpecError
 from ..lowrank import LowRank, same_place
+from ..lowrank.qr_core import MOST_NORM
 
 __all__ = ["Joint", "angles", "check_readable", "effective_rank", "energy", "joint", "spectrum"]
 
@@ -92,10 +93,11 @@ def joint(values: Sequence[LowRank]) -> Joint:
         cores.append((R_B[..., mine] @ R_A[..., mine].mT) * value.scale)
         start += value.rank
     for value, core in zip(values, cores, strict=True):
-        if not core.isfinite().all():
+        # Not written with `>`, because a comparison with NaN is false.
+        if not float(torch.linalg.vector_norm(core)) <= MOST_NORM:
             value.core()  # raises here if the factors themselves are not finite
             raise SpecError("the product of the factors is too large for float64")
-    biases = tuple(_scaled_bias(value, first) for value in values)
+    biases = tuple(scaled_bias(value, first) for value in values)
     return Joint(Q_B, Q_A, tuple(cores), biases, first)
 
 
@@ -191,8 +193,18 @@ def _wide(tensor: Tensor, first: LowRank) -> Tensor:
     return tensor.detach().to(device=first.device, dtype=torch.float64)
 
 
-def _scaled_bias(value: LowRank, first: LowRank) -> Tensor | None:
-    return None if value.bias is None else _wide(value.bias, first) * value.scale
+def scaled_bias(value: LowRank, first: LowRank) -> Tensor | None:
+    """Return a value's bias (out,) times its scale, in float64 and on another value's device.
+
+    Raises:
+        SpecError: it is not finite.
+    """
+    if value.bias is None:
+        return None
+    bias = _wide(value.bias, first) * value.scale
+    if not bool(bias.isfinite().all()):
+        raise SpecError("the bias is not finite")
+    return bias
 
 
 def _directions(value: LowRank) -> list[tuple[Tensor, Tensor]]:

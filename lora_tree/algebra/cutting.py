@@ -15,8 +15,10 @@ from torch import nn
 from ..adapter import Adapter
 from ..blend import Blend, spelled
 from ..errors import PathError, SpecError
-from ..given import check_rank
+from ..given import check_iterable, check_rank, unchecked
 from ..lowrank import LowRank
+from ..lowrank.cast import cast
+from ..lowrank.promoting import promoted
 from ..node_names import check_path
 from ..patterns import glob_means
 from ..tree import AdapterTree
@@ -120,6 +122,7 @@ def split(
     """
     check_tree(tree)
     own(tree, path)
+    check_path(to)
     if to.rpartition("/")[0] != path:
         raise PathError(f"{to} is no child of {path}", f"name it {path}/NAME")
     free(tree, to)
@@ -167,7 +170,7 @@ def _parts(value: LowRank, rank: int) -> tuple[LowRank, LowRank]:
     """Return the best approximation of a rank, with the bias, and the rest, from one SVD."""
     alone = joint([value])
     U, S, Vh = torch.linalg.svd(alone.cores[0], full_matrices=False)
-    dtype = torch.promote_types(value.dtype, torch.float32)
+    dtype = promoted(value.dtype, torch.float32)
     found = []
     for some in (slice(None, rank), slice(rank, value.rank)):
         # Each factor gets the root of every singular value, so both have the same magnitude and
@@ -177,14 +180,17 @@ def _parts(value: LowRank, rank: int) -> tuple[LowRank, LowRank]:
         A = (root[..., :, None] * Vh[..., some, :]) @ alone.Q_A.mT
         bias = alone.biases[0] if some.start is None else None
         factors = LowRank(A.contiguous(), B.contiguous(), 1.0, bias, value.layout)
-        found.append(factors.to(dtype=dtype))
+        found.append(cast(factors, None, dtype))
     return found[0], found[1]
 
 
 def _by_name(whole: Adapter, modules: Iterable[str]) -> tuple[Adapter, Adapter]:
+    check_iterable(modules, "modules: expected a list of modules")
     patterns = [modules] if isinstance(modules, str) else list(modules)
     moves: dict[str, LowRank] = {}
     for pattern in patterns:
+        if not isinstance(unchecked(pattern), str):
+            raise SpecError(f"modules: expected names or patterns, got {pattern!r:.80}")
         hits = {n: v for n, v in whole.modules.items() if glob_means(pattern, n)}
         # A pattern that matches no module is a typo, not a request to move nothing.
         if not hits:

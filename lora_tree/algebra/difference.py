@@ -197,6 +197,8 @@ def diff(a: Adapter, b: Adapter, *, names: tuple[str, str] = ("a", "b")) -> Diff
                 f"diff compares two adapters, got {type(adapter).__name__}",
                 "diff_paths compares paths of a tree, diff_trees two trees",
             )
+    if not isinstance(unchecked(names), tuple) or len(names) != 2:
+        raise SpecError(f"names: expected the names of the two adapters, got {names!r:.80}")
     a, b = aligned([a, b])
     check_spelling([(names[0], 1.0, a), (names[1], 1.0, b)])
     found: dict[str, ModuleDiff] = {}

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..adapter import Adapter
 from ..errors import SpecError
 from ..lowrank import LowRank
+from ..lowrank.promoting import promoted
 from ..override import tensor_owner
 from ..tree import AdapterTree
 from ..weights import weight_at
@@ -97,7 +98,7 @@ class FlatAdapters:
                 widths[module] = math.prod(batch) * (out + into)
                 self._means[module] = math.prod(batch) * out * into
                 mine = value.dtype
-                widest = mine if widest is None else torch.promote_types(widest, mine)
+                widest = mine if widest is None else promoted(widest, mine)
         if not self.numbers:
             raise SpecError(
                 "the weights of these adapters are 0 at all of their modules, so they share nothing"

@@ -25,7 +25,8 @@ from torch import Tensor
 from ..adapter import Adapter
 from ..errors import ShapeMismatch, SpecError, listing
 from ..lowrank import LowRank, same_place
-from .core import check_readable
+from ..lowrank.qr_core import MOST_NORM
+from .core import check_readable, scaled_bias
 from .deviation import call_named
 
 __all__ = ["Gram", "gram"]
@@ -35,6 +36,7 @@ EXACT_STEPS = 5e10
 
 _MOST_SIDE = 64
 _SKETCH_NUMBERS = 250_000_000  # in the sketches of all adapters together: 1 GB in fp32
+_LEAST_PLAIN, _MOST_PLAIN = 1e-4, 1e4  # the largest number of a factor that needs no other unit
 _CHUNK = 64  # adapters whose products with all others are in memory at once
 
 Outline = tuple[tuple[int, ...], int]
@@ -61,8 +63,9 @@ class Gram:
     @property
     def cosines(self) -> Tensor:
         """(n, n): 1 on the diagonal, 0 between a zero adapter and any other."""
-        lengths = self.norms[:, None] * self.norms[None, :]
-        found = torch.where(lengths > 0, self.inner / lengths.clamp(min=1e-300), 0.0)
+        # Divided by one norm after the other, because the product of two tiny ones would be zero.
+        lengths = torch.where(self.norms > 0, self.norms, torch.inf)
+        found = self.inner / lengths[:, None] / lengths[None, :]
         found = found.clamp(-1.0, 1.0)
         return found.fill_diagonal_(1.0)
 
@@ -205,6 +208,7 @@ def _check(names: Sequence[str], adapters: Iterable[Adapter]) -> None:
     for name, adapter in zip(names, adapters, strict=True):
         for module, value in adapter.modules.items():
             call_named(f"{name}: {module}", check_readable, value)
+            call_named(f"{name}: {module}", scaled_bias, value, value)
 
 
 # ---------------------------------------------------------------------- sketched
@@ -221,25 +225,33 @@ def _sketched(
         starts[name] = width
         width += S.shape[-2] * T.shape[-2]
     sketches = torch.zeros(len(names), width)
-    norms = torch.zeros(len(names), dtype=torch.float64)  # squared, without biases
+    norms = torch.zeros(len(names), dtype=torch.float64)  # squared, without biases, in units²
+    units = torch.zeros_like(norms)
     biases: dict[str, dict[int, Tensor]] = {}
     for i, name in enumerate(names):
         # One adapter at a time: all of them may be larger than memory, their sketches are not.
         adapter = read(name)
         _check([name], [adapter])
-        squares = []
+        made: dict[str, tuple[Tensor, float, float]] = {}
         for module, value in adapter.modules.items():
-            small, square = _small(value, *maps[module])
-            if not math.isfinite(square):
-                call_named(f"{name}: {module}", value.core)  # it raises with the reason
-            sketches[i, starts[module] : starts[module] + small.numel()] = small.flatten()
-            squares.append(square)
+            made[module] = call_named(f"{name}: {module}", _small, value, *maps[module])
             if value.bias is not None:
                 biases.setdefault(module, {})[i] = _bias(value)
+        unit = max((size for _, _, size in made.values()), default=0.0)
+        if unit == 0.0:
+            continue
+        # A row is in units of its largest module, so that it neither overflows fp32 nor vanishes.
+        units[i] = unit
+        squares = []
+        for module, (small, square, size) in made.items():
+            row = slice(starts[module], starts[module] + small.numel())
+            sketches[i, row] = (small * (size / unit)).flatten()
+            squares.append(square * (size / unit) ** 2)
         norms[i] = math.fsum(squares)
     inner = (sketches @ sketches.mT).double()
     error = _standard_error(inner.diagonal(), norms)
     inner.diagonal().copy_(norms)  # the squared norms are known exactly
+    inner *= units[:, None] * units[None, :]
     for having in biases.values():
         # Biases are short and rare, so their products are computed exactly.
         stacked = torch.stack(list(having.values()))
@@ -281,13 +293,35 @@ def _map(name: str, shape: tuple[int, ...], side: int) -> tuple[Tensor, Tensor]:
     return maps[0], maps[1]
 
 
-def _small(value: LowRank, S: Tensor, T: Tensor) -> tuple[Tensor, float]:
-    """Return S ΔW Tᵀ (k, k), and ‖ΔW‖² without the bias."""
+def _small(value: LowRank, S: Tensor, T: Tensor) -> tuple[Tensor, float, float]:
+    """Return S ΔW Tᵀ / u (k, k), ‖ΔW / u‖² without the bias, and the unit u.
+
+    Raises:
+        SpecError: the factors are not finite, or their product is too large.
+    """
     batch = math.prod(value.shape[:-2])
-    B = value.B.detach().cpu().float().reshape(batch, *value.B.shape[-2:])
-    A = value.A.detach().cpu().float().reshape(batch, *value.A.shape[-2:])
+    B, b = _in_units(value.B.reshape(batch, *value.B.shape[-2:]))
+    A, a = _in_units(value.A.reshape(batch, *value.A.shape[-2:]))
+    unit = abs(value.scale) * a * b  # NaN if a factor has one
+    if not unit <= MOST_NORM:
+        value.core()  # it raises with the reason
+        raise SpecError("the factors are too large for float64")
     if batch == 1:
         B, A, S, T = B[0], A[0], S[0], T[0]  # a plain product is faster than a batch of one
-    sketch = ((S @ B) @ (T @ A.mT).mT) * value.scale  # (k, r) (r, k)
-    square = ((B.mT @ B).double() * (A @ A.mT).double()).sum() * value.scale**2
-    return sketch.reshape(batch, *sketch.shape[-2:]).sum(0), max(float(square), 0.0)
+    sketch = (S @ B) @ (T @ A.mT).mT  # (k, r) (r, k)
+    square = ((B.mT @ B).double() * (A @ A.mT).double()).sum()
+    sketch = sketch.reshape(batch, *sketch.shape[-2:]).sum(0) * math.copysign(1.0, value.scale)
+    return sketch, max(float(square), 0.0), unit
+
+
+def _in_units(factor: Tensor) -> tuple[Tensor, float]:
+    """Return a factor in fp32, in units in which products fit, and the unit: nearly always 1."""
+    factor = factor.detach().cpu()
+    if factor.element_size() == 1:
+        factor = factor.float()  # torch finds no largest number among 8-bit floats
+    largest = float(factor.abs().max())
+    if _LEAST_PLAIN < largest < _MOST_PLAIN:
+        return factor.float(), 1.0
+    if largest == 0.0 or not math.isfinite(largest):
+        return factor.float(), largest
+    return (factor.double() / largest).float(), largest

@@ -29,6 +29,7 @@ from ..budget import parse_bytes
 from ..errors import BudgetError, PathError, SpecError, TreeError, listing
 from ..given import check_whole_number
 from ..lowrank import LowRank, concat
+from ..lowrank.cast import cast
 from ..node_names import check_path
 from ..tree import AdapterTree
 from .arguments import check_factor_dtype, check_tree
@@ -290,14 +291,19 @@ def _put(
     own: LowRank | None,
     dtype: torch.dtype,
 ) -> None:
-    """Add a pair to a node's modules. A leaf keeps its whole bias; shared nodes get none."""
+    """Add a pair to a node's modules. A leaf keeps its whole bias; shared nodes get none.
+
+    Raises:
+        SpecError: a factor or the bias is too large for the dtype; names the module.
+    """
     left, right = pair
     bias = None if own is None or own.bias is None else own.bias.detach().double() * own.scale
     if left.shape[-1] == 0:
         if bias is None:
             return
         left, right = left.new_zeros(*left.shape[:-1], 1), right.new_zeros(*right.shape[:-1], 1)
-    modules[name] = replace(stack.value(left, right), bias=bias).to(dtype=dtype)
+    value = replace(stack.value(left, right), bias=bias)
+    modules[name] = call_named(name, cast, value, None, dtype)
 
 
 def _nothing(outline: Adapter, dtype: torch.dtype) -> dict[str, LowRank]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal, TypeAlias
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from ..adapter import Adapter
 from ..errors import SpecError
-from ..given import unchecked
+from ..given import check_whole_number, unchecked
 from ..lowrank import LowRank
 from ..tree import AdapterTree
 from .aligning import aligned
@@ -52,8 +53,10 @@ class Likeness:
         """Return the clusters whose members have at least this cosine on average, largest first.
 
         Raises:
-            SpecError: ``cosine`` is not between −1 and 1.
+            SpecError: ``cosine`` is not a number between −1 and 1.
         """
+        if isinstance(unchecked(cosine), bool) or not isinstance(unchecked(cosine), Real):
+            raise SpecError(f"a cosine is a number between -1 and 1, got {cosine!r:.80}")
         if not -1.0 <= cosine <= 1.0:
             raise SpecError(f"a cosine lies between -1 and 1, got {cosine!r}")
         # Distances are 1 − cosine, so a least cosine is a largest distance.
@@ -68,7 +71,12 @@ class Likeness:
         return [self.names[i] for i in leaf_order(list(self.joins), len(self.names))]
 
     def nearest(self, most: int = 10) -> list[tuple[str, str, float]]:
-        """Return the pairs with the largest cosines, largest first."""
+        """Return the pairs with the largest cosines, largest first.
+
+        Raises:
+            SpecError: ``most`` is not a whole number from 1.
+        """
+        check_whole_number(most, "most")
         count = len(self.names)
         if count < 2:
             return []

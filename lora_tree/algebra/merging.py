@@ -24,8 +24,9 @@ from torch import Tensor
 from ..adapter import Adapter
 from ..combining import combine
 from ..errors import SpecError, listing, plural
-from ..given import unchecked
+from ..given import check_iterable, unchecked
 from ..lowrank import LowRank
+from ..lowrank.promoting import promoted
 from ..tree import AdapterTree
 from ..weights import GivenWeight, Weight, as_weight, weight_at
 from .aligning import aligned
@@ -99,8 +100,10 @@ def merge(
     (2.0, 1.0)
     """
     recipe = Recipe(method, density, space, seed)
-    names = list(names) or [f"adapter {i}" for i in range(len(adapters))]
-    given = _checked(adapters, [1.0] * len(adapters) if weights is None else weights)
+    check_iterable(adapters, "adapters: expected a list of adapters")
+    adapters = list(adapters)
+    given = _checked(adapters, weights)
+    names = _names_of(names, len(adapters))
     if space == "dense" and rank is None and max_error is None:
         raise SpecError("space='dense': the result has every rank", "give rank= or max_error=")
     refuse_overrides(zip(names, adapters, strict=True), "merged")
@@ -152,6 +155,7 @@ def merge_paths(
         FormatError: the merge can't be saved as one adapter; names the module.
     """
     check_tree(tree)
+    check_iterable(paths, "paths: expected a list of paths")
     free(tree, to)
     parent = to.rpartition("/")[0]
     # Each path less the new node's parent, because the new node inherits that.
@@ -270,7 +274,7 @@ def widest(adapter: Adapter) -> torch.dtype:
     """Return the dtype that holds the numbers of all modules, at least fp32."""
     dtype = torch.float32
     for value in adapter.modules.values():
-        dtype = torch.promote_types(dtype, value.dtype)
+        dtype = promoted(dtype, value.dtype)
     return dtype
 
 
@@ -289,8 +293,20 @@ def _knot(U: Tensor, S: Tensor, core: Tensor) -> Tensor:
     return inverse[..., :, None] * (U.mT @ core)
 
 
-def _checked(adapters: Sequence[Adapter], weights: Sequence[GivenWeight]) -> list[Weight]:
+def _names_of(names: Sequence[str], count: int) -> list[str]:
+    """Return a name for each adapter; raises as `merge`."""
+    check_iterable(names, "names: expected a name for each adapter")
+    names = list(names) or [f"adapter {i}" for i in range(count)]
+    if len(names) != count:
+        raise SpecError(f"{count} adapters, but {len(names)} names")
+    return names
+
+
+def _checked(adapters: Sequence[Adapter], weights: Sequence[GivenWeight] | None) -> list[Weight]:
     """Return the weights, one for each adapter; raises as `merge`."""
+    weights = [1.0] * len(adapters) if weights is None else weights
+    check_iterable(weights, "weights: expected a weight for each adapter")
+    weights = list(weights)
     strange = [each for each in adapters if not isinstance(unchecked(each), Adapter)]
     if strange or not adapters:
         raise SpecError(f"merge takes a list of adapters, got {adapters!r:.80}")

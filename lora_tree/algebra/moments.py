@@ -163,5 +163,5 @@ def _without_negative(inside: Tensor) -> Tensor:
         )
     if least >= 0.0:
         return inside
-    cleared: Tensor = vectors @ (values.clamp(min=0.0)[..., None] * vectors.mT)
-    return cleared
+    clamped: Tensor = vectors @ (values.clamp(min=0.0)[..., None] * vectors.mT)
+    return clamped

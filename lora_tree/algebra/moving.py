@@ -154,6 +154,7 @@ def rebase(
     """
     check_tree(tree)
     made(tree, path)
+    check_path(to)
     below = tree.paths(path)
     # Refuse a bad name before the adapters are read. If the new path differs only in case, or lies
     # below the node itself, `tree.move` decides.

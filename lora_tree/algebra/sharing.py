@@ -24,6 +24,7 @@ from ..adapter import Adapter
 from ..errors import PathError, SpecError, TreeError, listing
 from ..given import check_rank
 from ..lowrank import LowRank
+from ..lowrank.cast import cast
 from ..node_names import check_path
 from ..override import tensor_owner
 from ..tree import AdapterTree
@@ -127,10 +128,10 @@ def hoist(
     for module in whole.modules:
         parts = [adapter.modules.get(module) for adapter in weighted]
         S, left = call_named(module, _Fitting(module, parts, rank, leaf_rank, recipe).fitted)
-        shared[module] = S.to(dtype=dtype)
+        shared[module] = call_named(module, cast, S, None, dtype)
         for path, value in zip(names, left, strict=True):
             if value is not None:
-                rests[path][module] = value.to(dtype=dtype)
+                rests[path][module] = call_named(module, cast, value, None, dtype)
     top = replace(whole, modules=shared, errors={})
     children: dict[str, Adapter] = {}
     errors: dict[str, Deviation] = {}
@@ -316,6 +317,7 @@ def _siblings(
     if parent:
         changeable(tree, [parent])
     if into is not None:
+        check_path(into)
         if into.rpartition("/")[0] != parent:
             raise PathError(f"{into} is no child of {parent or 'the root'}")
         free(tree, into)

@@ -30,6 +30,7 @@ from torch import nn
 from ..adapter import Adapter
 from ..blend import Blend, spelled
 from ..errors import BaseMismatch, FormatError, LoraTreeError, SpecError, listing
+from ..given import unchecked
 from ..lowrank import LowRank
 from ..override import check_none
 from ..tree import AdapterTree
@@ -132,6 +133,8 @@ def portable(
             "shapes= says how wide the modules are that complete=True adds, and complete is False",
             "complete=True, --complete",
         )
+    if shapes is not None and not isinstance(unchecked(shapes), Mapping):
+        raise SpecError(f"shapes: expected module → (out, in), got {shapes!r:.80}")
     shape_of = stated(shapes or {})
     # The base that a tree names may be a stranger's choice, so it is never fetched from the hub.
     known = Base(tree.base if base is None else base, asked=base is not None)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..carried import is_own
 from ..errors import BaseMismatch, FormatError, LoraTreeError, SpecError
 from ..extras import foreign, need, open_pretrained
+from ..given import unchecked
 from ..spelling import spelled_twice
 from ..storage import as_path
 from ..system.reading import is_file, is_folder
@@ -135,6 +136,11 @@ class Base:
         self._model = base if isinstance(base, nn.Module) else None
         self._name: str | None = None
         if base is not None and not isinstance(base, nn.Module):
+            if not isinstance(unchecked(base), str | os.PathLike):
+                raise SpecError(
+                    f"base: expected a model, a folder or a hub id, got {base!r:.80}",
+                    'base="models/base"',
+                )
             self._name = os.fspath(base)
         self._asked = asked
         self._folder: Path | None = None

@@ -11,6 +11,7 @@ from ..errors import ShapeMismatch, SpecError
 from ..given import unchecked
 from .layout import Layout
 from .magnitude import check_has_numbers
+from .promoting import promoted
 from .value import LowRank
 
 __all__ = ["concat", "inner", "same_place", "stacked"]
@@ -50,7 +51,7 @@ def concat(terms: Sequence[LowRank]) -> LowRank:
     dtype = first.dtype
     for t in terms:
         # Folding may have widened a term, so the dtypes are compared after it.
-        dtype = torch.promote_types(dtype, t.dtype)
+        dtype = promoted(dtype, t.dtype)
     bias = _sum_of([t.bias.to(dtype) for t in terms if t.bias is not None])
     A = torch.cat([t.A.to(dtype) for t in terms], dim=-2)
     B = torch.cat([t.B.to(dtype) for t in terms], dim=-1)

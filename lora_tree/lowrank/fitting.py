@@ -18,7 +18,7 @@ __all__ = ["check_one_device", "check_shapes", "check_tensors"]
 
 
 def check_tensors(A: Tensor, B: Tensor, bias: Tensor | None) -> None:
-    """Refuse factors that are not floating point tensors.
+    """Refuse factors that are not dense floating point tensors.
 
     Raises:
         SpecError: one is not.
@@ -34,6 +34,12 @@ def check_tensors(A: Tensor, B: Tensor, bias: Tensor | None) -> None:
         raise SpecError(f"factors must be floating point, got A {A.dtype}, B {B.dtype}")
     if bias is not None and not bias.is_floating_point():
         raise SpecError(f"factors must be floating point, got a bias of {bias.dtype}")
+    for tensor in (A, B) if bias is None else (A, B, bias):
+        # torch has neither a QR nor a stack of sparse tensors.
+        if tensor.layout is not torch.strided:
+            raise SpecError(
+                f"factors must be dense tensors, got one of {tensor.layout}", "tensor.to_dense()"
+            )
 
 
 def check_shapes(a: torch.Size, b: torch.Size, bias: Tensor | None) -> None:

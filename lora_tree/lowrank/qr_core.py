@@ -19,7 +19,10 @@ from torch import Tensor
 
 from ..errors import SpecError
 
-__all__ = ["Core", "SingularValues", "core_of"]
+__all__ = ["MOST_NORM", "Core", "SingularValues", "core_of"]
+
+MOST_NORM = 1e150
+"""The largest norm that is computed with: squares of it, summed over many modules, are finite."""
 
 
 class Core(NamedTuple):
@@ -44,10 +47,14 @@ class SingularValues:
     def __init__(self, core: Core) -> None:
         self._Qb, self._Qa = core.Qb, core.Qa
         self._U, self._S, self._Vh = torch.linalg.svd(core.M)  # (k, k) (m,) (l, l), m = min(k, l)
-        squares = self._S.square().reshape(-1, self._S.shape[-1]).sum(0)  # (m,): over the batch
+        # Squared in units of the largest, because squares of tiny values would be zero.
+        largest = float(self._S.max())
+        unit = largest if largest > 0.0 else 1.0
+        squares = (self._S / unit).square().reshape(-1, self._S.shape[-1]).sum(0)  # over the batch
         # Summed from the smallest up, so that adding small values to large ones does not lose them.
         tails = squares.flip(0).cumsum(0).flip(0)
-        self._errors = torch.cat([tails, tails.new_zeros(1)]).sqrt()  # [k]: the error of rank k
+        # [k]: the error of rank k
+        self._errors = torch.cat([tails, tails.new_zeros(1)]).sqrt() * unit
 
     @property
     def norm(self) -> float:
@@ -60,6 +67,8 @@ class SingularValues:
 
     def least_rank(self, max_error: float) -> int:
         """Return the smallest rank with a relative error of at most ``max_error``; 0 for ΔW = 0."""
+        if self.norm == 0.0:
+            return 0
         small_enough = self._errors <= max_error * self.norm
         return int(small_enough.nonzero()[0].item())
 
@@ -99,7 +108,9 @@ class SingularValues:
 
 
 def core_of(B: Tensor, A: Tensor, scale: float) -> Core | None:
-    """Return the core of scale · B A in float64, outside of autograd; None if it is not finite.
+    """Return the core of scale · B A in float64, outside of autograd.
+
+    None if it is not finite, or its norm exceeds `MOST_NORM`.
 
     Args:
         B: (*batch, out, r).
@@ -108,5 +119,6 @@ def core_of(B: Tensor, A: Tensor, scale: float) -> Core | None:
     Qb, Rb = torch.linalg.qr(B.detach().double())  # (out, k) (k, r)
     Qa, Ra = torch.linalg.qr(A.detach().double().mT)  # (in, l) (l, r)
     M = (Rb @ Ra.mT) * scale
-    # A NaN or an infinity in a factor propagates to its R and to M, so checking M is enough.
-    return Core(Qb, M, Qa) if bool(M.isfinite().all()) else None
+    # A NaN or an infinity in a factor propagates to its R and to M, so checking M is enough; and a
+    # comparison with NaN is false.
+    return Core(Qb, M, Qa) if float(torch.linalg.vector_norm(M)) <= MOST_NORM else None

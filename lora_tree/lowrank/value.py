@@ -27,6 +27,7 @@ from ..given import (
 from .fitting import check_one_device, check_shapes, check_tensors
 from .layout import LINEAR, Layout
 from .magnitude import all_finite, check_has_numbers, increment_fits
+from .promoting import promoted
 from .qr_core import Core, SingularValues, core_of
 
 __all__ = ["LowRank", "Truncated", "is_sharded"]
@@ -99,7 +100,11 @@ class LowRank:
         a, b = self.A.dtype, self.B.dtype
         if a == b:  # nearly always true, and cheaper than promote_types
             return a
-        return torch.promote_types(a, b)
+        return promoted(a, b)
+
+    @property
+    def _product_dtype(self) -> torch.dtype:
+        return self.dtype if self.dtype.itemsize > 1 else torch.float32
 
     @property
     def device(self) -> torch.device:
@@ -167,7 +172,7 @@ class LowRank:
         """
         check_dtype(dtype)
         check_has_numbers(self.A)
-        most = torch.finfo(dtype or torch.promote_types(self.dtype, torch.float32)).max
+        most = torch.finfo(dtype or promoted(self.dtype, torch.float32)).max
         blocks = self.dense_blocks(dtype=torch.float64)
         return increment_fits(most, self.scale, self.A, self.B, self.bias, blocks=blocks)
 
@@ -256,10 +261,11 @@ class LowRank:
         """Return ΔW itself, (\\*batch, out, in); `dense_blocks` takes less memory.
 
         Args:
-            dtype: of the product and the result; None: the factors' own.
+            dtype: of the product and the result; None: the factors' own, and fp32 for 8-bit floats,
+                which torch can't multiply.
         """
         check_dtype(dtype)
-        dtype = dtype or self.dtype
+        dtype = dtype or self._product_dtype
         return (self.B.to(dtype) @ self.A.to(dtype)) * self.scale
 
     def dense_blocks(
@@ -272,7 +278,7 @@ class LowRank:
         """
         check_whole_number(rows, "rows")
         check_dtype(dtype)
-        dtype = dtype or self.dtype
+        dtype = dtype or self._product_dtype
         A = self.A.to(dtype)
         # Cast A once, because every block needs it; cast B one block at a time.
         for start in range(0, self.B.shape[-2], rows):
@@ -347,13 +353,15 @@ class LowRank:
             return Truncated(self, 0.0, 0.0)
         B, A = cut.factors(keep)
         # Round once, from float64; and copy, because a view would keep the whole product alive.
-        dtype = torch.promote_types(self.dtype, torch.float32)
+        dtype = promoted(self.dtype, torch.float32)
         value = LowRank(
             A.to(dtype).contiguous(),
             B.to(dtype).contiguous(),
             bias=self._folded_bias(),
             layout=self.layout,
         )
+        if self.bias is not None and not all_finite([self.bias]):
+            raise SpecError("the bias is not finite")
         if not value.is_finite:
             narrow = str(dtype).removeprefix("torch.")
             raise SpecError(
@@ -375,10 +383,12 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def _times(t: Tensor, scale: float) -> Tensor:
     """Return ``t · scale``, in fp32 or wider unless it is exact in t's own dtype."""
-    wide = t.to(torch.promote_types(t.dtype, torch.float32)) * scale
+    wide = t.to(promoted(t.dtype, torch.float32)) * scale
     is_power_of_two = abs(math.frexp(scale)[0]) == 0.5
     if wide.dtype == t.dtype or not is_power_of_two:
         return wide
     # A power of two changes only the exponent: exact unless a number leaves the dtype's range.
     narrow = wide.to(t.dtype)
+    if t.is_meta:
+        return narrow  # without numbers to compare, they are taken to stay within the range
     return narrow if torch.equal(narrow.to(wide.dtype), wide) else wide
