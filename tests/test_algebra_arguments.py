@@ -101,7 +101,7 @@ NO_MOMENTS: dict[str, tuple[Any, str]] = {
     "as many rows as the input is wide": (ROWS, r"not symmetric\n  rows x .* x\.T @ x / len\(x\)"),
     "such rows of both signs": (ROWS - 0.5, "negative mean square|not symmetric"),
     "symmetric rows": (ROWS + ROWS.T - 2 * torch.eye(8), "negative"),
-    "one row": (ROWS[:1], "got 1 rows of inputs, expected 2 or more"),
+    "one row": (ROWS[:1], "got 1 row of inputs, expected 2 or more"),
     "no row": (ROWS[:0], "got 0 rows of inputs, expected 2 or more"),
     "a batch of rows": (ROWS[None], r"got \(1, 8, 8\), expected \(8,\), \(8, 8\) or \(rows, 8\)"),
     "a number": (ROWS[0, 0], r"got \(\), expected"),

@@ -160,7 +160,7 @@ def test_absorb_says_of_every_node_why_no_save_takes_the_rest_there(tmp_path: Pa
     error = refused(
         tree, lambda tree: lt.absorb(tree, "n", other, under="p/x"), FormatError, tmp_path / "zoo"
     )
-    assert error.what == "n: below none of 3 nodes a save takes what is left of it"
+    assert error.what == "n: what it adds to its parent can't be saved below any of 3 nodes"
     places = ("p/x/n", "p/x/w/n", "p/x/z/n")
     assert sorted(error.todo[:3]) == [f"{place}: {why}" for place in places]
     assert error.todo[3].startswith("absorb it below another node")

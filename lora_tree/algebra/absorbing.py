@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from ..adapter import Adapter
-from ..errors import FormatError, PathError, SpecError
+from ..errors import FormatError, PathError, SpecError, plural
 from ..lowrank import inner
 from ..node_names import check_path
 from ..tree import AdapterTree
@@ -197,7 +197,8 @@ def _nowhere(name: str, refused: Sequence[FormatError]) -> FormatError:
     if len(refused) > _TOLD:
         why.append(f"and {len(refused) - _TOLD} more")
     return FormatError(
-        f"{name}: below none of {len(refused)} nodes a save takes what is left of it",
+        f"{name}: what it adds to its parent can't be saved below any of "
+        f"{plural(len(refused), 'node')}",
         *why,
         "absorb it below another node, or move modules to a node of their own first: lora-tree "
         "split, lora_tree.split(tree, path, to=…, modules=…)",

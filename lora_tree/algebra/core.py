@@ -22,7 +22,16 @@ from ..errors import SpecError
 from ..lowrank import LowRank, same_place
 from ..lowrank.qr_core import MOST_NORM
 
-__all__ = ["Joint", "angles", "check_readable", "effective_rank", "energy", "joint", "spectrum"]
+__all__ = [
+    "Joint",
+    "angles",
+    "check_readable",
+    "effective_rank",
+    "energy",
+    "joint",
+    "scaled_bias",
+    "spectrum",
+]
 
 _NEGLIGIBLE = 1e-6
 """Singular values below this fraction of the largest count as zero: fp32 rounds by as much."""

@@ -298,7 +298,7 @@ def _names_of(names: Sequence[str], count: int) -> list[str]:
     check_iterable(names, "names: expected a name for each adapter")
     names = list(names) or [f"adapter {i}" for i in range(count)]
     if len(names) != count:
-        raise SpecError(f"{count} adapters, but {len(names)} names")
+        raise SpecError(f"{plural(count, 'adapter')}, but {plural(len(names), 'name')}")
     return names
 
 

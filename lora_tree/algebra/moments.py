@@ -16,7 +16,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor
 
-from ..errors import ShapeMismatch, SpecError, listing
+from ..errors import ShapeMismatch, SpecError, listing, plural
 from ..lowrank import LowRank
 from .core import joint
 
@@ -77,7 +77,8 @@ def moment_inside(Q: Tensor | None, moment: Tensor, size: int) -> Tensor:
     elif C.ndim == 2 and C.shape[1] == size:
         if len(C) < 2:
             raise SpecError(
-                f"moments: got {len(C)} rows of inputs, expected 2 or more: their mean is taken",
+                f"moments: got {plural(len(C), 'row')} of inputs, expected 2 or more: their mean "
+                "is taken",
                 f"give more rows; or the mean squares themselves, as ({size},)",
             )
         seen = C if Q is None else C @ Q  # (rows, l)
