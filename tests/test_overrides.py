@@ -352,9 +352,12 @@ def test_a_blend_needs_one_override_for_all_its_paths() -> None:
     for blend, text in (
         (
             {"top/fr": 0.5, "top/de": 0.5},
-            "embed.weight: that of top/fr counts for one path .* the b",
+            "embed.weight: replaced by top/fr for one path .* the b",
         ),
-        ({"top": 0.5, "top/de": 0.5}, "score.bias: the base's own counts .* that of top/de counts"),
+        (
+            {"top": 0.5, "top/de": 0.5},
+            "score.bias: the base's own for one .* replaced by top/de for another",
+        ),
     ):
         with pytest.raises(SpecError, match=text):
             model.activate(blend)

@@ -206,7 +206,7 @@ def test_a_site_that_came_later_is_refused_by_name() -> None:
     model.prepare(max_rank=4)
     value = lt.LowRank(torch.ones(2, 16).double(), torch.ones(8, 2).double())
     tree.add("n0/late", adapter=lt.Adapter({"2": value}))
-    with pytest.raises(StateError, match="n0/late: 2: nothing was prepared for it"):
+    with pytest.raises(StateError, match="n0/late: 2: not prepared"):
         model.activate("n0/late", mode="unmerged")
 
 

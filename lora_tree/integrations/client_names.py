@@ -136,7 +136,7 @@ class NameRules:
                 f"a name of {len(name):,} characters; the longest path has {MOST_CHARACTERS:,}"
             )
         if not name.isascii():
-            raise PathError("a name with other characters than those of paths")
+            raise PathError("a name with characters that no path has")
         # Names of nodes contain neither character, so either of them means a blend.
         is_blend = ":" in name or "+" in name
         if is_blend and not self.blends:
