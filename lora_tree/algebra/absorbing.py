@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from ..adapter import Adapter
-from ..errors import FormatError, PathError, SpecError
+from ..errors import FormatError, PathError, SpecError, plural
 from ..lowrank import inner
 from ..tree import AdapterTree
 from .aligning import aligned
@@ -201,7 +201,7 @@ def _nowhere(name: str, refused: Sequence[FormatError]) -> FormatError:
     if len(refused) > _TOLD:
         why.append(f"and {len(refused) - _TOLD} more")
     return FormatError(
-        f"{name}: what remains of it can't be saved below any of {len(refused)} nodes",
+        f"{name}: what remains of it can't be saved below any of {plural(len(refused), 'node')}",
         *why,
         "absorb it below another node, or move modules to a node of their own first: lora-tree "
         "split, lora_tree.split(tree, path, to=…, modules=…)",

@@ -16,7 +16,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor
 
-from ..errors import ShapeMismatch, SpecError, listing
+from ..errors import ShapeMismatch, SpecError, listing, plural
 
 __all__ = ["check_moments", "moment_inside"]
 
@@ -42,7 +42,7 @@ def check_moments(moments: object, modules: Collection[str]) -> None:
         )
     if moments and not any(name in modules for name in moments):
         raise SpecError(
-            f"moments: no adapter here has the modules that they name: "
+            "moments: no adapter here has the modules that they name: "
             f"{listing(map(str, moments))}",
             f"the modules are {listing(sorted(modules))}",
         )
@@ -76,7 +76,8 @@ def moment_inside(Q: Tensor | None, moment: Tensor, size: int) -> Tensor:
     elif C.ndim == 2 and C.shape[1] == size:
         if len(C) < 2:
             raise SpecError(
-                f"moments: got {len(C)} rows of inputs, expected 2 or more: their mean is taken",
+                f"moments: got {plural(len(C), 'row')} of inputs, expected 2 or more: their mean "
+                "is taken",
                 f"give more rows; or the mean squares themselves, as ({size},)",
             )
         seen = C if Q is None else C @ Q  # (rows, l)

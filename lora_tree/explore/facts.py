@@ -248,7 +248,8 @@ def _likeness(
         chosen = [path for path in chosen if path in named]
     elif len(chosen) > MOST_ALIKE:
         notes.append(
-            f"{len(chosen):,} nodes are too many to compare all pairs: name some with --similar"
+            f"{plural(len(chosen), 'node')} are too many to compare all pairs: "
+            "name some with --similar"
         )
         return None
     if len(chosen) < 2:

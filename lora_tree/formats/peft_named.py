@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from ..errors import FormatError, listing
+from ..errors import FormatError, listing, plural
 from .peft_keys import PARTS
 from .products import PRODUCT_PARTS
 from .safetensors import Header, open_tensors, parse_header
@@ -84,7 +84,7 @@ class KeyNames:
         self.name, first = next(iter(carried.items()))
         if len(carried) > 1:
             raise FormatError(
-                f"{where}: its keys carry the names of {len(carried)} adapters, expected one: "
+                f"{where}: its keys name {plural(len(carried), 'adapter')}, expected one: "
                 f"{listing([name[:80] for name in carried])}",
                 "save each by itself: model.save_pretrained(FOLDER, selected_adapters=[NAME])",
             )

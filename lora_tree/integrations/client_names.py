@@ -133,7 +133,8 @@ class NameRules:
         # The cheapest test first: a name may be as long as a request.
         if len(name) > MOST_CHARACTERS:
             raise PathError(
-                f"a name of {len(name):,} characters; the longest path has {MOST_CHARACTERS:,}"
+                f"a name of {plural(len(name), 'character')}; the longest path has "
+                f"{MOST_CHARACTERS:,}"
             )
         if not name.isascii():
             raise PathError("a name with characters that no path has")
