@@ -168,7 +168,7 @@ def test_what_was_not_prepared_for_is_refused_and_changes_nothing() -> None:
     x = torch.randn(2, 3, 8).double()
     with model.using("n0/n1", mode="unmerged"):
         wanted = base(x)
-        message = "0: n0, n0/n1, n2 have rank 7 together, and 5 was prepared for"
+        message = "0: n0, n0/n1, n2 have rank 7 together, and the model was prepared for at most 5"
         with pytest.raises(StateError, match=message), model.route(["n0/n1", "n2"]):
             pass
         assert torch.equal(base(x), wanted)
