@@ -538,7 +538,7 @@ def test_a_base_that_the_cache_has_in_part_is_told_from_one_without_weights(
     def lacking() -> str:
         with pytest.raises(SpecError, match="org/base: incomplete in the hub's cache") as error:
             base_folder(lt.AdapterTree(), "org/base")
-        assert "fetch it once where the hub answers" in str(error.value)
+        assert "fetch it once while the hub answers" in str(error.value)
         return str(error.value)
 
     hf_hub_download("org/base", "config.json")
