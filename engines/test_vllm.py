@@ -263,7 +263,7 @@ def test_every_path_below_is_answered_while_a_file_is_replaced_in_two_halves(
             answered(3)
             half(0, whole[: len(whole) // 2])
             world.waits(
-                lambda: "'de/tech' goes on as it was" in world.server.log, "nothing was said"
+                lambda: "'de/tech' stays in its old version" in world.server.log, "nothing was said"
             )
             answered(5)
             half(len(whole) // 2, whole[len(whole) // 2 :])
@@ -300,7 +300,7 @@ def test_what_can_not_be_served_is_refused_with_the_reason_and_the_server_lives_
     assert furthest(server, world.own, "fr/medical") < TOLERANCE
     shutil.copy(world.zoo / "de" / "tech" / "adapter_model.safetensors", weights)
     world.waits(
-        lambda: "'fr/medical' goes on as it was: unlocked: fr/medical:" in server.log,
+        lambda: "'fr/medical' stays in its old version: unlocked: fr/medical:" in server.log,
         "nothing was said",
     )
     assert (
@@ -310,7 +310,8 @@ def test_what_can_not_be_served_is_refused_with_the_reason_and_the_server_lives_
     assert furthest(server, world.own, "fr") < TOLERANCE
     weights.write_bytes(whole)
     world.waits(
-        lambda: "'fr/medical' fits its files again" in server.log, "nor that it is whole again"
+        lambda: "the files of 'fr/medical' are whole again" in server.log,
+        "nor that it is whole again",
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", lt.StaleWarning)

@@ -157,8 +157,8 @@ class AssemblyNames:
                 found += self._spelled(each, name)
         if len(found) > 1:
             raise BaseMismatch(
-                f"{name}: could be {listing(found)}: spelled so, this base can't tell them apart",
-                "rename the module in the file, with the dots of the module's own name",
+                f"{name}: ambiguous in this base: it could be {listing(found)}",
+                "rename the module in the file: write its own name, with dots",
             )
         return found[0] if found else None
 

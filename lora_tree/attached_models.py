@@ -74,7 +74,7 @@ class AttachedModels:
             raise TreeError(
                 f"{listing(hit)}: active on an attached model, can't be {verb}",
                 "model.deactivate() first, or activate another path",
-                "what model.at(path) returned holds its nodes, too: drop it, or call its close()",
+                "a path model (model.at(path)) uses its nodes, too: drop it, or call its close()",
             )
 
 

@@ -68,7 +68,7 @@ def parse_blend(blend: Blend) -> dict[str, Weight]:
                 f"blend {blend!r}: paths are joined by a plus; write 'fr/legal:0.5+fr/medical:0.5'"
             )
         if path in entries:
-            raise SpecError(f"blend {blend!r}: {path!r} stands there twice")
+            raise SpecError(f"blend {blend!r}: {path!r} occurs twice")
         entries[path] = _entry(number, path, blend)
     return parse_blend(entries)
 

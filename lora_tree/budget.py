@@ -120,7 +120,7 @@ def parse_bytes(size: int | str) -> int:
     """
     todo = "write a number of bytes, or one with a unit: 512MiB, 8GiB (1024³), 8GB (1000³)"
     if isinstance(size, bool) or not isinstance(size, (int, str)):
-        raise SpecError(f"got {size!r}, which is no size", todo)
+        raise SpecError(f"got {size!r}, which is not a size", todo)
     unit = ""
     if isinstance(size, int):
         # Python refuses to write out an integer of thousands of digits.
@@ -128,7 +128,7 @@ def parse_bytes(size: int | str) -> int:
     else:
         match = _SIZE.fullmatch(size)
         if match is None:
-            raise SpecError(f"got {size[:60]!r}, which is no size", todo)
+            raise SpecError(f"got {size[:60]!r}, which is not a size", todo)
         number, unit = match[1], match[2]
     if unit and unit not in UNITS:
         raise SpecError(f"got {str(size)[:60]!r}: no unit {unit[:20]!r}{_unit_like(unit)}", todo)

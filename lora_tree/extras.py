@@ -153,9 +153,9 @@ def open_pretrained(
     if not os.path.isdir(base) and not HUB_ID.fullmatch(os.fspath(base)):
         # transformers would take it for a hub id, and complain about its letters.
         raise SpecError(
-            f"{base}: {failed}: there is no such folder, and a hub id is written org/name",
-            "a relative path counts from the folder of tree.yaml if it stands there, else from "
-            "the current folder",
+            f"{base}: {failed}: no such folder, and not a hub id, which is written org/name",
+            "a relative path in tree.yaml starts at the folder of tree.yaml, any other at the "
+            "current folder",
             *_folder_meant(os.fspath(base)),
             OTHER_BASE,
         )
@@ -164,7 +164,7 @@ def open_pretrained(
         if not hub_answers():
             options["local_files_only"] = True
             todo.insert(
-                0, "the hub does not answer, so a hub id opens only what was fetched before"
+                0, "the hub does not answer, so only models fetched before can be opened by hub id"
             )
         todo[:0] = _folder_meant(os.fspath(base))
     try:
@@ -175,7 +175,7 @@ def open_pretrained(
         if trust_remote_code or "trust_remote_code" not in str(error.__cause__):
             raise
         raise SpecError(
-            f"{base}: {failed}: it needs Python code of the base's own, which is not run unasked",
-            "read that code; where you would run it by hand, say --trust-remote-code, "
+            f"{base}: {failed}: it needs the base's own Python code, which is not run by default",
+            "read that code; if you trust it, give --trust-remote-code, "
             "or open the model in Python and attach the tree to it",
         ) from error

@@ -202,7 +202,7 @@ def standing(
             if [node for node, _ in one] != [node for node, _ in other]:
                 raise SpecError(
                     f"{tensor}: {_whose(one)} for one path of the blend and {_whose(other)} for "
-                    "another, and a mean of two replacements is neither",
+                    "another, and replacements can't be blended",
                     "activate or export one path at a time; or route each row by its own path",
                 )
     return found or {}
@@ -222,7 +222,7 @@ def _on_lineage(
 
 def _whose(stack: Sequence[tuple[str, Override]]) -> str:
     nodes = listing([node for node, _ in stack])
-    return f"that of {nodes} counts" if nodes else "the base's own counts"
+    return f"replaced by {nodes}" if nodes else "the base's own"
 
 
 def tensor_owner(tensor: str) -> tuple[str, str]:

@@ -100,7 +100,7 @@ def _size(value: int | str) -> int | str:
     except SpecError as error:
         # pydantic puts the place before it, so the place in our own text is cut off
         said = error.what.partition(": ")[2]
-        raise ValueError(f"is no size: {said or error.todo[0]}") from error
+        raise ValueError(f"is not a size: {said or error.todo[0]}") from error
     return value
 
 
@@ -108,7 +108,7 @@ def _weight(numbers: dict[str, float]) -> dict[str, float]:
     try:
         as_weight(numbers)
     except SpecError as error:
-        raise ValueError(f"makes no weight: {error.what.removeprefix('weight: ')}") from error
+        raise ValueError(f"is not a weight: {error.what.removeprefix('weight: ')}") from error
     return numbers
 
 

@@ -249,7 +249,7 @@ class AdapterTree:
             if not isinstance(pattern, str):
                 raise PathError(
                     f"a path or pattern is a string like 'fr/*', got {pattern!r:.80}",
-                    "several are given one by one: trainable('fr', 'de')",
+                    "pass several as separate arguments: trainable('fr', 'de')",
                 )
             # A node of exactly that name comes first, then the pattern is tried.
             hits = {pattern} if pattern in self else set(fnmatch.filter(self.paths(), pattern))

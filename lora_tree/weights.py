@@ -179,7 +179,7 @@ def parse_weight(text: str, where: str = "weight") -> Weight:
         if not equals:
             raise SpecError(f"{where} {text!r:.80}: {part!r:.80} is no pattern=number", _WRITTEN)
         if pattern in found:
-            raise SpecError(f"{where} {text!r:.80}: {pattern!r:.80} stands there twice")
+            raise SpecError(f"{where} {text!r:.80}: {pattern!r:.80} occurs twice")
         found[pattern] = _number(number, where, text)
     return as_weight(found, where)
 

@@ -41,7 +41,7 @@ def test_a_squashed_node_is_the_path_or_refused_by_name(path: str, to: str) -> N
     wanted = summed(tree, path).state_dict()
     below_fr, on_fr = to == "top/fr/new", path.startswith("top/fr")
     if below_fr and not on_fr:
-        with pytest.raises(SpecError, match=r"top/fr: replaces .* can't take that back"):
+        with pytest.raises(SpecError, match=r"top/fr: replaces .* can't undo that"):
             lt.squash(tree, path, to=to)
         return
     if path == to.rpartition("/")[0]:
@@ -62,7 +62,7 @@ def test_a_node_that_is_rebased_keeps_its_effective_weight() -> None:
     wanted["top/de"] = summed(tree, "top/de").state_dict()
     lt.rebase(tree, "top/de", to="de")  # has a head of its own, above which nothing counts
     same(state(tree, "de"), dict(wanted["top/de"]))
-    with pytest.raises(SpecError, match=r"top/fr: replaces embed\.weight, .* can't take that back"):
+    with pytest.raises(SpecError, match=r"top/fr: replaces embed\.weight, .* can't undo that"):
         lt.rebase(tree, "de", to="top/fr/de")
 
 
@@ -186,7 +186,7 @@ def test_a_node_that_is_switched_off_can_not_take_a_head_along() -> None:
     tree = lt.AdapterTree()
     tree.add("top", adapter=lt.Adapter({}, overrides=head))
     tree.add("top/a", adapter=lt.Adapter({"q": low_rank(3, 4, seed=2)}), weight=0.0)
-    with pytest.raises(SpecError, match="top/a: its weight is 0, so no increment of it makes up"):
+    with pytest.raises(SpecError, match="top/a: its weight is 0, so its increments can't make up"):
         lt.rebase(tree, "top/a", to="a")
     # Its own head does not count either, so it does not stand for the one that is lost.
     own = lt.Adapter({"q": low_rank(3, 4, seed=2)}, overrides=head)

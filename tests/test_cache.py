@@ -74,7 +74,7 @@ def test_the_nearest_place_that_says_a_budget_counts(
         model = attached(folder, argument)
         assert model.cache.stats().tiers[0].budget_bytes == expected
     monkeypatch.setenv("LORA_TREE_HOST_BUDGET", "much")
-    with pytest.raises(SpecError, match="LORA_TREE_HOST_BUDGET: got 'much', which is no size"):
+    with pytest.raises(SpecError, match="LORA_TREE_HOST_BUDGET: got 'much', which is not a size"):
         attached(folder, None)
     with pytest.raises(SpecError, match="host_budget: got '1Gb': no unit 'Gb'; did you mean 'GB'"):
         attached(folder, "1Gb")
@@ -111,9 +111,9 @@ def test_budgets_in_yaml_survive_a_save_and_mistakes_are_located(
         ),
         (
             "{host_budget: 3kb}",
-            r"tree.yaml:2:9: cache.host_budget: got '3kb', which is no size: no unit 'kb'",
+            r"tree.yaml:2:9: cache.host_budget: got '3kb', which is not a size: no unit 'kb'",
         ),
-        ("{host_budget: 0}", r"tree.yaml:2:9: cache.host_budget: got 0, which is no size"),
+        ("{host_budget: 0}", r"tree.yaml:2:9: cache.host_budget: got 0, which is not a size"),
     ):
         yaml.write_text(f"version: 1\ncache: {line}\n")
         with pytest.raises(SpecError, match=text):

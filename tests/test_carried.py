@@ -148,7 +148,9 @@ def test_a_head_that_came_along_fits_the_base_in_any_dtype(
         ),
     )
     base = llama(tmp_path / "base", serve)
-    with pytest.warns(lt.OverrideWarning, match=r"b: lm_head\.weight: the adapter carries another"):
+    with pytest.warns(
+        lt.OverrideWarning, match=r"b: lm_head\.weight: the adapter carries a value unlike"
+    ):
         lt.attach(tree, base).activate("b")
     head = trained.to(DTYPES[serve]).double()
     value = adapter.modules["lm_head"]

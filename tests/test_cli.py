@@ -145,7 +145,9 @@ def test_check_of_a_base_names_the_target_that_takes_no_delta(
     assert shell("check", tmp_path / "zoo")[0] == 0
     code, out, _ = shell("check", tmp_path / "zoo", "--base", base)
     assert code == 1
-    assert "base: fr: model.layers.0.input_layernorm: a LlamaRMSNorm takes no delta\n" in out
+    assert (
+        "base: fr: model.layers.0.input_layernorm: a LlamaRMSNorm can't have an increment\n" in out
+    )
     assert out.splitlines()[-1] == "1 problem"
 
 
@@ -271,7 +273,7 @@ def test_a_tree_begins_with_the_whole_adapters_of_a_folder_that_has_broken_ones(
     assert "left out: fr/medical" in err
     assert lt.load(tmp_path / "mine").paths() == ["fr", "fr/legal", "misc"]
     code, _, err = shell("init", tmp_path / "own", "--skip-broken")
-    assert (code, "--skip-broken is for --from" in err) == (1, True)
+    assert (code, "--skip-broken is only for --from" in err) == (1, True)
 
 
 def test_no_line_of_a_table_ends_in_blanks_off_a_terminal(
@@ -322,7 +324,7 @@ def test_lock_says_what_it_accepts_and_what_was_moved(shell: Shell, zoo: Path, b
     assert code == 0
     assert out.splitlines()[1:] == [
         "accepted: fr/medical",
-        "moved: fr/medical has the files that medical had, and what they were trained on",
+        "moved: fr/medical has the files of medical, and takes over what they were trained on",
         "gone: medical",
     ]
 
@@ -486,7 +488,7 @@ def test_a_merged_checkpoint_from_the_shell(
     )
     assert (code, "2 tensors changed" in out) == (0, True)
     assert (
-        "is there already"
+        "exists already"
         in shell("export", zoo, "fr", "--as", "model", "--out", tmp_path / "other")[2]
     )
 
@@ -671,7 +673,7 @@ def test_an_export_of_all_leaves_that_fails_says_which_it_has_written(
     )
     assert (code, out) == (1, "")
     last = err.splitlines()[-1]
-    assert last == f"  1 of 2 leaves was written in {tmp_path}/out, and stays: good"
+    assert last == f"  1 of 2 leaves was written in {tmp_path}/out, and is kept: good"
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["good"]
 
 
@@ -767,7 +769,7 @@ def broken(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("empty", "transformers can't open its tokenizer: "),
         (
             "nowhere",
-            "transformers can't open its tokenizer: there is no such folder, and a hub id ",
+            "transformers can't open its tokenizer: no such folder, and not a hub id, ",
         ),
         ("tokenizer", "transformers can't open its tokenizer: "),
         ("kind", "transformers can't open the model: "),
@@ -818,7 +820,7 @@ def test_a_folder_that_a_mistyped_base_may_mean_is_named(
 def test_a_model_that_fails_at_its_work_is_one_message(shell: Shell, zoo: Path) -> None:
     code, _, err = shell("generate", zoo, "fr", "--prompt", "x", "--temperature", "1e-45")
     assert code == 1
-    assert "the model can't go on from the prompt: " in err
+    assert "the model can't continue the prompt: " in err
 
 
 def test_a_hub_that_does_not_answer_is_asked_once(zoo: Path, base: Path, tmp_path: Path) -> None:
@@ -845,7 +847,8 @@ def test_a_hub_that_does_not_answer_is_asked_once(zoo: Path, base: Path, tmp_pat
     assert cached.stdout.splitlines()[-1].endswith("all is well")
     assert other.returncode == 1
     assert (
-        "the hub does not answer, so a hub id opens only what was fetched before\n" in other.stderr
+        "the hub does not answer, so only models fetched before can be opened by hub id\n"
+        in other.stderr
     )
 
 

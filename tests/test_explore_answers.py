@@ -153,7 +153,7 @@ def test_what_can_not_be_asked_is_refused(answerer: Answerer) -> None:
     assert refused(temperature=-1.0).startswith("temperature must be 0 or a positive number")
     assert refused(temperature=float("nan")).startswith("temperature must be 0 or a positive")
     assert refused(max_new_tokens=250) == (
-        "the prompt's 17 tokens and 250 new ones are more than the 256 that the base takes\n"
+        "the prompt's 17 tokens and 250 new ones are more than the 256 that the base can read\n"
         "  shorten the prompt, or ask for fewer tokens"
     )
     assert answerer.model.active == ""
@@ -169,7 +169,7 @@ def test_an_error_of_the_base_is_told_and_the_model_is_free(
         patch.setattr(answerer.model.base.model, "forward", broken)
         with pytest.raises(SpecError) as caught:
             answerer.answer(Question(PROMPT, ("fr",)))
-    assert str(caught.value) == "the base can't go on from the prompt: RuntimeError: no kernel"
+    assert str(caught.value) == "the base can't continue the prompt: RuntimeError: no kernel"
     assert answerer.answer(Question(PROMPT, ("fr",), max_new_tokens=2)).done
 
 

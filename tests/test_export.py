@@ -248,7 +248,7 @@ def test_an_export_depends_on_its_lineage_not_on_its_neighbours(tmp_path: Path) 
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "0" / file).read_bytes() == (tmp_path / "1" / file).read_bytes()
     with pytest.raises(
-        FormatError, match=r"fr: x\.k_proj: no node on the way changes(?s:.)*--base(?s:.)*--shape"
+        FormatError, match=r"fr: x\.k_proj: no node on the path changes(?s:.)*--base(?s:.)*--shape"
     ):
         lt.portable(tree, "fr", complete=True)
 

@@ -177,7 +177,7 @@ def test_a_node_of_a_tree_is_told_as_that_and_no_advice_would_break_the_tree(zoo
         assert "move" not in text
         assert "copy" not in text
     assert notes(zoo / "grp") == [
-        f"{zoo}/grp: grp of the tree {zoo}; what lies above it there is not counted here"
+        f"{zoo}/grp: the node grp of the tree {zoo}; its ancestors there don't count here"
     ]
     assert notes(zoo) == []
     for name in ("tree.yaml", "tree.lock"):

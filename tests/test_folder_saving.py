@@ -145,7 +145,7 @@ def test_a_comment_survives_where_nothing_changed(zoo: Path) -> None:
 
 def test_the_yaml_of_another_tree_is_not_overwritten(tmp_path: Path) -> None:
     write(tmp_path / "zoo/tree.yaml", "version: 1\nbase: precious\n")
-    with pytest.raises(FolderError, match="of another tree, and no save wrote it"):
+    with pytest.raises(FolderError, match="belongs to another tree, and no save wrote it"):
         tree().save(tmp_path / "zoo")
     assert (tmp_path / "zoo/tree.yaml").read_text() == "version: 1\nbase: precious\n"
     assert listing(tmp_path / "zoo").keys() == {"tree.yaml"}
@@ -185,7 +185,7 @@ def test_a_save_does_not_undo_what_another_added(zoo: Path, tmp_path: Path) -> N
     text = untouched(
         zoo,
         lambda: two.save(zoo),
-        match="zoo/x.*zoo/x/deep: written by somebody else since this tree was",
+        match="zoo/x.*zoo/x/deep: written by another writer since this tree was",
     )
     assert (
         f"open the tree again, lt.load('{zoo}'), and change that one; or save into another folder"
@@ -198,7 +198,7 @@ def test_a_save_does_not_undo_what_another_added(zoo: Path, tmp_path: Path) -> N
     again.save(zoo)
     assert {"x", "x/deep", "y"} <= set(opened(zoo))
     one.save(tmp_path / "third")
-    untouched(zoo, lambda: one.save(zoo), match="zoo/y: written by somebody else")
+    untouched(zoo, lambda: one.save(zoo), match="zoo/y: written by another writer")
 
 
 def test_a_save_does_not_undo_what_another_changed(zoo: Path) -> None:
@@ -206,9 +206,9 @@ def test_a_save_does_not_undo_what_another_changed(zoo: Path) -> None:
     one.update("grp/x", adapter=adapter(10))
     one.save(zoo)
     two.update("grp/x", adapter=adapter(11))
-    untouched(zoo, lambda: two.save(zoo), match="grp/x: .*written by somebody else")
+    untouched(zoo, lambda: two.save(zoo), match="grp/x: .*written by another writer")
     two.remove("grp", recursive=True)
-    untouched(zoo, lambda: two.save(zoo), match="grp/x: written by somebody else")
+    untouched(zoo, lambda: two.save(zoo), match="grp/x: written by another writer")
     one.update("grp/x", adapter=adapter(12))
     one.save(zoo)
 
@@ -220,7 +220,7 @@ def test_a_save_does_not_undo_what_another_wrote_into_a_folder_without_a_lock(
     one.update("fr", adapter=adapter(10))
     one.save(tmp_path)
     two.update("fr", adapter=adapter(11))
-    untouched(tmp_path, lambda: two.save(tmp_path), match="fr: .*written by somebody else")
+    untouched(tmp_path, lambda: two.save(tmp_path), match="fr: .*written by another writer")
 
 
 def test_a_save_does_not_bring_back_what_another_took_out(zoo: Path) -> None:
@@ -228,10 +228,10 @@ def test_a_save_does_not_bring_back_what_another_took_out(zoo: Path) -> None:
     assert two.adapter("fr/legal") is not None
     one.remove("fr/legal")
     one.save(zoo)
-    untouched(zoo, lambda: two.save(zoo), match="fr/legal: .*taken out by somebody else")
-    untouched(zoo, lambda: lazily.save(zoo), match="fr/legal: .*taken out by somebody else")
+    untouched(zoo, lambda: two.save(zoo), match="fr/legal: .*taken out by another writer")
+    untouched(zoo, lambda: lazily.save(zoo), match="fr/legal: .*taken out by another writer")
     two.update("fr/legal", adapter=adapter(10))
-    untouched(zoo, lambda: two.save(zoo), match="fr/legal: .*taken out by somebody else")
+    untouched(zoo, lambda: two.save(zoo), match="fr/legal: .*taken out by another writer")
     one.add("fr/legal", adapter=adapter(11))
     one.save(zoo)
 
@@ -241,12 +241,12 @@ def test_a_save_does_not_undo_a_line_of_yaml(zoo: Path) -> None:
     one.update("fr/medical", weight=0.5)
     one.save(zoo)
     two.update("fr/legal", weight=0.25)
-    untouched(zoo, lambda: two.save(zoo), match=r"tree.yaml: written by somebody else")
+    untouched(zoo, lambda: two.save(zoo), match=r"tree.yaml: written by another writer")
     again = opened(zoo)
     write(zoo / "tree.yaml", (zoo / "tree.yaml").read_text() + "# a note\n")
     again.update("grp/x", adapter=adapter(10))
     again.update("de", weight=2.0)
-    untouched(zoo, lambda: again.save(zoo), match=r"tree.yaml: written by somebody else")
+    untouched(zoo, lambda: again.save(zoo), match=r"tree.yaml: written by another writer")
 
 
 def test_another_tree_is_not_overwritten(zoo: Path) -> None:
@@ -255,16 +255,16 @@ def test_another_tree_is_not_overwritten(zoo: Path) -> None:
     text = untouched(
         zoo,
         lambda: other.save(zoo),
-        match="zoo/fr, .*zoo/grp/x: of another tree, which this save would",
+        match="zoo/fr, .*zoo/grp/x: belongs to another tree, and this save would",
     )
     assert (
-        "save into another folder; or open that tree and change it; or remove what is there first"
+        "save into another folder; or open that tree and change it; or remove its files first"
         in text
     )
     one = tree()
     one.update("fr", adapter=adapter(10))
-    untouched(zoo, lambda: one.save(zoo), match="fr: .*zoo/fr: of another tree")
-    untouched(zoo, lambda: tree(weight=0.5).save(zoo), match="tree.yaml: of another tree")
+    untouched(zoo, lambda: one.save(zoo), match="fr: .*zoo/fr: belongs to another tree")
+    untouched(zoo, lambda: tree(weight=0.5).save(zoo), match="tree.yaml: belongs to another tree")
     before = listing(zoo)
     tree().save(zoo)  # the very same tree: nothing is lost
     assert before == {**listing(zoo), "tree.lock": before["tree.lock"]}

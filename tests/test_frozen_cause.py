@@ -69,8 +69,8 @@ def test_a_frozen_ancestor_is_named_and_not_the_node_that_trains(
     before = [p.clone() for p in of.trainable("a/b/c") for p in p["params"]]
     told = way(of, tmp_path, rows("a/b/c", "a/b/c", "d", "d"), "a/b/c", "d")
     assert re.match(
-        rf"{huge}: step [12]: the outputs are not finite with this alone, which is frozen, before "
-        r"anything that trains; losses of this step: ",
+        rf"{huge}: step [12]: this frozen part alone makes the outputs not finite, "
+        r"without the nodes that train; losses of this step: ",
         told,
     )
     assert "a/b/c nan" in told
@@ -83,7 +83,7 @@ def test_a_frozen_ancestor_is_named_and_not_the_node_that_trains(
 @WAYS
 def test_the_base_is_named_where_its_own_outputs_are_not_finite(tmp_path: Path, way: Any) -> None:
     told = way(model(base=True), tmp_path, rows("a/b/c", "a/b/c"), "a/b/c")
-    assert told.startswith("(base): step 1: the outputs are not finite with this alone")
+    assert told.startswith("(base): step 1: this frozen part alone makes the outputs not finite")
     assert "look at its files and at the rows" in told
 
 

@@ -218,7 +218,7 @@ def test_removed_nodes_come_back_with_what_was_above_them(zoo: Path) -> None:
     now.save(zoo, note="rm")
     found = lt.history(zoo)["fr/legal"]
     assert (len(found), found[0].ended_by) == (1, "rm")
-    with pytest.raises(PathError, match="fr, which it stood on, is not in the tree"):
+    with pytest.raises(PathError, match="fr, above it in that version, is not in the tree"):
         lt.restore(zoo, "fr/legal")
     back = lt.restore(zoo, "fr/*", "fr", "grp/x@1")
     assert {r.path for r in back} == {"fr", "fr/legal", "fr/medical", "grp/x"}
@@ -492,7 +492,7 @@ def test_a_version_whose_ancestors_were_removed_says_what_to_name(zoo: Path) -> 
         with pytest.raises(PathError) as refused:
             read()
         assert str(refused.value) == (
-            "fr/legal: fr, which it stood on, is not in the tree\n"
+            "fr/legal: fr, above it in that version, is not in the tree\n"
             '  read it on a version of each: add --on fr@1, or load_versions(…, "fr/legal@1", '
             '"fr@1")'
         )

@@ -428,7 +428,7 @@ def test_the_code_of_a_base_runs_only_on_the_users_own_word(own_code: Path) -> N
         assert not ran[name].exists(), name
         assert (refused.returncode, refused.stdout) == (1, ""), name
         said = refused.stderr
-        assert "it needs Python code of the base's own, which is not run unasked" in said, name
+        assert "it needs the base's own Python code, which is not run by default" in said, name
         assert trust in said
         assert "[y/N]" not in said
     for name, trusted in zip(trusting, done[len(told) :], strict=True):
@@ -479,7 +479,7 @@ def test_a_linked_folder_and_a_pipe_in_a_base_are_not_copied(tmp_path: Path) -> 
     assert told.left_out == ("tokenizer",)
     assert not (tmp_path / "out" / "tokenizer").exists()
     os.mkfifo(tmp_path / "base" / "merges.txt")
-    with pytest.raises(FolderError, match=r"merges\.txt: is no plain file"):
+    with pytest.raises(FolderError, match=r"merges\.txt: can't be copied: not a plain file"):
         lt.export_model(tree, "a/d", tmp_path / "again", base=tmp_path / "base")
 
 
@@ -1076,14 +1076,15 @@ def test_a_record_replaces_and_deletes_nothing_that_it_does_not_know(
 ) -> None:
     plant(project, moves={"docker-compose.yml": guess})
     untouched(
-        project, "docker-compose.yml: not the file that a cut-off save was to replace or delete"
+        project,
+        "docker-compose.yml: not the file that an interrupted save was to replace or delete",
     )
     shutil.rmtree(project / ".lora_tree")
     plant(project, deletes={f"mine/{name}": guess for name in (CONFIG, WEIGHTS)})
-    untouched(project, f"mine/{CONFIG}: not the file that a cut-off save")
+    untouched(project, f"mine/{CONFIG}: not the file that an interrupted save")
     shutil.rmtree(project / ".lora_tree")
     plant(project, moves={"new/adapter_config.json": None, f"mine/{WEIGHTS}": guess})
-    untouched(project, f"mine/{WEIGHTS}: not the file that a cut-off save")
+    untouched(project, f"mine/{WEIGHTS}: not the file that an interrupted save")
     assert not (project / "new").exists(), "all is compared before anything is done"
 
 
@@ -1130,7 +1131,7 @@ def test_a_cut_off_save_does_not_undo_what_came_after_it(
             tree.save(project)
     (project / f"fr/{CONFIG}").write_text("edited since")
     with pytest.raises(
-        FolderError, match=f"fr/{CONFIG}: not the file that a cut-off save was to replace"
+        FolderError, match=f"fr/{CONFIG}: not the file that an interrupted save was to replace"
     ):
         lt.lock(project)
     assert (project / f"fr/{CONFIG}").read_text() == "edited since"

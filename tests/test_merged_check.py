@@ -275,7 +275,7 @@ def test_another_sum_is_no_path_of_the_tree(tmp_path: Path) -> None:
     place.spoil(stir)
     found = place.check()
     assert not found.is_that_path
-    assert "of the change is no increment of this tree" in found.guess
+    assert "of the change comes from no node of this tree" in found.guess
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -368,4 +368,4 @@ def test_the_command_says_what_differs(
     code, _, err = shell("check", tmp_path / "zoo", *more)
     assert (code, "needs the path" in err) == (1, True)
     code, _, err = shell("check", tmp_path / "zoo", PATH)
-    assert (code, "is for --merged" in err) == (1, True)
+    assert (code, "is only used with --merged" in err) == (1, True)

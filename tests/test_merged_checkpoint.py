@@ -331,7 +331,7 @@ def test_keys_that_find_nothing_are_refused_before_anything_is_written(tmp_path:
         lt.export_model(tree, "typo", tmp_path / "out")
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "file").touch()
-    with pytest.raises(FolderError, match="is there already"):
+    with pytest.raises(FolderError, match="exists already"):
         lt.export_model(tree, "nan", tmp_path / "there", base=tmp_path / "base")
     del base
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "there"]

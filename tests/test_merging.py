@@ -197,7 +197,7 @@ def test_what_can_t_be_merged_is_refused() -> None:
         lt.merge([x], density=0.0)
     with pytest.raises(SpecError, match="expected one of core, knots, dense"):
         lt.merge([x], space="flat")
-    with pytest.raises(SpecError, match="the result has every rank"):
+    with pytest.raises(SpecError, match="the result has full rank"):
         lt.merge([x], space="dense")
     with pytest.raises(SpecError, match="takes a list of adapters"):
         lt.merge([])
@@ -225,6 +225,6 @@ def test_paths_are_merged_into_a_node() -> None:
     with pytest.raises(PathError, match="no node 'fr/x'"):
         lt.merge_paths(tree, ["fr/x"], to="fr/c")
     before = tree.paths()
-    with pytest.raises(SpecError, match="nothing there adds to what lies above fr/legal/c"):
+    with pytest.raises(SpecError, match="they add nothing to the nodes above fr/legal/c"):
         lt.merge_paths(tree, ["fr/legal"], to="fr/legal/c")
     assert tree.paths() == before

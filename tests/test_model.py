@@ -407,7 +407,7 @@ def test_a_base_whose_model_was_dropped_while_a_path_was_active_is_refused(how: 
     else:
         model.activate("a", mode=how)
     del model
-    with pytest.raises(StateError, match="dropped while a path was active, or prepared"):
+    with pytest.raises(StateError, match="dropped without detach"):
         lt.attach(forest(), base)
 
 

@@ -174,7 +174,7 @@ def test_a_base_that_writes_no_text_is_told_by_its_class(
     on_disk(bare, ("q_proj",), tmp_path)
     code = told("generate", tmp_path / "zoo", "fr", "--prompt", "def ")
     assert code == 1
-    assert "its config.json names LlamaModel, which writes no text" in capsys.readouterr().err
+    assert "its config.json names LlamaModel, which can't generate text" in capsys.readouterr().err
 
 
 def test_an_encoder_with_nothing_to_read_is_told_with_the_row(

@@ -122,7 +122,7 @@ def test_a_run_with_patience_that_was_cut_off_goes_on_to_the_same_bits(
     (kept,) = (tmp_path / "cut").iterdir()
     assert set(load_file(kept / "best.safetensors")) == set(load_file(kept / "factors.safetensors"))
     (kept / "node_stopping.json").write_text(json.dumps({"d": 3}))
-    with pytest.raises(FormatError, match=r"node_stopping.json: makes no sense"):
+    with pytest.raises(FormatError, match=r"node_stopping.json: not the state of a run"):
         trained(tmp_path / "cut", 2, resume=True, max_steps=30, save_steps=every)
 
 

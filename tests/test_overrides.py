@@ -352,9 +352,12 @@ def test_a_blend_needs_one_override_for_all_its_paths() -> None:
     for blend, text in (
         (
             {"top/fr": 0.5, "top/de": 0.5},
-            "embed.weight: that of top/fr counts for one path .* the b",
+            "embed.weight: replaced by top/fr for one path .* the b",
         ),
-        ({"top": 0.5, "top/de": 0.5}, "score.bias: the base's own counts .* that of top/de counts"),
+        (
+            {"top": 0.5, "top/de": 0.5},
+            "score.bias: the base's own for one .* replaced by top/de for another",
+        ),
     ):
         with pytest.raises(SpecError, match=text):
             model.activate(blend)
@@ -544,7 +547,7 @@ def test_a_routed_blend_with_two_overrides_is_refused_by_its_row() -> None:
     model = lt.attach(tree, base)
     before = out_of(base, torch.zeros(1, 2, dtype=torch.int64))
     with (
-        pytest.raises(SpecError, match=r"row 1: .*: that of .* counts for one path"),
+        pytest.raises(SpecError, match=r"row 1: .*: replaced by .* for one path"),
         model.route(["top", {"top/fr": 0.5, "top/de": 0.5}]),
     ):
         pass
@@ -557,7 +560,7 @@ def test_rows_below_an_increment_can_be_activated_and_not_routed() -> None:
     model = lt.attach(zoo(), Net())
     with (
         pytest.raises(
-            lt.errors.MergedOnly, match=r"embed: top/fr overrides a part .* top above has"
+            lt.errors.MergedOnly, match=r"embed: top/fr overrides a part .* ancestor top has"
         ),
         model.route(["top/fr", ""]),
     ):

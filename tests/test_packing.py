@@ -97,7 +97,7 @@ def test_a_layer_that_passes_no_gradient_on_is_refused_where_something_below_it_
         with model.using("fr", mode="unmerged"):
             return model(x)
 
-    with pytest.raises(StateError, match=r"^2: this Stops passes no gradient on"):
+    with pytest.raises(StateError, match=r"^2: this Stops passes no gradient to"):
         run()
     with torch.no_grad():
         run()

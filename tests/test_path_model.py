@@ -289,7 +289,7 @@ def test_a_forward_while_another_path_is_in_the_weights_is_refused_wherever_it_b
 def test_its_nodes_are_in_use_until_it_is_closed_or_dropped() -> None:
     model = lt.attach(forest(), net())
     policy = model.at("fr/legal")
-    with pytest.raises(TreeError, match=r"what model\.at"):
+    with pytest.raises(TreeError, match=r"a path model \(model\.at"):
         model.tree.update("fr", weight=0.5)
     model.tree.update("de", weight=0.5)
     policy.close()

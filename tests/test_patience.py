@@ -331,7 +331,7 @@ def test_what_can_not_be_watched_is_refused(zoo: Path, tokenizer: Any) -> None:
     prefers = Row("de", (1, 2), (1, 2), "y:1", rejected=bare)
     for held, match in (
         (HeldOut(1, [bare]), r"no held-out row goes through"),
-        (HeldOut(1), r"has no row to measure on"),
+        (HeldOut(1), r"needs held-out rows to measure on"),
         (HeldOut(1, [prefers]), r"y:1: the held-out rows are of another kind"),
     ):
         with pytest.raises(SpecError, match=match):
@@ -344,7 +344,7 @@ def test_what_can_not_be_watched_is_refused(zoo: Path, tokenizer: Any) -> None:
     with pytest.raises(SpecError, match=r"other held_out: patience was 2 and is 3"):
         begun(zoo, tokenizer, folder=".cut", patience=3)
     file.write_text(json.dumps(about | {"watch": {"de": {"sold": 1}}}))
-    with pytest.raises(FormatError, match=r"run.json: watch makes no sense"):
+    with pytest.raises(FormatError, match=r"run.json: watch: not what a run writes"):
         begun(zoo, tokenizer, folder=".cut")
 
 
@@ -361,7 +361,7 @@ def test_the_shell_measures_stops_and_tells_and_trains_again_in_the_same_way(
     watch = ("--eval-data", held, "--eval-every", "2", "--patience", "1", "--hold-back", "0")
     code, out, err = shell_("train", zoo, *words, *watch, "--run", zoo / ".first")
     assert code == 0
-    assert "measured on the way: 3 held-out rows" in err
+    assert "measured during training: 3 held-out rows" in err
     (record,) = lt.run_records(zoo)
     table = [line.split() for line in out.splitlines()[:4]]
     assert " ".join(table[0]) == (
@@ -407,5 +407,5 @@ def test_the_rows_held_back_measure_where_no_others_are_given(
     assert record.about["held_out"]["patience"] == 3
     code, _, err = shell_(*words[:-1], "0", "--patience", "3", "--run", zoo / ".other")
     assert code == 1
-    assert "has no row to measure on" in err
+    assert "needs held-out rows to measure on" in err
     assert "--eval-data" in err

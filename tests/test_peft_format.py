@@ -663,7 +663,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (dict(use_bdlora={"nblocks": 2}), "BD-LoRA stores"),
         (dict(arrow_config={"top_k": 1}), "Arrow routes"),
         (dict(kasa_config={"a": 1}), "KaSA truncates"),
-        (dict(monteclora_config={"num_samples": 1}), "MonteCLoRA samples"),
+        (dict(monteclora_config={"num_samples": 1}), "MonteCLoRA draws"),
         (dict(layer_replication=[[0, 2]]), "repeats layers"),
         (dict(megatron_config={"x": 1}), "Megatron"),
         (dict(use_newlora=True), "use_newlora = True is a kind of LoRA that is not known here"),

@@ -125,7 +125,7 @@ def test_a_file_of_several_adapters_is_refused_by_their_names(tmp_path: Path) ->
     _, own = both(tmp_path, "modules", "legal")
     edited(own, lambda t: t | {k.replace(".legal", ".tax"): v + 1 for k, v in t.items()})
     with pytest.raises(
-        FormatError, match=r"names of 2 adapters, expected one: legal, tax\n.*selected_adapters"
+        FormatError, match=r"keys name 2 adapters, expected one: legal, tax\n.*selected_adapters"
     ):
         lt.Adapter.load(own)
 
@@ -133,7 +133,7 @@ def test_a_file_of_several_adapters_is_refused_by_their_names(tmp_path: Path) ->
 def test_a_head_of_another_adapter_is_refused_by_its_name(tmp_path: Path) -> None:
     _, own = both(tmp_path, "saved whole", "legal")
     edited(own, lambda t: {k.replace("save.legal", "save.tax"): v for k, v in t.items()})
-    with pytest.raises(FormatError, match=r"names of 2 adapters, expected one: legal, tax\n"):
+    with pytest.raises(FormatError, match=r"keys name 2 adapters, expected one: legal, tax\n"):
         lt.Adapter.load(own)
 
 
@@ -174,7 +174,7 @@ def test_diffusers_keys_may_carry_a_name_too(tmp_path: Path) -> None:
     assert written(found, tmp_path / "x") == written(wanted, tmp_path / "y")
     other = {"transformer.blocks.1.to_q.lora_A.late.weight": torch.ones(2, 6)}
     save_file(load_file(named) | other, named)
-    with pytest.raises(FormatError, match="names of 2 adapters, expected one: default, late"):
+    with pytest.raises(FormatError, match="keys name 2 adapters, expected one: default, late"):
         lt.Adapter.load(named)
 
 

@@ -168,7 +168,7 @@ def test_what_was_not_prepared_for_is_refused_and_changes_nothing() -> None:
     x = torch.randn(2, 3, 8).double()
     with model.using("n0/n1", mode="unmerged"):
         wanted = base(x)
-        message = "0: n0, n0/n1, n2 have rank 7 together, and 5 was prepared for"
+        message = "0: n0, n0/n1, n2 have rank 7 together, and the model was prepared for at most 5"
         with pytest.raises(StateError, match=message), model.route(["n0/n1", "n2"]):
             pass
         assert torch.equal(base(x), wanted)
@@ -206,7 +206,7 @@ def test_a_site_that_came_later_is_refused_by_name() -> None:
     model.prepare(max_rank=4)
     value = lt.LowRank(torch.ones(2, 16).double(), torch.ones(8, 2).double())
     tree.add("n0/late", adapter=lt.Adapter({"2": value}))
-    with pytest.raises(StateError, match="n0/late: 2: nothing was prepared for it"):
+    with pytest.raises(StateError, match="n0/late: 2: not prepared"):
         model.activate("n0/late", mode="unmerged")
 
 

@@ -282,9 +282,9 @@ def test_what_nobody_noted_is_said(project: Path) -> None:
     tree.move("fr/medical", "fr/doctors")
     tree.save(zoo)
     plan = plan_retraining(opened(zoo), ["fr/*"])
-    assert plan.left["fr/legal"] == "no save noted what it was trained with"
+    assert plan.left["fr/legal"] == "no save recorded how it was trained"
     assert "trained as fr/legal, fr/medical" in plan.left["fr/doctors"]
-    with pytest.raises(SpecError, match="lives in no folder"):
+    with pytest.raises(SpecError, match="was not opened from a folder"):
         plan_retraining(lt.AdapterTree())
 
 

@@ -368,17 +368,17 @@ def test_a_backward_that_would_run_checkpointed_layers_without_their_path_is_ref
         case "another route":
             with (
                 model.route(["a/c", "a/b", ""]),
-                pytest.raises(StateError, match="after their path was left"),
+                pytest.raises(StateError, match="whose path is no longer active"),
             ):
                 loss.backward()
         case "another path":
             with (
                 model.using("a/b", mode="unmerged"),
-                pytest.raises(StateError, match="after their path was left"),
+                pytest.raises(StateError, match="whose path is no longer active"),
             ):
                 loss.backward()
         case _:
-            with pytest.raises(StateError, match="after their path was left"):
+            with pytest.raises(StateError, match="whose path is no longer active"):
                 loss.backward()
     assert not gradients(model)
 
@@ -456,7 +456,7 @@ def test_through_a_part_of_a_base_checkpointed_layers_train_as_plain_ones_or_not
                 loss = base.model(ids).last_hidden_state.square().sum()
             with (
                 model.using("a/like-d", mode="unmerged"),
-                pytest.raises(StateError, match="after their path was left"),
+                pytest.raises(StateError, match="whose path is no longer active"),
             ):
                 loss.backward()  # of the same shapes, which torch itself would not notice
     assert len(found[0]) == len(found[1]) > 20

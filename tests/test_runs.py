@@ -199,7 +199,8 @@ def test_a_template_or_a_tokenizer_that_can_not_be_split_at_a_turn_is_blamed_for
         "{{ m.content }}", "{{ m.content if loop.last else m.content | upper }}"
     )
     with pytest.raises(
-        SpecError, match=r"rows.jsonl:1: the chat template writes .* otherwise when turn 2 follows"
+        SpecError,
+        match=r"rows.jsonl:1: the chat template changes the earlier turns when turn 2 follows",
     ):
         read_rows([file], lt.load(zoo), changing)
 
@@ -213,7 +214,7 @@ def test_a_template_or_a_tokenizer_that_can_not_be_split_at_a_turn_is_blamed_for
     joining.chat_template = CHAT
     with pytest.raises(
         SpecError,
-        match=r"rows.jsonl:1: the tokenizer joins what stands before and after .* at 'yes'",
+        match=r"rows.jsonl:1: the tokenizer joins text across .* at 'yes'",
     ):
         read_rows([file], lt.load(zoo), joining)
 
@@ -595,8 +596,8 @@ def test_the_nodes_that_rows_name_train_and_those_above_them_on_request_alone(
     told = [str(trained) for trained in run.trained]
     assert told == [
         "de: from new factors, on the bare base; 4 rows",
-        "fr/legal: from new factors, on fr as it is; 4 rows",
-        "fr/medical: from new factors, on fr as it is; 4 rows",
+        "fr/legal: from new factors, on fr (frozen); 4 rows",
+        "fr/medical: from new factors, on fr (frozen); 4 rows",
     ]
     start = {
         p: [t.detach().clone() for v in a.modules.values() for t in v.tensors]
@@ -611,7 +612,7 @@ def test_the_nodes_that_rows_name_train_and_those_above_them_on_request_alone(
     run.model.detach()
     with_them = started(zoo, rows, tokenizer, tmp_path / "with", with_ancestors=True)
     assert with_them.nodes == ["de", "fr", "fr/legal", "fr/medical"]
-    assert str(with_them.trained[2]) == "fr/legal: from new factors, on fr, which trains; 4 rows"
+    assert str(with_them.trained[2]) == "fr/legal: from new factors, on fr (trains, too); 4 rows"
     with_them.model.detach()
     named = started(
         zoo, rows, tokenizer, tmp_path / "named", nodes=["fr/legal"], with_ancestors=True
@@ -963,7 +964,7 @@ def test_a_place_that_cannot_be_written_is_told_before_the_first_step(
     said = capsys.readouterr()
     assert (caught.value.code, "training 1/3" in said.err) == (1, False)
     where = run if place == "run" else zoo
-    assert f"error: {where}: can't be written, and the run would end there" in said.err
+    assert f"error: {where}: can't be written, so the run could not save" in said.err
 
 
 def test_train_says_before_the_first_step_what_trains_and_what_becomes_stale_and_afterwards_what_is(
@@ -973,7 +974,7 @@ def test_train_says_before_the_first_step_what_trains_and_what_becomes_stale_and
     said = capsys.readouterr()
     assert "becomes stale" not in said.err  # fr is new, and stays so
     before, after = said.err.split("training 1/3 ")
-    assert "fr/legal: from new factors, on fr as it is; 4 rows" in before
+    assert "fr/legal: from new factors, on fr (frozen); 4 rows" in before
     assert "de: from new factors, on the bare base; 4 rows" in before
     assert re.search(r"training 3/3 .*fr/legal \d\.\d{3}", after)
     assert re.search(r"^fr/legal +(\d\.\d{3}) +(\d\.\d{3}) *$", said.out, re.MULTILINE)
@@ -1031,7 +1032,7 @@ def test_a_run_that_diverged_gives_back_what_it_began_with_and_is_over(
     with pytest.raises(DivergedError, match=r": step \d: the .* not finite; losses of ") as refused:
         list(run.steps(save_every=1))
     said = str(refused.value)
-    assert ("steps before" in said) == (": step 1: " not in said)
+    assert ("earlier steps" in said) == (": step 1: " not in said)
     assert same(factors(run), before)
     for again in (run.save, lambda: list(run.steps())):
         with pytest.raises(DivergedError, match="this run is over"):
@@ -1144,7 +1145,7 @@ def test_a_run_that_is_killed_goes_on_to_the_same_tree(
     left, told = running.end()
     if how != signal.SIGKILL:
         assert left == 128 + how
-        assert "the same command goes on from" in told
+        assert "run the same command again to go on from" in told
     # The tree is written at the end.
     assert sorted(p.name for p in zoo.iterdir()) == [".runs", "tree.yaml"]
     lora_tree(*command(zoo, tmp_path / "run"))

@@ -634,7 +634,10 @@ def test_a_quantised_layer_is_unmerged_only() -> None:
             {"m": lt.LowRank(torch.ones(1, 4), torch.ones(3, 1), layout=EMBEDDING)},
             "an embedding delta.* a Linear there",
         ),
-        ({"n": lt.LowRank(torch.ones(1, 4), torch.ones(3, 1))}, "n: a LayerNorm takes no delta"),
+        (
+            {"n": lt.LowRank(torch.ones(1, 4), torch.ones(3, 1))},
+            "n: a LayerNorm can't have an increment",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(adapter: dict[str, lt.LowRank], message: str) -> None:

@@ -114,7 +114,7 @@ def test_a_blend_gives_every_node_the_weight_that_passes_through_it() -> None:
         ({"fr": float("inf")}, "finite"),
         ({"fr": True}, "finite"),
         ("fr:x", "'x' is not a number"),
-        ("fr:1+fr:2", "stands there twice"),
+        ("fr:1+fr:2", "occurs twice"),
         ("fr:0.5,de:0.5", "paths are joined by a plus"),
         (7, "expected a path"),
         ("fr/", "not a valid node name"),

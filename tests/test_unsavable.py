@@ -148,7 +148,9 @@ def test_absorb_takes_the_next_node_where_no_save_takes_the_rest_below_the_neare
     done = lt.absorb(tree, "n", late, rank=1)
     assert next(iter(done.left)) == "p"
     assert done.parent == "q"
-    assert done.edited.notes == (f"no save takes it where less of it is left: p/n: {why}",)
+    assert done.edited.notes == (
+        f"a closer parent was passed over, for it can't be saved there: p/n: {why}",
+    )
     tree.save(tmp_path / "zoo")
 
 
@@ -160,7 +162,7 @@ def test_absorb_says_of_every_node_why_no_save_takes_the_rest_there(tmp_path: Pa
     error = refused(
         tree, lambda tree: lt.absorb(tree, "n", other, under="p/x"), FormatError, tmp_path / "zoo"
     )
-    assert error.what == "n: what it adds to its parent can't be saved below any of 3 nodes"
+    assert error.what == "n: what remains of it can't be saved below any of 3 nodes"
     places = ("p/x/n", "p/x/w/n", "p/x/z/n")
     assert sorted(error.todo[:3]) == [f"{place}: {why}" for place in places]
     assert error.todo[3].startswith("absorb it below another node")

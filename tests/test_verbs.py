@@ -138,7 +138,7 @@ def test_squash_refuses_what_it_can_t_do() -> None:
         tree,
         lambda: lt.squash(tree, "fr", to="fr/same"),
         SpecError,
-        "adds nothing to what lies above fr/same",
+        "adds nothing to the nodes above fr/same",
     )
     refused(tree, lambda: lt.squash(tree, "misc", to="x"), SpecError, "it adds nothing")
     refused(tree, lambda: lt.squash(tree, "fr", to="x", rank=0), SpecError, "at least 1")
@@ -195,7 +195,7 @@ def test_split_refuses_what_it_can_t_do() -> None:
     split = lambda **how: lambda: lt.split(tree, "fr", **({"to": "fr/x"} | how))  # noqa: E731
     refused(tree, split(), SpecError, "one of the two")
     refused(tree, split(rank=1, modules=["q"]), SpecError, "one of the two")
-    refused(tree, split(rank=8), SpecError, "nothing of it would move")
+    refused(tree, split(rank=8), SpecError, "nothing would move")
     refused(tree, split(modules=["nope"]), SpecError, "'nope' names no module")
     refused(tree, split(modules=["*"]), SpecError, "all of it would move")
     refused(tree, split(to="de/x", rank=1), PathError, "de/x is no child of fr")
@@ -206,7 +206,7 @@ def test_split_refuses_what_it_can_t_do() -> None:
 def test_a_node_that_its_weights_switch_off_is_not_squashed_into_an_empty_one() -> None:
     tree = lt.AdapterTree()
     tree.add("fr", adapter=zoo_of(1), weight={"*": 0.0})
-    refused(tree, lambda: lt.squash(tree, "fr", to="x"), SpecError, "adds nothing to what lies")
+    refused(tree, lambda: lt.squash(tree, "fr", to="x"), SpecError, "adds nothing to the nodes")
 
 
 # ---------------------------------------------------------------------- pick and rebase
@@ -322,7 +322,9 @@ def test_a_retrained_parent_leaves_its_children_as_they_were(
 def test_rebase_all_wants_a_difference_and_names_fresh_children() -> None:
     tree = family()
     tree.add("fr/new", r=4, target_modules=["q_proj"])
-    refused(tree, lambda: lt.rebase_all(tree, "fr"), SpecError, "nothing differs")
+    refused(
+        tree, lambda: lt.rebase_all(tree, "fr"), SpecError, "neither its adapter nor its weight"
+    )
     told = lt.rebase_all(tree, "fr", weight=2.0, rank=3)
     assert told.notes == ("fr/new: fresh, so it starts from fr as it is now",)
     assert told.relative_error > 0.0
@@ -455,7 +457,7 @@ def test_a_leaf_that_has_nothing_of_its_own_left_stays_a_node(tmp_path: Path) ->
 def test_hoist_refuses_what_it_can_t_do() -> None:
     tree = family()
     refused(tree, lambda: lt.hoist(tree, ""), TreeError, "the root is the bare base")
-    refused(tree, lambda: lt.hoist(tree, "fr", ["fr/legal"]), SpecError, "two siblings at least")
+    refused(tree, lambda: lt.hoist(tree, "fr", ["fr/legal"]), SpecError, "at least two siblings")
     refused(
         tree, lambda: lt.hoist(tree, "fr", ["fr/legal", "de"]), PathError, "de: not children of fr"
     )
@@ -470,7 +472,7 @@ def test_hoist_refuses_what_it_can_t_do() -> None:
         tree,
         lambda: lt.hoist(tree, "fr", ["fr/legal", "fr/medical"]),
         TreeError,
-        "fr/g: below fr too",
+        "fr/g: also below fr",
     )
     tree.update("fr/legal", weight=0.0)
     refused(

@@ -158,7 +158,7 @@ def test_a_checkpointed_backward_under_another_path_is_refused_whatever_torch_la
         base(x).sum().backward()  # the path is still there
         out = base(x)
     with pytest.raises(
-        StateError, match="backward through checkpointed layers after their path was left"
+        StateError, match="backward through checkpointed layers whose path is no longer active"
     ):
         out.sum().backward()
 

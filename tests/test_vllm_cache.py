@@ -368,7 +368,7 @@ def test_a_folder_that_can_not_be_looked_at_is_asked_once_in_an_interval(tmp_pat
         raise (OSError("stale file handle") if len(looks) == 1 else FolderError("no such folder"))
 
     seen = Surveyed(look, every_s=0.2)
-    for said in ("can't be looked at: OSError: stale file handle", "no such folder"):
+    for said in ("can't be read: OSError: stale file handle", "no such folder"):
         with pytest.raises(lt.errors.LoraTreeError, match=said):
             seen.now()
         for ask in (seen.now, seen.recent):
@@ -482,7 +482,7 @@ def test_the_server_s_arguments_name_the_base_and_the_bounds(
     assert " --model org/model --enable-lora " in printed.out
     assert "export LORA_TREE_VLLM_MAX_ERROR=0.2\n" in printed.out
     assert "BLENDS" not in printed.out
-    assert printed.err == "no path of the tree fits --allow de\n"
+    assert printed.err == "no path of the tree matches --allow de\n"
     with pytest.raises(SystemExit):
         main(["vllm-args", str(tmp_path / "zoo"), "--allow", "[a-z]*"])
     assert "'[a-z]*' is neither a path nor a pattern" in capsys.readouterr().err
@@ -552,12 +552,16 @@ def test_paths_go_on_as_they_were_while_files_do_not_fit_the_lock(
             (zoo / "tree.lock").write_bytes(lock)
         else:
             file.write_bytes(weights if first == "the weights" else weights[: len(weights) // 2])
-        waits(lambda: "'fr/medical' goes on as it was" in caplog.text, "nothing was said")
+        waits(
+            lambda: "'fr/medical' stays in its old version" in caplog.text,
+            "nothing was said",
+        )
         time.sleep(0.5)  # ten more looks
         assert front.answers(*names) == before
         assert front.answers("de") != [None]
         assert (
-            len([text for text in caplog.messages if "'fr/legal' goes on as it was" in text]) == 1
+            len([text for text in caplog.messages if "'fr/legal' stays in its old version" in text])
+            == 1
         )
         file.write_bytes(weights)
         (zoo / "tree.lock").write_bytes(lock)
@@ -580,9 +584,9 @@ def test_files_that_come_back_as_they_were_are_served_on_without_a_swap(
     with front_end(zoo, tmp_path / "cache") as front:
         front.answers("fr")
         file.write_bytes(whole[:50])
-        waits(lambda: "'fr' goes on as it was" in caplog.text, "nothing was said")
+        waits(lambda: "'fr' stays in its old version" in caplog.text, "nothing was said")
         file.write_bytes(whole)
-        waits(lambda: "'fr' fits its files again" in caplog.text, "nor this")
+        waits(lambda: "the files of 'fr' are whole again" in caplog.text, "nor this")
         assert len(front.loaded) == 1
 
 
@@ -597,7 +601,7 @@ def test_what_an_engine_can_not_load_leaves_what_it_has_in_use(
         tree.update("de", weight=0.5)
         tree.save(zoo)
         for path in ("de", "fr"):  # the one's failure does not keep the other from being tried
-            said = f"'{path}' goes on as it was: the engine can't load it"
+            said = f"'{path}' stays in its old version: the engine can't load it"
             waits(lambda said=said: said in caplog.text, said)  # type: ignore[misc]
         assert front.answers("fr", "de") == before
         kept = front.resolver._cache

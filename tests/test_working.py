@@ -303,7 +303,7 @@ def test_hoist_and_merge(shell: Shell, zoo: Path) -> None:
     assert lt.deviation(before, lt.load(zoo).flatten("fr/law/legal")).relative_error < 1e-6
     code, out, _ = shell("hoist", zoo, "fr/law", "--method", "ties", "--density", 0.5)
     assert code == 0
-    assert "note: fr/law: by itself another model now" in out
+    assert "note: fr/law: its own model has changed" in out
     made = answer(
         shell,
         "merge",

@@ -152,7 +152,7 @@ def test_all_mistakes_are_listed_in_the_order_of_the_lines() -> None:
         ),
         (
             "version: 1\ntree: {fr: {weight: {}}}",
-            ":2:13: node fr: weight: got a mapping, which makes no weight: an empty mapping; write",
+            ":2:13: node fr: weight: got a mapping, which is not a weight: an empty mapping; write",
         ),
         (
             "version: 1\ntree: {fr: {weight: heavy}}",

@@ -102,9 +102,12 @@ def absorb(
     check_adapter(adapter)
     check_path(name)
     if "/" in name:
-        raise PathError(f"{name}: the name of one node: absorb finds the path above it itself")
+        raise PathError(
+            f"{name}: expected one name, not a path: absorb chooses the parent itself",
+            "under=PATH (--under PATH) limits where it looks",
+        )
     if under and under not in tree:
-        raise PathError(f"{under}: there is no such node")
+        raise PathError(f"under: no node {under!r} in the tree")
     left = _left(tree, name, adapter, under)
     how = Shortening(rank, max_error, dtype)
     # Below a lineage with an override that the adapter lacks, no increments restore the base's
@@ -119,7 +122,10 @@ def absorb(
     norms = {module: norm(value) for module, value in adapter.modules.items()}
     told = Deviation(found.lost.errors, norms)
     nearer = [error for place, error in refused.items() if left[place] < left[parent]]
-    notes = tuple(f"no save takes it where less of it is left: {e.what}" for e in nearer[:_TOLD])
+    notes = tuple(
+        f"a closer parent was passed over, for it can't be saved there: {e.what}"
+        for e in nearer[:_TOLD]
+    )
     return Absorbed(Edited(added=(path,), errors={path: told}, notes=notes), parent, left)
 
 
@@ -197,8 +203,7 @@ def _nowhere(name: str, refused: Sequence[FormatError]) -> FormatError:
     if len(refused) > _TOLD:
         why.append(f"and {len(refused) - _TOLD} more")
     return FormatError(
-        f"{name}: what it adds to its parent can't be saved below any of "
-        f"{plural(len(refused), 'node')}",
+        f"{name}: what remains of it can't be saved below any of {plural(len(refused), 'node')}",
         *why,
         "absorb it below another node, or move modules to a node of their own first: lora-tree "
         "split, lora_tree.split(tree, path, to=…, modules=…)",
@@ -228,7 +233,8 @@ def _left(tree: AdapterTree, name: str, adapter: Adapter, under: str) -> dict[st
     whole = math.fsum(own_squares)
     if whole == 0.0:
         raise SpecError(
-            f"{name}: the adapter adds nothing, so it belongs nowhere", "add it by hand"
+            f"{name}: the adapter adds nothing, so no parent is better than another",
+            "add it by hand: tree.add(path, adapter=…), or lora-tree add FOLDER PATH ADAPTER",
         )
     squares: dict[str, float] = {}
     # For each lineage, its inner product with the adapter and its own squared norm.

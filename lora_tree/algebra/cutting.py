@@ -84,7 +84,7 @@ def squash(
     # Weights per module may switch off every module of a node, and leave an empty adapter.
     if not any(adapter for _, _, adapter in terms):
         raise SpecError(
-            f"{spelled(blend) or 'the base'}: it adds nothing to what lies above {to}",
+            f"{spelled(blend) or 'the base'}: it adds nothing to the nodes above {to}",
             "add a group instead: tree.add(path, group=True), or lora-tree add FOLDER PATH --group",
         )
     flat, told = Shortening(rank, max_error, dtype).of(added_up(terms, base=base))
@@ -137,9 +137,12 @@ def split(
     assert whole is not None  # `own` has refused a node without one
     stays, moves = _by_rank(whole, rank) if rank is not None else _by_name(whole, modules or ())
     if not moves.modules:
-        raise SpecError(f"{path}: nothing of it would move")
+        raise SpecError(
+            f"{path}: nothing would move: all of it stays",
+            "name modules, or split at a smaller rank",
+        )
     if not stays.modules:
-        raise SpecError(f"{path}: all of it would move", "name fewer modules")
+        raise SpecError(f"{path}: all of it would move: nothing stays", "name fewer modules")
     weight = tree[path].weight
     notes = stale_notes(tree, [path])
     told = deviation(whole, added_up([("", 1.0, stays), ("", 1.0, moves)]))
@@ -195,7 +198,8 @@ def _by_name(whole: Adapter, modules: Iterable[str]) -> tuple[Adapter, Adapter]:
         # A pattern that matches no module is a typo, not a request to move nothing.
         if not hits:
             raise SpecError(
-                f"{pattern!r} names no module", f"there are: {', '.join(whole.modules)}"
+                f"{pattern!r} names no module of the node",
+                f"its modules are {', '.join(whole.modules)}",
             )
         moves |= hits
     stays = {name: value for name, value in whole.modules.items() if name not in moves}

@@ -187,8 +187,8 @@ def _chosen(tree: AdapterTree, paths: Iterable[str] | None) -> list[str]:
     deeper = sorted(set(chosen) - set(top))
     if deeper:
         raise PathError(
-            f"{listing(deeper)}: not right below the root",
-            "grow takes flat adapters: squash a lineage to a node there first",
+            f"{listing(deeper)}: not directly below the root",
+            "grow takes flat adapters: squash each path to a node there first (lora-tree squash)",
         )
     for path in chosen:
         own(tree, path)
@@ -203,7 +203,7 @@ def _chosen(tree: AdapterTree, paths: Iterable[str] | None) -> list[str]:
                 "name the other adapters, and leave this one out",
             )
     if len(chosen) < 2:
-        raise SpecError(f"grow needs two flat adapters at least, got {listing(chosen) or 'none'}")
+        raise SpecError(f"grow needs at least two flat adapters, got {listing(chosen) or 'none'}")
     changeable(tree, chosen)
     return chosen
 

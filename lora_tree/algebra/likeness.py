@@ -140,7 +140,10 @@ def similar(
     if isinstance(among, AdapterTree):
         return _of_tree(among, paths, of, exact)
     if paths is not None or of != "own":
-        raise SpecError("paths= and of='lineage' are for a tree; choose the adapters yourself")
+        raise SpecError(
+            "paths= and of='lineage' are for a tree, and these are adapters by name",
+            "leave paths= and of= out, and give only the adapters to compare",
+        )
     if not isinstance(unchecked(among), Mapping):
         raise SpecError(
             f"similar compares the nodes of a tree, or adapters by name, got {among!r:.80}",

@@ -105,7 +105,10 @@ def merge(
     given = _checked(adapters, weights)
     names = _names_of(names, len(adapters))
     if space == "dense" and rank is None and max_error is None:
-        raise SpecError("space='dense': the result has every rank", "give rank= or max_error=")
+        raise SpecError(
+            "space='dense': the result has full rank, so it has to be cut",
+            "give rank= or max_error= (--rank, --max-error)",
+        )
     refuse_overrides(zip(names, adapters, strict=True), "merged")
     check_spelling([(name, 1.0, each) for name, each in zip(names, adapters, strict=True)])
     # The plain sum refuses adapters that don't fit together, and has the result's base, config and
@@ -173,7 +176,7 @@ def merge_paths(
     )
     if not found.adapter.modules:
         raise SpecError(
-            f"{listing(paths)}: nothing there adds to what lies above {to}",
+            f"{listing(paths)}: they add nothing to the nodes above {to}",
             "add a group instead: tree.add(path, group=True), or lora-tree add FOLDER PATH --group",
         )
     check_savable(tree, {to: found.adapter}, paths)

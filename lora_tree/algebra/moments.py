@@ -44,7 +44,8 @@ def check_moments(moments: object, modules: Collection[str]) -> None:
         )
     if moments and not any(name in modules for name in moments):
         raise SpecError(
-            f"moments: none of them is of a module of these adapters: {listing(map(str, moments))}",
+            "moments: no adapter here has the modules that they name: "
+            f"{listing(map(str, moments))}",
             f"the modules are {listing(sorted(modules))}",
         )
 
@@ -135,7 +136,7 @@ def _check_squares(squares: Tensor) -> None:
     if bool((squares < 0).any()):
         raise SpecError(
             "moments: they hold a negative mean square",
-            f"of mean squares none is negative, nor is one on C's diagonal; {_AS_ROWS}",
+            f"means of squares, and C's diagonal, are never negative; {_AS_ROWS}",
         )
 
 

@@ -72,7 +72,7 @@ def pick(tree: AdapterTree, path: str, *, to: str) -> Edited:
     tree.replace(replace(node, path=to, stale=None, home=None))
     notes = stale_notes(tree, [path])
     if _above(tree, path) != _above(tree, to):
-        notes = (*notes, f"{to}: trained on the ancestors of {path}, and stands on others")
+        notes = (*notes, f"{to}: trained on the ancestors of {path}, and has other ancestors here")
     return Edited(added=(to,), notes=notes)
 
 
@@ -223,8 +223,8 @@ def rebase_all(
     after = _as_given(tree, path, _opened(adapter), weight)
     if before == after:
         raise SpecError(
-            f"{path}: nothing differs from what it was",
-            "give adapter= or weight=, or what it had before: was=, was_weight=",
+            f"{path}: neither its adapter nor its weight differs from before",
+            "give the new ones, adapter= or weight=, or the former ones, was= or was_weight=",
         )
     if not _same_overrides(_counting(*before), _counting(*after)):
         refuse_overrides([(path, before[1]), (path, after[1])], "changed while its children stay")
@@ -292,7 +292,7 @@ def _made_up(
         if lost:
             at = "" if weight == 0.0 else f" at {listing(lost, most=2)}"
             raise SpecError(
-                f"{path}: its weight is 0{at}, so no increment of it makes up for another lineage",
+                f"{path}: its weight is 0{at}, so its increments can't make up for other ancestors",
                 f"give it a weight first: tree.update({path!r}, weight=1.0), or "
                 f"lora-tree set FOLDER {path} --weight 1",
             )

@@ -73,8 +73,8 @@ def check_kept(
             mine = kept.get(tensor)
             if mine is None or mine.rows is not None:
                 raise SpecError(
-                    f"{name}: replaces {tensor}, and {what} can't take that back: the base's own "
-                    f"{tensor_owner(tensor)[1]} is in no node",
+                    f"{name}: replaces {tensor}, and {what} can't undo that: no node holds the "
+                    f"base's own {tensor_owner(tensor)[1]}",
                     f"give the node its own first: modules_to_save=[{tensor_owner(tensor)[0]!r}], "
                     "or move it with the node that replaces it",
                 )

@@ -306,7 +306,7 @@ def _siblings(
         raise PathError(f"{listing(strangers)}: not children of {parent or 'the root'}")
     if len(chosen) < 2:
         raise SpecError(
-            f"{parent or 'the root'}: hoist needs two siblings at least, got "
+            f"{parent or 'the root'}: hoist needs at least two siblings, got "
             f"{listing(chosen) or 'none'}"
         )
     for path in chosen:
@@ -325,8 +325,8 @@ def _siblings(
     others = sorted(set(children) - set(chosen))
     if others:
         raise TreeError(
-            f"{listing(others)}: below {parent} too, and would change with it",
-            "name all children, or give into=: a new node between",
+            f"{listing(others)}: also below {parent}, and would change with it",
+            "name all children, or give into= (--into): a new node for the shared part",
         )
     return chosen
 
@@ -376,8 +376,8 @@ def _refuse_zero(path: str, weight: Weight, modules: Iterable[str]) -> None:
     lost = [name for name in modules if weight_at(weight, name) == 0.0]
     if lost:
         raise SpecError(
-            f"{path}: its weight is 0 at {listing(lost, most=2)}, so nothing in it makes up for "
-            "what moves",
+            f"{path}: its weight is 0 at {listing(lost, most=2)}, so its increments can't make up "
+            "for what moves",
             "give it a weight there, or split those modules off first",
         )
 
@@ -423,7 +423,7 @@ def _installed(
             tree.move(path, renamed[path])
     else:
         put_adapter(tree, parent, top)
-        notes = (f"{parent}: by itself another model now: it holds what its children share", *notes)
+        notes = (f"{parent}: its own model has changed: it holds what its children share", *notes)
     for path, adapter in children.items():
         put_adapter(tree, renamed.get(path, path), adapter)
         still_fits(tree, [renamed.get(node, node) for node in below[path]])

@@ -164,7 +164,10 @@ def _weighed(Q_A: Tensor | None, A: Tensor, moment: Tensor) -> tuple[Tensor, Ten
     ridge = (_RIDGE * mean).clamp(min=1e-300) * torch.eye(inside.shape[-1], dtype=inside.dtype)
     K, failed = torch.linalg.cholesky_ex(inside + ridge)
     if bool(failed.any()):
-        raise SpecError("moments: the matrix has no Cholesky factor: its numbers differ too much")
+        raise SpecError(
+            "moments: the matrix has no Cholesky factor: its numbers differ too much in size",
+            "give moments of more rows of inputs, or the mean squares alone",
+        )
     batch, size, count, rank = A.shape
     moved = (K.mT @ A.flatten(2)).view(batch, size, count, rank)
     # Q_A K⁻ᵀ, since a row of M in these coordinates is m K.

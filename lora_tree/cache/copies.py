@@ -48,7 +48,8 @@ class TreeSource:
         adapter = self._adapter()
         if adapter is None:
             raise StateError(
-                "the node was changed while it was sent to the device", "ask for it again"
+                "the node was changed while it was being copied to the device",
+                "activate or route its path again",
             )
         return adapter
 

@@ -61,7 +61,7 @@ def _too_small(tier: Tier, sizes: dict[str, int], least: int, others: int) -> Bu
     ]
     if others:
         beside = f" beside {format_bytes(others)} that are in use"
-        todo.append("or let go of something first: model.deactivate()")
+        todo.append("or free what is in use first: model.deactivate()")
     leaf = next(reversed(sizes))
     return BudgetError(
         f"{leaf}: {format_bytes(least - others)} have to be in memory at once ({parts}){beside}; "

@@ -291,8 +291,8 @@ class Tier:
         return BudgetError(
             f"{format_bytes(nbytes)} more are needed, and {format_bytes(stays)} are in use; "
             f"{self.budget_name} is {format_bytes(budget)}",
-            f"{enough} is enough for what is in use now and this",
-            "or let go of something first: model.deactivate()",
+            f"set {enough} or more",
+            "or free what is in use first: model.deactivate()",
         )
 
     def _trim_shelf(self) -> None:

@@ -31,7 +31,7 @@ def absorb_adapter(
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Add an adapter below the node that has most of it already, as what that node lacks."""
+    """Add a flat adapter below the node that has most of it already; store only the rest."""
     work = Work(load(folder), folder, dry_run=dry_run)
     found = absorb(
         work.tree,
@@ -43,6 +43,6 @@ def absorb_adapter(
         dtype=DTYPES[dtype] if dtype else None,
     )
     nearest = list(found.left.items())[:_TOLD]
-    notes = [f"below {path or 'the root'} {part:.0%} of it is left" for path, part in nearest]
+    notes = [f"below {path or 'the root'}, {part:.0%} of it remains" for path, part in nearest]
     edited = replace(found.edited, notes=(*notes, *found.edited.notes))
     work.done(edited, as_json=as_json, parent=found.parent, left=dict(found.left))

@@ -147,4 +147,4 @@ WeightText = Annotated[
         metavar="WEIGHT",
     ),
 ]
-Length = Annotated[int, typer.Option(min=2, help="Cut a row after so many tokens.")]
+Length = Annotated[int, typer.Option(min=2, help="Cut each row after this many tokens.")]

@@ -28,13 +28,13 @@ def bisect_steps(
         bool, typer.Option("--versions", help="Compare the node's versions, not its ancestors.")
     ] = False,
     base: Base = None,
-    batch: Annotated[int, typer.Option(min=1, help="Run so many rows at once.")] = 32,
+    batch: Annotated[int, typer.Option(min=1, help="Run this many rows at once.")] = 32,
     max_length: Length = 1024,
     trust_remote_code: TrustRemoteCode = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure rows node by node down a lineage, or version by version; say where it got worse."""
+    """Measure rows node by node down a lineage, or version by version; say where they got worse."""
     tree = load(folder)
     # Checked before the base is opened, which takes minutes: a typo is reported at once.
     tree.lineage(path)

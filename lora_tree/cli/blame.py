@@ -41,10 +41,10 @@ def blame_parts(
         ),
     ] = Parts.nodes,
     node: Annotated[
-        list[str] | None, typer.Option(help="Only parts of this node; repeat it.")
+        list[str] | None, typer.Option(help="Examine only parts of this node; repeat it.")
     ] = None,
     base: Base = None,
-    batch: Annotated[int, typer.Option(min=1, help="Run so many rows at once.")] = 32,
+    batch: Annotated[int, typer.Option(min=1, help="Run this many rows at once.")] = 32,
     max_length: Length = 1024,
     most: Annotated[int, typer.Option(min=1, help="Parts to list, the largest first.")] = 20,
     trust_remote_code: TrustRemoteCode = False,

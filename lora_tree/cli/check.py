@@ -50,14 +50,17 @@ def list_problems(
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """List every problem, of a folder or of a merged model; exit with 1 where there are any."""
+    """List every problem, of a folder or of a merged model; exit with 1 if there are any."""
     if merged is not None:
         tell_comparison(
             folder, path, merged, base, trust_remote_code=trust_remote_code, as_json=as_json
         )
         return
     if path is not None:
-        raise SpecError(f"PATH ({path}) is for --merged", "lora-tree show FOLDER NODE shows a node")
+        raise SpecError(
+            f"PATH ({path}) is only used with --merged",
+            "lora-tree check FOLDER checks every node; lora-tree show FOLDER NODE shows one",
+        )
     skeleton = None
     dtype = torch.float32
     if base is not None:

@@ -24,7 +24,7 @@ def compress_nodes(
         float | None, typer.Option(help="The largest relative error of all nodes together.")
     ] = None,
     budget: Annotated[
-        str | None, typer.Option(help="Room for all factors together: 20MiB.")
+        str | None, typer.Option(help="Most bytes of all factors together: 20MiB.")
     ] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Round the factors to this dtype.")] = None,
     dry_run: DryRun = False,

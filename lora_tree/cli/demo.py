@@ -24,7 +24,7 @@ def demo(
         ),
     ] = Path("demo-zoo"),
     quick: Annotated[
-        bool, typer.Option("--quick", help="Train a toy size, in under a minute.")
+        bool, typer.Option("--quick", help="Train a tiny base and tree, in under a minute.")
     ] = False,
     seed: Annotated[int, typer.Option(help="Seed: the same one gives the same result.")] = 0,
     quiet: Quiet = False,

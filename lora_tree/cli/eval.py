@@ -49,7 +49,7 @@ def evaluation(
     on: On = None,
     data: Data,
     base: Base = None,
-    batch: Annotated[int, typer.Option(min=1, help="Run so many rows at once.")] = 8,
+    batch: Annotated[int, typer.Option(min=1, help="Run this many rows at once.")] = 8,
     beta: Annotated[
         float,
         typer.Option(
@@ -58,7 +58,7 @@ def evaluation(
     ] = 0.1,
     max_length: Length = 1024,
     picture: Annotated[
-        Path | None, typer.Option(help="Write a heat map there, as SVG.", metavar="FILE")
+        Path | None, typer.Option(help="Write a heat map into this file, as SVG.", metavar="FILE")
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
     skip_broken: SkipBroken = False,

@@ -28,7 +28,9 @@ def explore(
     folder: Folder,
     html: Annotated[
         Path | None,
-        typer.Option(help="Write the page there, as one file that loads nothing, and serve none."),
+        typer.Option(
+            help="Write the page into this one file, which loads nothing, and start no server."
+        ),
     ] = None,
     evaluation: Annotated[
         Path | None,

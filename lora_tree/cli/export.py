@@ -105,7 +105,7 @@ def export(
     ] = None,
     max_error: Annotated[
         float | None,
-        typer.Option(help="Allow so large a relative error ‖ΔW − ΔW'‖ / ‖ΔW‖ in a module."),
+        typer.Option(help="Allow at most this relative error ‖ΔW − ΔW'‖ / ‖ΔW‖ in a module."),
     ] = None,
     ceil_rank: Annotated[
         bool, typer.Option("--ceil-rank", help="Round the rank up to one that vLLM allows.")
@@ -136,7 +136,7 @@ def export(
         typer.Option("--with-code", help="With --as model: copy the base's own code (*.py) too."),
     ] = False,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="With --all: make so many leaves at once.")
+        int | None, typer.Option(min=1, help="With --all: make this many leaves at once.")
     ] = None,
     per_module: Annotated[
         bool, typer.Option("--per-module", help="Print every module's error.")
@@ -177,7 +177,7 @@ def export(
         if path is None or shaped or (rank, max_error, dtype) != (None, None, None):
             raise SpecError(
                 "--as model writes one path as it is, in the base's dtypes",
-                "leave the other options out",
+                "leave --rank, --max-error, --dtype and --shape out, and name one path",
             )
         if replace:
             raise SpecError(

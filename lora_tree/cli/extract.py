@@ -31,11 +31,11 @@ def extract_difference(
     ] = None,
     ignore: Annotated[
         bool,
-        typer.Option("--ignore", help="Leave changes behind that no low rank holds."),
+        typer.Option("--ignore", help="Leave out changes that no adapter can hold."),
     ] = False,
     bf16: Annotated[bool, typer.Option("--bf16", help="Round the factors to bf16.")] = False,
     per_module: Annotated[
-        bool, typer.Option("--per-module", help="Tell every module's rank and error.")
+        bool, typer.Option("--per-module", help="Print every module's rank and error.")
     ] = False,
     replace: Replace = False,
     trust_remote_code: TrustRemoteCode = False,

@@ -23,12 +23,12 @@ def clean_up(
         int | None,
         typer.Option(
             min=0,
-            help="Keep so many earlier contents of each node; without it as tree.yaml says.",
+            help="Keep this many earlier versions of each node; without it, as tree.yaml says.",
         ),
     ] = None,
     runs: Annotated[
         int | None,
-        typer.Option(min=1, help="Keep the records of the last so many runs; 50 without it."),
+        typer.Option(min=1, help="Keep the records of this many last runs; 50 without it."),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be removed, and remove nothing.")

@@ -34,11 +34,11 @@ def generate(
             help="Write at this path or blend; '' is the bare base.", metavar="PATH_OR_BLEND"
         ),
     ],
-    prompt: Annotated[str, typer.Option(help="Go on from this text.", metavar="TEXT")],
+    prompt: Annotated[str, typer.Option(help="Continue this text.", metavar="TEXT")],
     base: Annotated[
         str | None, typer.Option(help="Folder or hub id of the base; the tree's own without it.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Add at most so many tokens.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Add at most this many tokens.")] = 64,
     temperature: Annotated[
         float,
         typer.Option(
@@ -53,7 +53,7 @@ def generate(
     trust_remote_code: TrustRemoteCode = False,
     skip_broken: SkipBroken = False,
 ) -> None:
-    """Print text that the base writes at a path."""
+    """Generate text with the base at a path, and print it."""
     tree, (path, *_) = load_versions(folder, path, *(on or ()), skip_broken=skip_broken)
     # Checked before a model is loaded, which takes minutes: a typo is reported at once.
     if "+" in path or ":" in path:
@@ -67,20 +67,20 @@ def generate(
         tokens = tokenizer(prompt, return_tensors="pt")
     if tokens["input_ids"].numel() == 0:
         raise SpecError(
-            "the prompt has no tokens, so there is nothing to go on from",
+            "the prompt has no tokens, so there is nothing to continue",
             "give it a word: --prompt TEXT",
         )
     model = open_model(name, trust_remote_code=trust_remote_code)
     if not model.can_generate():
         raise SpecError(
-            f"{name}: its config.json names {type(model).__name__}, which writes no text",
+            f"{name}: its config.json names {type(model).__name__}, which can't generate text",
             "name a base with a language model's head: --base MODEL",
         )
     attached = attach(tree, model)
     attached.activate(path, mode=mode.value)
     # transformers draws from torch's own generator.
     torch.manual_seed(seed)
-    with foreign(f"{name}: the model can't go on from the prompt"):
+    with foreign(f"{name}: the model can't continue the prompt"):
         # The model may be on a GPU; the tokenizer's tensors are on the CPU.
         tokens = tokens.to(model.device)
         text = _continue(model, tokenizer, tokens, max_new_tokens, temperature)

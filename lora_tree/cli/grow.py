@@ -25,12 +25,12 @@ def grow_tree(
         float | None, typer.Option(help="The largest relative error of all adapters together.")
     ] = None,
     budget: Annotated[
-        str | None, typer.Option(help="Room for the factors of all resulting nodes: 20MiB.")
+        str | None, typer.Option(help="Most bytes of the factors of all new nodes: 20MiB.")
     ] = None,
     depth: Annotated[int, typer.Option(min=1, help="The most shared nodes above a leaf.")] = 3,
     dtype: Annotated[Dtype | None, typer.Option(help="Round the factors to this dtype.")] = None,
     by_norm: Annotated[
-        bool, typer.Option("--by-norm", help="An adapter of twice the norm counts four times.")
+        bool, typer.Option("--by-norm", help="Weigh each adapter by its norm squared.")
     ] = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,

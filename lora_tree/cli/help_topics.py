@@ -73,7 +73,7 @@ Other columns are not read. A path of "" is for the bare base.
         "exit codes, --json and the environment, for scripts",
         """\
 0   done
-1   an error, told on stderr; or problems that check or show found
+1   an error, printed on stderr; or problems that check or show found
 2   wrong usage
 130 interrupted, by Ctrl-C
 143 terminated, by SIGTERM

@@ -19,19 +19,20 @@ def hoist_shared(
     folder: Folder,
     parent: Annotated[str, typer.Argument(help="The node above the siblings; '' for the root.")],
     siblings: Annotated[
-        list[str] | None, typer.Argument(help="Its children that take part; all without any.")
+        list[str] | None, typer.Argument(help="The children that share; all without any.")
     ] = None,
     into: Annotated[
-        str | None, typer.Option(help="A new node between, instead of the parent itself.")
+        str | None,
+        typer.Option(help="Put the shared part into this new node, not into the parent."),
     ] = None,
     rank: Annotated[
         int | None, typer.Option(help="Rank of the shared part; full without it.")
     ] = None,
     leaf_rank: Annotated[
-        int | None, typer.Option(help="Rank of what is left of a sibling; exact without it.")
+        int | None, typer.Option(help="Rank of each sibling's remainder; exact without it.")
     ] = None,
     method: Annotated[
-        Method | None, typer.Option(help="Share what this merge finds, instead of the mean.")
+        Method | None, typer.Option(help="Share the result of this merge, not the mean.")
     ] = None,
     density: Density = 1.0,
     space: Space = Space.core,

@@ -19,7 +19,9 @@ __all__ = ["new_tree"]
 
 
 def new_tree(
-    folder: Annotated[Path, typer.Argument(help="Made where it is missing.", metavar="FOLDER")],
+    folder: Annotated[
+        Path, typer.Argument(help="The tree's folder, made if missing.", metavar="FOLDER")
+    ],
     source: Annotated[
         Path | None,
         typer.Option("--from", help="Begin with copies of the adapters in this folder or tree."),
@@ -49,7 +51,10 @@ def new_tree(
         holds_adapters = any(folder.rglob("adapter_config.json"))
         # Nothing can be left out here: the folder is the tree, and its broken adapter lies in it.
         if skip_broken:
-            raise SpecError("--skip-broken is for --from, which copies what is whole")
+            raise SpecError(
+                "--skip-broken is only for --from, which copies the nodes that are not broken",
+                "copy the tree without them: lora-tree init NEW --from FOLDER --skip-broken",
+            )
         tree = load(folder) if holds_adapters else AdapterTree()
     tree.base = base or tree.base
     # A copied tree keeps its own defaults, unless the user names others. Blank ones would change

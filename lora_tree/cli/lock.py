@@ -44,7 +44,7 @@ def accept_files(
         lines.append(f"accepted: {listing(found.accepted)}")
     for node, before in found.moved.items():
         lines.append(
-            f"moved: {node} has the files that {before} had, and what they were trained on"
+            f"moved: {node} has the files of {before}, and takes over what they were trained on"
         )
     if found.gone:
         lines.append(f"gone: {listing(found.gone)}")

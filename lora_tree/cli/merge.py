@@ -35,14 +35,14 @@ class Space(StrEnum):
     dense = "dense"
 
 
-Density = Annotated[float, typer.Option(help="The share of each adapter's numbers that is kept.")]
-Seed = Annotated[int, typer.Option(help="Seed of the methods that drop numbers at random.")]
+Density = Annotated[float, typer.Option(help="Keep this share of each adapter's numbers.")]
+Seed = Annotated[int, typer.Option(help="Seed for methods that drop numbers at random.")]
 
 
 def merge_nodes(
     folder: Folder,
     paths: Annotated[list[str], typer.Argument(help="The paths to merge.")],
-    to: Annotated[str, typer.Option("--to", help="The new node; a sibling of theirs, as a rule.")],
+    to: Annotated[str, typer.Option("--to", help="The new node; usually a sibling of theirs.")],
     weight: Annotated[
         list[str] | None,
         typer.Option(
@@ -60,7 +60,7 @@ def merge_nodes(
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Add a node that merges what some paths add: TIES, DARE, SCE, task arithmetic."""
+    """Add a node that merges several paths, by TIES, DARE, SCE or task arithmetic."""
     work = Work(load(folder), folder, dry_run=dry_run)
     edited, merged = merge_paths(
         work.tree,
@@ -75,6 +75,6 @@ def merge_nodes(
         seed=seed,
     )
     apart = dict(zip(paths, merged.distances, strict=True))
-    notes = [f"{path}: the merge lies {far:.2g} of its norm away" for path, far in apart.items()]
+    notes = [f"{path}: the merge differs by {far:.2g} of its norm" for path, far in apart.items()]
     told = Edited(edited.added, errors=edited.errors, notes=(*edited.notes, *notes))
     work.done(told, as_json=as_json, distances=apart)

@@ -55,7 +55,7 @@ def _language_model(
     model = open_model(name, trust_remote_code=trust_remote_code)
     if not model.can_generate():
         raise SpecError(
-            f"{name}: its config.json names {type(model).__name__}, which writes no text",
+            f"{name}: its config.json names {type(model).__name__}, which can't generate text",
             "name a base with a language model's head: --base MODEL",
         )
     return AnsweringModel(Answerer(attach(tree, model), tokenizer))

@@ -59,7 +59,7 @@ def promotion(
         ),
     ] = None,
     base: Base = None,
-    batch: Annotated[int, typer.Option(min=1, help="Run so many rows at once.")] = 8,
+    batch: Annotated[int, typer.Option(min=1, help="Run this many rows at once.")] = 8,
     beta: Annotated[
         float,
         typer.Option(
@@ -97,7 +97,7 @@ def promotion(
         if found is not None:
             out().print(_table(found))
         if not refused:
-            out().print(f"{made.path}: now what {node or path} was in {checkpoint}")
+            out().print(f"{made.path}: now has the adapter of {node or path} in {checkpoint}")
     if refused and found is not None:
         worse = f": worse on {', '.join(found.worse)}" if found.worse else ""
         err().print(f"{path}: not better{printable(worse)}; the tree stays as it is")

@@ -24,7 +24,7 @@ def pull_tree(
     repository: Annotated[
         str, typer.Argument(help="A repository of the model hub, org/zoo.", metavar="REPOSITORY")
     ],
-    folder: Annotated[Path, typer.Argument(help="The folder that it goes into.", metavar="DIR")],
+    folder: Annotated[Path, typer.Argument(help="Write the tree into this folder.", metavar="DIR")],
     revision: Annotated[
         str | None, typer.Option(help="A branch, tag or commit.", metavar="REVISION")
     ] = None,

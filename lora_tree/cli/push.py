@@ -25,7 +25,7 @@ def push_tree(
         str, typer.Argument(help="A repository of the model hub, org/zoo.", metavar="REPOSITORY")
     ],
     branch: Annotated[
-        str | None, typer.Option(help="A branch; it is made if it is not there.", metavar="NAME")
+        str | None, typer.Option(help="A branch; it is made if missing.", metavar="NAME")
     ] = None,
     base_name: Annotated[
         str | None,
@@ -42,7 +42,7 @@ def push_tree(
     ] = None,
     message: Annotated[str | None, typer.Option(help="The commit's message.")] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Replace the tree that is there, whoever pushed it.")
+        bool, typer.Option("--force", help="Replace the tree on the hub, whoever pushed it.")
     ] = False,
     dry_run: DryRun = False,
     quiet: Quiet = False,
@@ -66,7 +66,7 @@ def push_tree(
         print_json({"dry_run": dry_run, **asdict(pushed)})
         return
     if pushed.renamed:
-        note(f"{listing(pushed.renamed)}: the base is called {pushed.base} there")
+        note(f"{listing(pushed.renamed)}: the pushed files name the base {pushed.base}")
     changed = tell_changes(pushed.added, pushed.replaced, pushed.deleted)
     where, files = f"{repository}@{pushed.branch}", plural(changed, "file")
     if dry_run:

@@ -34,7 +34,7 @@ def train_again(
     folder: Folder,
     nodes: Nodes = None,
     *,
-    stale: Annotated[bool, typer.Option("--stale", help="Train what is stale.")] = False,
+    stale: Annotated[bool, typer.Option("--stale", help="Train all stale nodes.")] = False,
     fresh: Annotated[
         bool,
         typer.Option(
@@ -43,7 +43,7 @@ def train_again(
     ] = False,
     base: Base = None,
     save_every: Annotated[
-        int, typer.Option(min=0, help="Write a checkpoint after so many steps; 0: only the last.")
+        int, typer.Option(min=0, help="Write a checkpoint every N steps; 0: only the last.")
     ] = 50,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask before the training.")] = False,
     dry_run: Annotated[
@@ -124,7 +124,7 @@ def _ask(*, yes: bool, as_json: bool) -> None:
         return
     if as_json or not sys.stdin.isatty():
         raise SpecError(
-            "retrain asks before it trains, and here nobody can answer",
+            "retrain asks before it trains, and can't ask with --json or without a terminal",
             "--yes trains without asking; --dry-run says what it would do",
         )
     typer.confirm("train these nodes again?", abort=True, err=True)

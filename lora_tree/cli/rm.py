@@ -18,7 +18,7 @@ def remove_nodes(
     folder: Folder,
     nodes: Annotated[list[str], typer.Argument(help="Paths or patterns like 'fr/*'.")],
     recursive: Annotated[
-        bool, typer.Option("--recursive", "-r", help="All nodes below them too.")
+        bool, typer.Option("--recursive", "-r", help="Remove all nodes below them, too.")
     ] = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,

@@ -44,9 +44,9 @@ def run_to_the_end(
     if not running.was_over:
         # Checked before the first step: an error at the first checkpoint, or at the save, would
         # lose hours of training.
-        _check_writable(running.folder, "--run names another place for the checkpoints")
+        _check_writable(running.folder, "choose another folder for the checkpoints: --run DIR")
         home = folder if folder.is_dir() else folder.parent
-        _check_writable(home, "copy the tree to a place that can be written")
+        _check_writable(home, "copy the tree to a folder that you can write to, and train there")
     steps = running.settings.steps
     with (
         steps_done("training", steps, running.done) as bar,
@@ -63,7 +63,7 @@ def run_to_the_end(
                 # Printed with --quiet, too, because the tree is not saved.
                 err().print(
                     f"stopped after {step.number} of {plural(steps, 'step')}; "
-                    f"the same command goes on from {kept}"
+                    f"run the same command again to go on from {kept}"
                 )
                 raise typer.Exit(interrupted())
     if running.was_over:
@@ -85,7 +85,7 @@ def _check_writable(place: Path, todo: str) -> None:
     while not nearest.exists():
         nearest = nearest.parent
     if not os.access(nearest, os.W_OK):
-        raise FolderError(f"{place}: can't be written, and the run would end there", todo)
+        raise FolderError(f"{place}: can't be written, so the run could not save", todo)
 
 
 @contextmanager

@@ -29,7 +29,9 @@ def list_runs(
     ] = None,
     picture: Annotated[
         Path | None,
-        typer.Option(help="Draw the losses of the named runs there, as SVG.", metavar="FILE"),
+        typer.Option(
+            help="Draw the losses of the named runs into this file, as SVG.", metavar="FILE"
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

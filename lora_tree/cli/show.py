@@ -56,7 +56,7 @@ def show(
     ] = None,
     on: On = None,
     depth: Annotated[
-        int | None, typer.Option(min=1, help="Show so many levels, counted from the top or NODE.")
+        int | None, typer.Option(min=1, help="Show this many levels, counted from the top or NODE.")
     ] = None,
     pattern: Annotated[
         str | None,
@@ -73,12 +73,13 @@ def show(
         int | None,
         typer.Option(
             min=0,
-            help="Show at most so many lines, 0 for all; on a terminal "
+            help="Show at most this many lines, 0 for all; on a terminal "
             f"{MOST_LINES} without it, and the deepest levels are hidden first.",
         ),
     ] = None,
     svg: Annotated[
-        Path | None, typer.Option(help="Write the tree as a picture there.", metavar="FILE")
+        Path | None,
+        typer.Option(help="Write the tree as a picture into this file.", metavar="FILE"),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -42,7 +42,9 @@ def alike(
             "seconds.",
         ),
     ] = None,
-    picture: Annotated[Path | None, typer.Option(help="Write a heat map there, as SVG.")] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="Write a heat map into this file, as SVG.")
+    ] = None,
     most: Annotated[int, typer.Option(min=0, help="Pairs to list, most alike first.")] = 10,
     skip_broken: SkipBroken = False,
     as_json: AsJson = False,

@@ -54,16 +54,16 @@ def train(
     *,
     data: Data,
     with_ancestors: Annotated[
-        bool, typer.Option("--with-ancestors", help="Train the nodes above those, too.")
+        bool, typer.Option("--with-ancestors", help="Train the ancestors of those nodes, too.")
     ] = False,
     base: Base = None,
     run: Annotated[
-        Path | None, typer.Option(help="Keep checkpoints there; in FOLDER/.training without it.")
+        Path | None, typer.Option(help="Keep checkpoints here; in FOLDER/.training without it.")
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Take so many steps of the optimiser.")] = 200,
-    batch: Annotated[int, typer.Option(min=1, help="Run so many rows at once.")] = 8,
+    steps: Annotated[int, typer.Option(min=1, help="Take this many steps of the optimiser.")] = 200,
+    batch: Annotated[int, typer.Option(min=1, help="Run this many rows at once.")] = 8,
     accumulate: Annotated[
-        int, typer.Option(min=1, help="Accumulate the gradients of so many batches for a step.")
+        int, typer.Option(min=1, help="Accumulate the gradients of this many batches for a step.")
     ] = 1,
     lr: Annotated[float, typer.Option(help="The learning rate at its highest.")] = 2e-4,
     lr_of: Annotated[
@@ -103,7 +103,7 @@ def train(
         typer.Option(min=0, max=1, help="Set this share of an adapter's inputs to zero."),
     ] = 0.0,
     warm_up: Annotated[
-        int, typer.Option(min=0, help="Raise the learning rate over the first so many steps.")
+        int, typer.Option(min=0, help="Raise the learning rate over this many first steps.")
     ] = 0,
     schedule: Annotated[
         Schedule, typer.Option(help="How the learning rate falls after the warm-up.")
@@ -137,19 +137,21 @@ def train(
     ] = None,
     eval_every: Annotated[
         int | None,
-        typer.Option(min=1, help="Measure every so many steps; without it ten times a run."),
+        typer.Option(min=1, help="Measure every N steps; without it ten times a run."),
     ] = None,
     patience: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="Stop a node that did not improve in so many measurements in succession, and "
+            help="Stop a node that did not improve in this many measurements in succession, and "
             "bring it back to its best step; the others go on.",
         ),
     ] = None,
     picture: Annotated[
         Path | None,
-        typer.Option(help="Draw every node's losses there at the end, as SVG.", metavar="FILE"),
+        typer.Option(
+            help="Draw every node's losses into this file at the end, as SVG.", metavar="FILE"
+        ),
     ] = None,
     report_to: Annotated[
         list[Tracker] | None, typer.Option(help="Log every step to this tracker.")
@@ -159,13 +161,13 @@ def train(
     ] = 0,
     max_length: Length = 1024,
     save_every: Annotated[
-        int, typer.Option(min=0, help="Write a checkpoint after so many steps; 0: only the last.")
+        int, typer.Option(min=0, help="Write a checkpoint every N steps; 0: only the last.")
     ] = 50,
     keep: Annotated[
         int,
         typer.Option(
             min=1,
-            help="Keep the last so many checkpoints. If more than one, the one with the least "
+            help="Keep this many last checkpoints. If more than one, the one with the least "
             "loss on the rows held back is among them.",
         ),
     ] = 1,

@@ -34,7 +34,7 @@ def foretell(running: Run, rows: int) -> None:
             f"and lies in {running.aside.folder} now"
         )
         if not running.aside.is_saved:
-            note("  it did not save the tree: lora-tree promote takes its nodes from there")
+            note("  it did not save the tree: take its nodes from there with lora-tree promote")
     if running.left_out:
         go = agreeing(running.left_out, "goes", "go")
         note(f"{running.left_out} of {plural(rows, 'row')} {go} through no node that trains")
@@ -49,11 +49,11 @@ def foretell(running: Run, rows: int) -> None:
     for trained in running.trained:
         note(f"  {trained}")
     if running.prefers:
-        note(f"each against its parent as it is: DPO, beta {running.settings.beta:g}")
+        note(f"DPO, beta {running.settings.beta:g}: each node against its frozen parent")
     if running.held_back:
-        note(f"held back: {plural(len(running.held_back), 'row')}, to judge leaves by")
+        note(f"held back: {plural(len(running.held_back), 'row')}, to judge the leaves")
     if running.watched_on:
-        note(f"measured on the way: {plural(running.watched_on, 'held-out row')}")
+        note(f"measured during training: {plural(running.watched_on, 'held-out row')}")
     if running.outdated:
         note(f"becomes stale: {', '.join(running.outdated)}")
     if running.done:

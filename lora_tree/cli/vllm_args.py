@@ -27,7 +27,7 @@ def vllm_args(
     ] = Path("vllm-cache"),
     max_rank: Annotated[
         int | None,
-        typer.Option(min=1, help="Serve at most this rank; without it enough for every path."),
+        typer.Option(min=1, help="The largest rank served; without it, what every path needs."),
     ] = None,
     max_error: Annotated[
         float,
@@ -36,10 +36,10 @@ def vllm_args(
         ),
     ] = DEFAULT_ERROR,
     max_loras: Annotated[
-        int, typer.Option(min=1, help="Serve so many different paths in one batch.")
+        int, typer.Option(min=1, help="Serve this many different paths in one batch.")
     ] = 8,
     cache_gb: Annotated[
-        float, typer.Option(min=0.001, help="Let the cache hold at most so many GiB.")
+        float, typer.Option(min=0.001, help="Let the cache hold at most this many GiB.")
     ] = 10.0,
     allow: Annotated[
         list[str] | None,
@@ -95,12 +95,14 @@ def vllm_args(
     out().print("\n".join(lines), markup=False, soft_wrap=True)
     # On stderr: stdout may go straight into a file that a shell sources.
     for pattern in made.unmatched:
-        err().print(f"no path of the tree fits --allow {pattern}", markup=False, soft_wrap=True)
+        err().print(f"no path of the tree matches --allow {pattern}", markup=False, soft_wrap=True)
     for problem in made.problems[:MOST_PROBLEMS]:
-        err().print(f"not served as it is now: {problem.text}", markup=False, soft_wrap=True)
+        err().print(f"won't be served: {problem.text}", markup=False, soft_wrap=True)
     if len(made.problems) > MOST_PROBLEMS:
         more = len(made.problems) - MOST_PROBLEMS
-        err().print(f"and {more} more: lora-tree check", markup=False, soft_wrap=True)
+        err().print(
+            f"and {more} more; list them with lora-tree check", markup=False, soft_wrap=True
+        )
     allowed = int(made.flags[2])  # the rank that vLLM was given, one of those it allows
     if made.rank > allowed:
         note = (

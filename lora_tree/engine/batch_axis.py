@@ -251,18 +251,18 @@ class BatchAxis:
         elif others:
             raise BaseMismatch(
                 f"{site.name}: its input is {tuple(x.shape)}: "
-                f"{plural(length, 'row')}, or as many tokens?",
-                "route(…, batch_first=True) says that the first axis is the rows at every site",
-                "or send a batch with another number of tokens once",
+                f"can't tell whether its first axis is the {plural(length, 'row')} or the tokens",
+                "if the rows come first at every site, say so: route(…, batch_first=True)",
+                "or send one batch first whose number of tokens is not its number of rows",
             )
         elif self._given is not None and self._given.vectors:
             return  # the base itself was given vectors
         elif in_a_list_of_lists(site.name):
             raise BaseMismatch(
-                f"{site.name}: its input is {tuple(x.shape)}: {plural(length, 'row')}, or tokens "
-                "that were sent here?",
-                "experts with a module each can't be routed: leave them out, or activate one path "
-                "at a time",
+                f"{site.name}: its input is {tuple(x.shape)}: can't tell whether its first axis is "
+                f"the {plural(length, 'row')} or the tokens sent to this expert",
+                "experts that are modules of their own can't be routed: leave them out of the "
+                "adapters, or activate one path at a time",
             )
 
     def _told(self) -> str:
@@ -307,7 +307,7 @@ def not_by_rows(site: Place, x: Tensor, length: int) -> BaseMismatch:
     return BaseMismatch(
         f"{site.name}: its input is {tuple(x.shape)}, and the first axis should be "
         f"{plural(length, 'row')}",
-        "where it may be tokens: route(…, batch_first=True) says that the first axis is the rows "
-        "at every site",
+        "if the rows come first at every site, and only look like tokens here: "
+        "route(…, batch_first=True)",
         DECLARE,
     )

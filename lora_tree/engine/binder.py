@@ -211,11 +211,11 @@ class Binder:
         told = adapter.told_apart(own)
         other = [name for name in told.overrides if name not in adapter.overrides]
         if other:
-            what = f"{node}: {listing(other)}: the adapter carries another value than the base's"
+            what = f"{node}: {listing(other)}: the adapter carries a value unlike the base's"
             warnings.warn(
                 OverrideWarning(
-                    f"{what}, and it stands there under this node: an override",
-                    "if it was trained over another base, attach that one",
+                    f"{what}, and replaces the base's under this node (an override)",
+                    "if the adapter was trained over another base, attach the tree to that one",
                 ),
                 stacklevel=2,
             )

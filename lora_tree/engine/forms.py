@@ -52,7 +52,7 @@ def check_strategy(strategy: str) -> None:
     if strategy not in known:
         raise SpecError(
             f"no strategy {strategy!r}{suggest(str(strategy), known)}",
-            f"there are {listing(known)}",
+            f"expected one of {listing(known)}",
         )
 
 

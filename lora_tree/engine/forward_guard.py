@@ -113,7 +113,7 @@ class ForwardGuard:
                 raise StateError(
                     "this key/value cache was filled under another path, or before this one was "
                     "activated",
-                    "start with an empty cache, or fill it again under what is active now",
+                    "start with an empty cache, or fill it again under the active path",
                 )
         if self._axis is not None:
             inputs = _main_inputs_first(module, args, kwargs)
@@ -142,8 +142,8 @@ class ForwardGuard:
         def check(grads: Any) -> None:
             if self.number != number:
                 raise StateError(
-                    "backward through checkpointed layers after their path was left: they would "
-                    "run again without it",
+                    "backward through checkpointed layers whose path is no longer active: they "
+                    "would be computed again without it",
                     "call backward() inside the with, or while the same path is active; or turn "
                     "checkpointing off",
                 )

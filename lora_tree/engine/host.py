@@ -114,8 +114,8 @@ def claim(base: nn.Module, model: nn.Module) -> Claim:
         )
     if earlier is not None and not earlier.bare:
         raise StateError(
-            "an earlier model of this base was dropped while a path was active, or prepared, and "
-            "left it there",
+            "an earlier model of this base was dropped without detach(), while a path was active "
+            "or prepared, and left that in the base",
             "load the base again; next time keep the model that attach returns, and detach() it",
         )
     _ATTACHED[base] = mine = Claim(model)

@@ -152,7 +152,7 @@ class Mergeable:
             if other != name:
                 raise TiedWeights(
                     f"{node}: {other} and {name} are two names of one weight: "
-                    "written one after the other, one would be lost",
+                    "merging both would lose one of the increments",
                     "call it by the same name in every adapter on the path",
                 )
             for attribute in _written(plan, name):

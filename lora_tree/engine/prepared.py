@@ -261,8 +261,8 @@ class Prepared:
             biased = fixed is not None and fixed.biased
             if not known or (name in plan.biased and not biased):
                 raise StateError(
-                    f"{terms[0].node}: {name}: nothing was prepared for it; the node or the module "
-                    "came later",
+                    f"{terms[0].node}: {name}: not prepared: the node or the module was added "
+                    "after prepare()",
                     "detach, attach the tree again, and prepare it before the base is compiled",
                 )
             for term in terms:
@@ -343,9 +343,10 @@ class _Fixed:
             nodes = ", ".join(term.node for term in terms)
             have = agreeing(len(terms), f"has rank {rank}", f"have rank {rank} together")
             raise StateError(
-                f"{self.site.name}: {nodes} {have}, and {self.max_rank} was prepared for",
-                f"prepare(max_rank={rank}) or more, after attaching anew; or route fewer paths at "
-                "a time",
+                f"{self.site.name}: {nodes} {have}, and the model was prepared for at most "
+                f"{self.max_rank}",
+                f"detach, attach again, and prepare(max_rank={rank}) or more; or route fewer paths "
+                "at a time",
             )
         device, values = self.A.device, [term.scaled for term in terms]
         with exact_mode(device):

@@ -187,8 +187,8 @@ class PreparedSegments:
         """
         if len(nodes) > self._scales.shape[1]:
             raise StateError(
-                f"{plural(len(nodes), 'node')}, and there were {self._scales.shape[1]} when the "
-                "model was prepared",
+                f"the tree has {plural(len(nodes), 'node')}, and had {self._scales.shape[1]} when "
+                "the model was prepared",
                 "detach, attach the tree again, and prepare it before the base is compiled",
             )
         place = {node: i for i, node in enumerate(nodes)}
@@ -252,9 +252,9 @@ class PreparedSegments:
         ):
             if there is not None:
                 warnings.warn(
-                    f"a batch of {plural(rows, 'row')} owes more nodes than any before: its "
-                    "lists were laid out anew, and a CUDA graph that was captured for as many rows "
-                    "reads the old ones, in which no row owes anything: capture it again",
+                    f"a batch of {plural(rows, 'row')} needs more nodes than any before, so its "
+                    "lists were allocated again; a CUDA graph captured for as many rows still "
+                    "reads the old lists, in which no row needs a node: capture it again",
                     RuntimeWarning,
                     stacklevel=2,
                 )
@@ -300,7 +300,8 @@ class _SegmentedSite:
         if not fits or (self.table.aligned and value.rank % 8):
             raise StateError(
                 f"{node}: {self.site.name}: its factors are {value.dtype} of rank {value.rank}, "
-                f"and {self.table.dtype} of a rank of at most {self.table.rank} was prepared for",
+                f"and the model was prepared for {self.table.dtype} of rank at most "
+                f"{self.table.rank}",
                 "detach, attach the tree again, and prepare it before the base is compiled",
             )
         found = []

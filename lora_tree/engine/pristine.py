@@ -152,7 +152,7 @@ class Pristine:
                 lost.append(self._kept[key].weight.name)
         if lost:
             raise ForeignWrite(
-                f"{listing(dict.fromkeys(lost))}: written or replaced by somebody else while a "
+                f"{listing(dict.fromkeys(lost))}: written or replaced by other code while a "
                 "path was merged",
                 'model.trust("pristine") puts the base\'s own weights back',
                 'model.trust("weights") takes the weights as they are now for the base',
@@ -280,7 +280,7 @@ class Pristine:
             warnings.warn(
                 f"{listing([kept.weight.name for kept in large])}: the increments are so large "
                 "beside the weights that an undo log would take more than half of their memory: "
-                "they have copies on the host instead",
+                "copies on the host are kept instead",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -310,9 +310,9 @@ class Pristine:
         if lost:
             raise ForeignWrite(
                 f"{listing(dict.fromkeys(lost))}: replaced or resized while a path was merged: "
-                "the base's own values do not fit there any more",
+                "the base's own values no longer fit there",
                 "put the old module back and call this again, or load the base again",
-                'model.trust("weights") takes the weights as they are now, the path in them, for '
+                'model.trust("weights") takes the present weights, with the path in them, for '
                 "the base",
             )
         logged = [kept for kept in merged if isinstance(kept.copy, UndoLog)]

@@ -137,8 +137,8 @@ class RowGrounds:
                     dropped.add(term.node)
                 elif not is_bias or term.value.bias is not None:
                     raise MergedOnly(
-                        f"{self._site.name}: {override.node} overrides a part of it, and "
-                        f"{term.node} above has an increment there: the two can't be routed",
+                        f"{self._site.name}: {override.node} overrides a part of it, and its "
+                        f"ancestor {term.node} has an increment there: the two can't be routed",
                         "activate one path at a time, or leave the module out of one of the nodes",
                     )
         return frozenset(dropped)

@@ -431,8 +431,8 @@ def _raise_for_stop(module: nn.Module, name: str) -> NoReturn:
         StateError: always; names the site.
     """
     raise StateError(
-        f"{name}: this {type(module).__name__} passes no gradient on to what is before it, so "
-        "nodes there would not learn from here",
+        f"{name}: this {type(module).__name__} passes no gradient to the layers before it, so "
+        "nodes there would not train",
         "a quantiser of weights alone trains (bitsandbytes, torchao's weight-only kinds); one that "
         "quantises inputs for inference does not",
     )

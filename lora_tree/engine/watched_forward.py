@@ -169,8 +169,8 @@ class WatchedForward(TorchFunctionMode):
             raise StateError(
                 f"{site.name}: {type(site.module).__name__} multiplies with it where "
                 "autograd does not record, so the nodes that train there would get no gradient",
-                "let the module use an implementation that is plain torch, as "
-                'set_experts_implementation("eager") does',
+                "choose an implementation in plain torch: "
+                'model.base.set_experts_implementation("eager")',
             )
         after = add_shares(
             out,
@@ -269,8 +269,8 @@ class WatchedForward(TorchFunctionMode):
         module = type(site.module).__name__
         raise MergedOnly(
             f"{site.name}: can't run unmerged: {module} gives it to "
-            f"{resolve_name(func) or function_name(func)}, which is no product that two factors "
-            "could take part in",
+            f"{resolve_name(func) or function_name(func)}, which is no product, so no factors can "
+            "be added beside it",
             'use activate(…, mode="merged")',
         )
 

@@ -126,14 +126,14 @@ class Answerer:
             prompt = list(self.tokenizer(question.prompt)["input_ids"])
         if not prompt:
             raise SpecError(
-                "the prompt has no tokens, so there is nothing to go on from", "give it a word"
+                "the prompt has no tokens, so there is nothing to continue", "give it a word"
             )
         room = getattr(self.base.config, "max_position_embeddings", None)
         if isinstance(room, int) and len(prompt) + question.max_new_tokens > room:
             raise SpecError(
                 f"the prompt's {plural(len(prompt), 'token')} and "
                 f"{plural(question.max_new_tokens, 'new one')} are more than the {room} "
-                "that the base takes",
+                "that the base can read",
                 "shorten the prompt, or ask for fewer tokens",
             )
         return AnswerRun(self, question, rows, prompt)
@@ -211,7 +211,7 @@ class AnswerRun(SideRun[TokenStep, Answers]):
         with self._answerer.model.route(blends):
             # It may have been stopped while it waited for the model's lock.
             if not self.is_stopped:
-                with foreign("the base can't go on from the prompt"):
+                with foreign("the base can't continue the prompt"):
                     self._continue()
 
     def _continue(self) -> None:

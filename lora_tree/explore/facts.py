@@ -213,8 +213,8 @@ def read_evaluation(file: str | os.PathLike[str]) -> dict[str, Any]:
     rows = list(losses.values()) if isinstance(losses, dict) else []
     if not rows or not all(isinstance(row, dict) for row in rows):
         raise FormatError(
-            f"{file}: no losses of paths on domains",
-            "write the file so: lora-tree eval FOLDER --data rows.jsonl --base MODEL --json > FILE",
+            f"{file}: expected the losses that lora-tree eval --json prints",
+            "write the file: lora-tree eval FOLDER --data rows.jsonl --base MODEL --json > FILE",
         )
     return {"unit": str(found.get("unit", "")), "losses": losses}
 

@@ -119,5 +119,5 @@ def _check_inside(file: Path, inside: Inside) -> None:
         ) from error
     if not plain:
         raise FolderError(
-            f"{file}: is no plain file, and can't be copied", "remove it from the base's folder"
+            f"{file}: can't be copied: not a plain file", "remove it from the base's folder"
         )

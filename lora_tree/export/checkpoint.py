@@ -197,7 +197,7 @@ def base_folder(tree: AdapterTree, base: str | os.PathLike[str] | None) -> Path:
             return folder.resolve()
     hub = need("huggingface_hub", extra="hub", what=f"fetching the base {name}")
     with foreign(
-        f"{name}: no folder of that name, and the hub can't give it",
+        f"{name}: no folder of that name, and it can't be fetched from the hub",
         "name its folder: --base FOLDER",
     ):
         is_online = hub_answers()
@@ -213,9 +213,9 @@ def base_folder(tree: AdapterTree, base: str | os.PathLike[str] | None) -> Path:
     missing = [] if is_online else missing_files(fetched, inside=own_files(fetched))
     if missing:
         raise SpecError(
-            f"{name}: not whole in the hub's cache: it lacks {listing(missing)}; and the hub does "
-            "not answer",
-            "fetch it once where the hub answers; or name its folder: --base FOLDER",
+            f"{name}: incomplete in the hub's cache, which lacks {listing(missing)}; and the hub "
+            "does not answer",
+            "fetch it once while the hub answers; or name its folder: --base FOLDER",
         )
     return fetched
 

@@ -141,8 +141,8 @@ def extract(
     _check_left(left, tuned, ignore=ignore)
     if not modules:
         raise BaseMismatch(
-            f"{tuned}: nothing that a low rank holds differs from {base}",
-            "are the two folders the right ones?",
+            f"{tuned}: no weight that can have an increment differs from {base}",
+            "check that the two folders are the right ones: extract BASE TUNED",
         )
     told = {name: error for name, error in errors.items() if error}
     adapter = Adapter(modules, base=os.fspath(base), errors=told)
@@ -159,7 +159,7 @@ def _check_left(left: Mapping[str, str], tuned: object, *, ignore: bool) -> None
         return
     told = [f"{name}: {reason}" for name, reason in sorted(left.items())]
     raise BaseMismatch(
-        f"{tuned}: {plural(len(left), 'tensor')} changed in a way that no low rank holds",
+        f"{tuned}: {plural(len(left), 'tensor')} changed in a way that no adapter can hold",
         *told[:20],
         *([f"and {len(told) - 20} more"] if len(told) > 20 else []),
         "to leave these changes behind: --ignore, ignore=True",

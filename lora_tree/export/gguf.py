@@ -153,8 +153,8 @@ def llama_request(
     missing = [str(file) for file in files.values() if not file.is_file()]
     if missing:
         raise FormatError(
-            f"{listing(missing, most=3)}: not there",
-            f"write them first: lora-tree export ZOO --as gguf --nodes --out {folder}",
+            f"{listing(missing, most=3)}: no such file",
+            f"write the nodes first: lora-tree export ZOO --as gguf --nodes --out {folder}",
         )
     numbers = {path: number for number, path in enumerate(files)}
     lora: list[tuple[int, float]] = []
@@ -223,9 +223,9 @@ class _Form:
         kind = str(model.config.model_type)
         if kind not in ARCHITECTURES:
             raise SpecError(
-                f"{name}: model_type is {kind!r}, expected one of {listing(ARCHITECTURES)}: how "
-                "llama.cpp lays out its weights was not tried out here",
-                "write a PEFT folder (--as portable), and convert it by llama.cpp's own "
+                f"{name}: model_type is {kind!r}, expected one of {listing(ARCHITECTURES)}: "
+                "GGUF export was not tested with other architectures",
+                "write a PEFT folder (--as portable), and convert it with llama.cpp's own "
                 "convert_lora_to_gguf.py",
             )
         return _Form(gguf, model, kind)

@@ -125,7 +125,7 @@ def _written_words(written: Sequence[str], leaves: Sequence[str], out: Path) -> 
         return f"nothing was written in {out}"
     stay = [path for path in leaves if path in set(written)]  # in the tree's order
     leaves_in_all = plural(len(leaves), "leaf", "leaves")
-    were, stays = agreeing(len(stay), "was", "were"), agreeing(len(stay), "stays", "stay")
+    were, stays = agreeing(len(stay), "was", "were"), agreeing(len(stay), "is kept", "are kept")
     return f"{len(stay)} of {leaves_in_all} {were} written in {out}, and {stays}: {listing(stay)}"
 
 

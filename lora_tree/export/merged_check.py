@@ -228,7 +228,7 @@ class _Comparing:
                     is_own = dtype in (old.dtype, new.dtype)
                     said = "" if is_own else f"as of {str(dtype)[6:]} arithmetic"
                     return TensorCheck(name, "rounding", looked.error, said)
-            return TensorCheck(name, "other", looked.error, "some of its elements are others")
+            return TensorCheck(name, "other", looked.error, "some of its elements differ")
         said = best.text if best is not None else "another sum"
         return TensorCheck(name, "other", looked.error, said)
 
@@ -270,7 +270,7 @@ class _Comparing:
             tensors = plural(len(aside), "tensor")
             rest = f"; {tensors} beside its weights {verb}: {listing(aside, most=3)}"
         if not self._fits:
-            return Guess(f"another model, or another base{rest}")
+            return Guess(f"merged from another model, or into another base{rest}")
         nodes = list(self._coefficients)
         nodes = [node for node in nodes if any(node in fit.nodes for fit in self._fits)]
         multiples, left = solved(self._fits, nodes)
@@ -296,7 +296,7 @@ class _Comparing:
         parts += [f"{node} was merged as well, {times:.3g} times" for node, times in added.items()]
         if not added:
             share = math.sqrt(left / math.fsum(fit.found for fit in self._fits))
-            parts.append(f"{share:.0%} of the change is no increment of this tree")
+            parts.append(f"{share:.0%} of the change comes from no node of this tree")
         return Guess("; ".join(parts) + rest, {**looking.multiples, **added})
 
 

@@ -92,15 +92,15 @@ def new_model_folder(place: Path, *, needs_bytes: int) -> Iterator[ModelFolder]:
     with disk.named("look into it", place):
         taken = os.path.lexists(place) and not _is_empty_folder(place)
     if taken:
-        raise FolderError(f"{place}: is there already", "name a new folder, or remove it first")
-    with disk.named("ask for its disk's room", place.parent):
+        raise FolderError(f"{place}: exists already", "name a new folder, or remove it first")
+    with disk.named("find out the free space of its disk", place.parent):
         # The folders above the place may not exist yet: nothing is created before all checks.
         nearest = next(above for above in place.absolute().parents if above.exists())
         # Check the free space first: an export may run for hours, and would otherwise fail at its
         # end.
         free = shutil.disk_usage(nearest).free
     if free < needs_bytes:
-        raise FolderError(f"{place}: needs {needs_bytes:,} bytes, the disk has {free:,} left")
+        raise FolderError(f"{place}: needs {needs_bytes:,} bytes, the disk has {free:,} free")
     with new_folder(place) as folder:
         yield ModelFolder(folder)
 

@@ -147,7 +147,7 @@ def portable(
     terms = tree.terms(blend, base=renamer)
     if not flat.modules and not flat.overrides:
         raise FormatError(
-            f"{path or 'the bare base'}: there is nothing to export, no node on the way has an "
+            f"{path or 'the bare base'}: there is nothing to export: no node on the path has an "
             "adapter",
             "name a path with an adapter on it: lora-tree show FOLDER lists them",
         )

@@ -67,8 +67,8 @@ def completed(modules: Mapping[str, LowRank], shapes: Shapes) -> dict[str, LowRa
         made[name] = LowRank(A, B)
     if unknown:
         raise FormatError(
-            f"{listing(unknown, most=3)}: no node on the way changes these, so nothing says their "
-            "shapes",
+            f"{listing(unknown, most=3)}: no node on the path changes these, so their shapes are "
+            "unknown",
             "name the base, whose config or weights say them: --base FOLDER_OR_ID, base=…",
             "or state them: --shape k_proj=1024x4096, shapes={'k_proj': (1024, 4096)}",
             "or leave them as they are, which is the default: PEFT, vLLM and llama.cpp take them "

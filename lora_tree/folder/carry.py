@@ -102,8 +102,8 @@ def _refuse_changed(folder: Path, place: str, was: FileLock | None) -> None:
     # on.
     if now is not None and now != was:
         raise FolderError(
-            f"{folder / place}: not the file that a cut-off save was to replace or delete",
-            f"move it away or put the old one back; or forget that save: remove {folder / HIDDEN}",
+            f"{folder / place}: not the file that an interrupted save was to replace or delete",
+            f"move it away or put the old one back; or give that save up: remove {folder / HIDDEN}",
         )
 
 
@@ -112,9 +112,9 @@ def _refuse_another(file: Path, move: RecordedMove, folder: Path) -> None:
     same_size = seen is not None and seen.size == move.size
     if not same_size or disk.digest(file, follow=False) != move.sha256:
         raise FolderError(
-            f"{file}: not the file that {HIDDEN}/{RECORD} speaks of: "
+            f"{file}: not the file that {HIDDEN}/{RECORD} describes: "
             f"expected {move.size} bytes for {move.to}",
-            "a save was cut off and its files were changed since; restore them, "
+            "a save was interrupted, and its files have changed since; restore them, "
             f"or remove {folder / HIDDEN}",
         )
 

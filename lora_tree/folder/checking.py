@@ -188,7 +188,7 @@ def _part_of_a_tree(opened: Opened) -> list[str]:
     if part is None:
         return []
     tree, node = part
-    return [f"{folder}: {node} of the tree {tree}; what lies above it there is not counted here"]
+    return [f"{folder}: the node {node} of the tree {tree}; its ancestors there don't count here"]
 
 
 def _passed_over(opened: Opened) -> list[str]:

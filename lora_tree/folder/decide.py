@@ -322,8 +322,8 @@ def _refuse_twins(files: Iterable[NewFile], deletes: Iterable[str]) -> None:
     for place in sorted(deletes):
         twin = folded.get(place.casefold(), place)
         if twin != place:
-            text = f"{twin} differs from {place}, which has to go, only by case"
-            raise FolderError(text, "save it under another name first")
+            text = f"{twin} differs only by case from {place}, which this save deletes"
+            raise FolderError(text, "save it under a third name first, then rename it")
 
 
 def _new_yaml(needs: YamlNeeds, rights: Ownership) -> NewFile | None:

@@ -59,7 +59,7 @@ __all__ = [
 
 HISTORY = ".versions"
 LOG_NAME = re.compile(r"[^./\0][^/\0]{0,200}\.json\Z")
-_REPAIR = "restore it; or remove it: the contents stay where they are until lora-tree gc"
+_REPAIR = "restore it; or remove it: the versions' files stay on the disk until lora-tree gc"
 
 
 @dataclass(frozen=True)

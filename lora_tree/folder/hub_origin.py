@@ -55,8 +55,8 @@ def read_origin(folder: Path) -> HubOrigin | None:
         return HubOrigin.model_validate(data)
     except (ValidationError, FormatError) as error:
         raise SpecError(
-            f"{file}: makes no sense: {str(error).splitlines()[0]}",
-            "remove it: then nothing is known of an earlier pull or push",
+            f"{file}: not a record of a pull or push: {str(error).splitlines()[0]}",
+            "remove it: the folder then counts as never pulled or pushed",
         ) from error
 
 

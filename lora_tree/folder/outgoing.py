@@ -73,7 +73,7 @@ def outgoing(opened: Opened, *, base_name: str | None = None) -> Outgoing:
         node, folder = next(iter(own.outside.items()))
         raise FolderError(
             f"{listing(own.outside)}: outside of the tree's folder or hidden in it, like {folder}, "
-            "so nobody else would have it",
+            "so the push would leave it out",
             f"bring it in: lt.load({opened.place.spelled!r}) and save(copy=True); or push it to a "
             f"repository of its own and name that in tree.yaml: {node}: {{adapter: hub:org/name}}",
         )
@@ -161,8 +161,8 @@ class _BaseNames:
         if local and base is None:
             raise SpecError(
                 f"{opened.place.spelled}: the base is {listing(sorted(local), most=3)}, a folder "
-                "of this machine, which nobody else has under that name",
-                "say what it is on the hub: --base-name org/model",
+                "of this machine, which others can't open",
+                "give its id on the hub: --base-name org/model",
             )
         if base_name is not None and spelled is not None and spelled != base_name:
             local.add(spelled)

@@ -105,7 +105,7 @@ class Ownership:
         ours = self.opened.lock is not None and self.opened.lock.yaml == sha256
         if not self.seen and not ours:
             raise FolderError(
-                f"{place.yaml_file}: of another tree, and no save wrote it",
+                f"{place.yaml_file}: belongs to another tree, and no save wrote it",
                 "move it away, or save to another folder",
             )
         raise self.undoing([place.yaml_file], "written")
@@ -144,9 +144,9 @@ class Ownership:
         if back:
             raise FolderError(
                 f"{listing(back)}: the tree no longer has this node, but no save wrote its files, "
-                "so they stay, and the folder would be a node again",
-                "move them out of the folder, save the tree elsewhere, or open the tree again to "
-                "have them in it; or work on copies, which a tree may move: "
+                "so they stay, and would be a node again when the folder is opened",
+                "move them out of the folder, save the tree elsewhere, or open the tree again "
+                "with that node; or work on copies, which a tree may move: "
                 f"lora-tree init NEW --from {shlex.quote(self.opened.place.folder)}",
             )
         return going
@@ -163,15 +163,14 @@ class Ownership:
         """Return the error for a save over files that this tree has not seen."""
         if self.seen:
             return FolderError(
-                f"{listing(what)}: {how} by somebody else since this tree was opened or saved, "
-                "and this save would undo it",
+                f"{listing(what)}: {how} by another writer since this tree was opened or saved, "
+                "and this save would undo that",
                 f"open the tree again, lt.load({self.opened.place.folder!r}), and change that one; "
                 "or save into another folder",
             )
         return FolderError(
-            f"{listing(what)}: of another tree, which this save would overwrite",
-            "save into another folder; or open that tree and change it; "
-            "or remove what is there first",
+            f"{listing(what)}: belongs to another tree, and this save would overwrite it",
+            "save into another folder; or open that tree and change it; or remove its files first",
         )
 
 

@@ -102,7 +102,7 @@ def read_record(folder: str | Path) -> Record | None:
             except (FileNotFoundError, NotADirectoryError):
                 return None  # the folder itself may be a file, which its owner reports better
         if not is_kind(mode):
-            raise SpecError(f"{path}: a link, or not what a save makes there", "remove it")
+            raise SpecError(f"{path}: a link, or not a file that a save writes", "remove it")
     try:
         data = strict_json.loads(disk.read_file(file, most=LOCK_BYTES, follow=False), file)
         check_format(data, file, VERSION)

@@ -177,7 +177,7 @@ def _put(
         removed = [above for above in missing if above in versions]
         if removed:
             raise PathError(
-                f"{named.path}: {listing(removed)}, which it stood on, "
+                f"{named.path}: {listing(removed)}, above it in that version, "
                 f"{agreeing(len(removed), 'is', 'are')} not in the tree",
                 advice(removed),
             )

@@ -64,5 +64,5 @@ def _busy(hidden: Path, lock: Path) -> FolderError:
     text = f"{hidden.parent}: another process has been writing this folder for {WAIT_S:.0f} s"
     return FolderError(
         f"{text}: {who}" if who else text,
-        "wait until it is done, or end it; a lock without a holder does not block",
+        "wait until it is done, or end it; the lock of an ended process does not block",
     )

@@ -48,7 +48,7 @@ VARIANTS = {
     "use_bdlora": "BD-LoRA stores one factor as its blocks, not as a matrix",
     "arrow_config": "Arrow routes between adapters by the input, which is no fixed increment",
     "kasa_config": "KaSA truncates the base's own weights and adds a diagonal between the factors",
-    "monteclora_config": "MonteCLoRA samples its factors anew in every forward",
+    "monteclora_config": "MonteCLoRA draws new factors in every forward",
     "layer_replication": "it repeats layers of the base, which is another model",
     "megatron_config": "Megatron's parallel layers hold shards of the factors",
 }

@@ -84,8 +84,8 @@ class KeyNames:
         self.name, first = next(iter(carried.items()))
         if len(carried) > 1:
             raise FormatError(
-                f"{where}: its keys carry the names of {plural(len(carried), 'adapter')}, expected "
-                f"one: {listing([name[:80] for name in carried])}",
+                f"{where}: its keys name {plural(len(carried), 'adapter')}, expected one: "
+                f"{listing([name[:80] for name in carried])}",
                 "save each by itself: model.save_pretrained(FOLDER, selected_adapters=[NAME])",
             )
         if nameless is not None:

@@ -133,11 +133,11 @@ class NameRules:
         # The cheapest test first: a name may be as long as a request.
         if len(name) > MOST_CHARACTERS:
             raise PathError(
-                f"a name of {plural(len(name), 'character')}; "
-                f"the longest path has {MOST_CHARACTERS:,}"
+                f"a name of {plural(len(name), 'character')}; the longest path has "
+                f"{MOST_CHARACTERS:,}"
             )
         if not name.isascii():
-            raise PathError("a name with other characters than those of paths")
+            raise PathError("a name with characters that no path has")
         # Names of nodes contain neither character, so either of them means a blend.
         is_blend = ":" in name or "+" in name
         if is_blend and not self.blends:

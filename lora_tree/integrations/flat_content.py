@@ -93,8 +93,8 @@ class Contents:
                 parts.append((nodes[node], weight_digest(coefficient)))
         if not parts:
             raise FormatError(
-                "there is nothing to serve: no node on the way has an adapter",
-                "ask for the base itself",
+                "there is nothing to serve: no node on the path has an adapter",
+                "request the base itself",
             )
         said = json.dumps([VERSION, parts, self._form.max_rank, self._form.max_error])
         stale = tuple(problem.text for problem in mine if problem.kind == "stale")
@@ -110,7 +110,7 @@ class Contents:
     def _hash(self, tree: AdapterTree, node: str) -> str:
         source = tree[node].source
         if not isinstance(source, FolderSource):
-            raise SpecError(f"{node}: it is in memory alone", "save the tree")
+            raise SpecError(f"{node}: its adapter is only in memory", "save the tree first")
         files = source.files()
         if source.content is not None:
             return source.unchanged(files)  # the lock's hash, if the files are still those

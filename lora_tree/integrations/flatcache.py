@@ -264,7 +264,7 @@ class FlatCache:
             raise
         # The tree may have changed during the read; the folder would then hold another content.
         if not self._contents.is_still(content, tree, problems, path):
-            raise UnlockedError(f"{path}: the tree was changed while it was read", "ask again")
+            raise UnlockedError(f"{path}: the tree changed while it was read", "try again")
         return made
 
     def _in_form(self, tree: AdapterTree, path: str) -> Portable:
@@ -297,7 +297,7 @@ class FlatCache:
             whose = "the half of it that blends may use" if for_blend else "all of it"
             raise TooLarge(
                 f"{self.folder}: no room for {nbytes:,} bytes: {whose} is {most:,}",
-                "give the cache more bytes",
+                "give the cache more bytes: vllm-args --cache-gb",
             )
         sizes = self._disk.sizes()
         elsewhere, here = self._disk.in_use_elsewhere(), self.in_use
@@ -329,7 +329,7 @@ class FlatCache:
                 f"{self.folder}: no room for {nbytes:,} bytes: "
                 f"{take} {sum(sizes.values()):,} of {self.budget_bytes:,}",
                 f"they stay for {self._usage.grace_s:.0f} s after their last use; "
-                "or give the cache more bytes",
+                "or give the cache more bytes: vllm-args --cache-gb",
             )
 
     def _give_up(self, content: str) -> bool:
@@ -362,8 +362,8 @@ class FlatCache:
                 self._usage.forget(one)
                 return
         raise NoRoom(
-            f"{plural(len(blends), 'blend')} are in use, and no more are served at once",
-            "ask again in a moment",
+            f"{plural(len(blends), 'blend')} are in use, the most that are served at once",
+            "send the request again in a moment",
         )
 
     def _unused_s(self, content: str) -> float:

@@ -76,7 +76,7 @@ class HeldRows:
 def held_rows(
     data: Any, column: str, tree: AdapterTree, share: float | None
 ) -> tuple[Any, HeldRows | None]:
-    """Split a data set into the rows to train on, and those to judge leaves by.
+    """Split a data set into the rows to train on, and those to judge the leaves.
 
     Args:
         data: of the Trainer; a ``datasets.Dataset``, or anything with rows in order.
@@ -116,7 +116,7 @@ def held_rows(
     left_out = set(held)
     kept = [place for place in range(len(paths)) if place not in left_out]
     told = ", ".join(f"{len(own)} of {path or BASE_LABEL}" for path, own in sorted(places.items()))
-    _log.info("held back: %s, to judge leaves by: %s", plural(len(held), "row"), told)
+    _log.info("held back: %s, to judge the leaves: %s", plural(len(held), "row"), told)
     return _rows(data, kept), HeldRows(data, places)
 
 

@@ -85,7 +85,7 @@ def _check_whole(
     for lack in begun:
         if all(each in on_the_hub for each in lack):
             raise HubError(
-                f"{name}: {listing(lack)}: on the hub, and was not fetched", "try again later"
+                f"{name}: {listing(lack)}: on the hub, but not fetched", "try again later"
             )
 
 

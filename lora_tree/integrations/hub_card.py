@@ -82,9 +82,9 @@ class TreeCard:
             card = card_of(text if text is not None else f"---\n{{}}\n---\n{before or ''}")
         except Exception as error:  # of its YAML parser, and its own
             raise SpecError(
-                f"{self.repository}: {CARD}: its metadata makes no sense: "
+                f"{self.repository}: {CARD}: its metadata can't be read: "
                 f"{str(error).splitlines()[0]}",
-                "mend it on the hub, between the two lines ---, or remove that block",
+                "correct it on the hub, between the two lines ---, or remove that block",
             ) from error
         self._describe(card.data, license, tags)
         card.text = self._body(card.text)

@@ -99,7 +99,7 @@ class HubClient:
             ) from error
         if "/" not in repository:
             raise SpecError(
-                f"{repository!r}: a repository of an account is meant",
+                f"{repository!r}: no account in the repository's id",
                 f"expected: org/{repository}",
             )
 
@@ -317,7 +317,7 @@ class HubClient:
             raise
         except known.GatedRepoError as error:
             raise HubError(
-                f"{name}: gated: its owners let in only who has accepted their terms",
+                f"{name}: gated: only accounts that have accepted its owners' terms can read it",
                 f"accept them at {page}, then {_LOGIN}",
             ) from error
         except known.RepositoryNotFoundError as error:
@@ -372,8 +372,8 @@ class HubClient:
             return [f"{name}: this account may not do that: {said}", _LOGIN]
         if status in (409, 412):
             return [
-                f"{name}: somebody else has pushed in this very moment: {said}",
-                "run it again: it compares with what is there now",
+                f"{name}: another push came in between: {said}",
+                "run lora-tree push again: it compares with the new commit",
             ]
         todo = [] if status < 500 and status != 429 else ["try again later"]
         return [f"{name}: the hub answered {status}: {said}", *todo]

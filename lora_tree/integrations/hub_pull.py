@@ -100,8 +100,8 @@ def pull(
     opened = inspect(TreePlace(str(snapshot.folder)), outside=False)
     raise_any(
         opened.problems,
-        f"{repository} was pushed with files that are not those of its {PLACE.lock}: "
-        "tell its owners",
+        f"{repository} was pushed with files that differ from its {PLACE.lock}: "
+        "its owners have to push it again",
         # Adapters that nodes name on the hub are not part of a pull; opening the tree fetches them.
         but=("stale", "leftover", "hub"),
     )

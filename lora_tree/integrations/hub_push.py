@@ -224,7 +224,7 @@ def _refuse_unseen(
             unseen.append(place)
     if not unseen:
         return
-    what = "pushed by somebody else since" if seen else "of a tree that this folder has not seen"
+    what = "changed by another push since" if seen else "of a tree that this folder has not pulled"
     raise HubError(
         f"{client.repository}@{branch}: {listing(unseen)}: {what}",
         "pull it into another folder and bring your changes there: lora-tree pull "
@@ -263,9 +263,9 @@ def _check_arrived(client: HubClient, commit: str, draft: Mapping[str, bytes | P
     lost = [path for path, data in draft.items() if not _arrived(there.get(path), data)]
     if lost:
         raise HubError(
-            f"{client.repository}: {listing(lost)}: not in the commit {commit[:12]} as they were "
-            "sent",
-            "does a .gitignore in the repository leave them out? mend it there, and push again",
+            f"{client.repository}: {listing(lost)}: missing from the commit {commit[:12]}, or not "
+            "as sent",
+            "look for a .gitignore in the repository that leaves them out, correct it, push again",
         )
 
 

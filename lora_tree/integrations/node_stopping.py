@@ -121,7 +121,10 @@ class NodeStopping(TrainerCallback):  # type: ignore[misc]
         try:
             self._rule.take(told, best)
         except (AttributeError, TypeError) as error:
-            raise FormatError(f"{file}: makes no sense: {error!r}") from error
+            raise FormatError(
+                f"{file}: not the state of a run with patience: {error!r}",
+                "resume from an earlier checkpoint",
+            ) from error
         self._resumes = True
 
     # ------------------------------------------------------------------ private

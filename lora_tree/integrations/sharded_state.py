@@ -64,9 +64,9 @@ def save_state(
         said = json.dumps({"groups": groups, "schedule": scheduler.state_dict()}, default=float)
     except (TypeError, ValueError) as error:
         raise SpecError(
-            f"{type(optimizer).__name__} or {type(scheduler).__name__} keeps something that is no "
-            f"number: {error}",
-            "save_only_model=True: such a run can't be resumed",
+            f"{type(optimizer).__name__} or {type(scheduler).__name__} has state that is neither "
+            f"a tensor nor a number: {error}",
+            "pass save_only_model=True; such a run can't be resumed",
         ) from error
     disk.write(folder / STATE, render_tensors(tensors, {"format": "pt", "state": said}))
 
@@ -85,7 +85,7 @@ def load_state(optimizer: torch.optim.Optimizer, scheduler: Any, folder: Path) -
     groups = said.get("groups")
     if not isinstance(groups, list) or len(groups) != len(now["param_groups"]):
         raise FormatError(
-            f"{file}: state of other parameter groups than train now",
+            f"{file}: it holds the state of other parameter groups than those that train now",
             "resume with the nodes that trained then: model.trainable(…)",
         )
     by_parameter: dict[int, dict[str, Tensor]] = {}

@@ -88,7 +88,7 @@ class Surveyed:
                     # Kept for the interval like a view: not every request should try a failing
                     # disk again.
                     self._view = LoraTreeError(
-                        f"the tree can't be looked at: {type(error).__name__}: {error}"
+                        f"the tree can't be read: {type(error).__name__}: {error}"
                     )
                 # Four times as long as the look took: a slow disk is looked at less often.
                 took_s = time.monotonic() - began

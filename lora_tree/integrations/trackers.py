@@ -76,7 +76,7 @@ def reporting(
 
 def _begun(name: str, folder: Path, config: Mapping[str, Any], done: int) -> Any:
     classes = need("accelerate.tracking", extra="train", what=_WHAT).LOGGER_TYPE_TO_CLASS
-    with foreign(f"{_WHAT} {name}: it does not begin"):
+    with foreign(f"{_WHAT} {name}: the tracker can't start"):
         if name == "tensorboard":
             # A resumed run repeats steps that a killed one has reported already.
             tracker = classes[name]("tensorboard", folder, purge_step=done + 1 if done else None)

@@ -194,8 +194,8 @@ class _Resolver:
         if models is None:
             self._once.say(
                 MODELS,
-                "lora_tree: this vLLM keeps its adapters elsewhere; "
-                "changes of the tree need a restart",
+                "lora_tree: this version of vLLM keeps its adapters in an unknown place; "
+                "restart the server after changes of the tree",
             )
             return None
         for front in self._fronts:

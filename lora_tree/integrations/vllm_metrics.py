@@ -79,28 +79,32 @@ class Metrics:
             )
 
         self._requests = counter(
-            "requests", "Requests that were given an adapter of the tree.", "kind"
+            "requests", "Requests that were served with an adapter of the tree.", "kind"
         )
-        self._refused = counter("refused", "Questions for a name that were refused.", "reason")
+        self._refused = counter("refused", "Requests for a name that were refused.", "reason")
         self._flattened = counter("flattened", "Paths that were flattened and written.")
-        self._swapped = counter("swapped", "Served paths that were given a new content.")
-        self._evicted = counter("cache_evictions", "Adapters that the cache made room of.")
+        self._swapped = counter(
+            "swapped", "Served paths whose adapter was replaced by a new version."
+        )
+        self._evicted = counter("cache_evictions", "Adapters that the cache evicted.")
         self._delay = prometheus.Histogram(
             "lora_tree_first_answer_delay_seconds",
-            "What the first request for a path waits for: flattening, and vLLM's loading.",
+            "Time that the first request for a path waits for flattening and vLLM's loading.",
             buckets=BUCKETS_S,
             registry=registry,
         )
         self._served = gauge("paths_served", "Paths and blends that are served.")
-        self._stale = gauge("paths_stale", "Served paths with a stale node on their way.")
+        self._stale = gauge("paths_stale", "Served paths with a stale node.")
         self._behind = gauge(
-            "paths_behind", "Served paths that go on as they were: their files are not whole."
+            "paths_behind", "Paths still served in an old version: their files are not whole."
         )
-        self._unreadable = gauge("unreadable", "1 if the last look at the tree failed.")
+        self._unreadable = gauge("unreadable", "1 if the tree could not be read the last time.")
         # The front ends share the folder, and each sets its size after a change of its own. The
         # largest value might come from a front end that has changed nothing for a long time.
         self._cache_bytes = gauge("cache_bytes", "Bytes of the cache folder.", "livemostrecent")
-        self._cache_budget = gauge("cache_budget_bytes", "The most that the cache folder may hold.")
+        self._cache_budget = gauge(
+            "cache_budget_bytes", "Most bytes that the cache folder may hold."
+        )
         # Prometheus sees no increase in a series that first appears as 1, so each series exists
         # from the start.
         for kind in ("path", "blend"):

@@ -62,7 +62,7 @@ class PluginSettings:
         ('fr/**', 'de')
         """
         if not environment.get(CACHE):
-            raise SpecError(f"{ZOO} is set and {CACHE} is not", "lora-tree vllm-args prints both")
+            raise SpecError(f"{ZOO} is set, but {CACHE} is not", "lora-tree vllm-args prints both")
         allow = environment.get(ALLOW)
         patterns = None if allow is None else tuple(filter(None, re.split(r"[,\s]+", allow)))
         blends = _switch(environment, BLENDS)

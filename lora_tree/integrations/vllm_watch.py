@@ -91,7 +91,8 @@ class Watcher:
         except LoraTreeError as error:
             self._once.say(
                 "",
-                f"lora_tree: the tree can't be read, its paths go on as they were: {reason(error)}",
+                "lora_tree: the tree can't be read, its paths keep their old versions: "
+                f"{reason(error)}",
             )
             self._metrics.looked(served=len(served), stale=0, behind=len(served))
             return
@@ -102,7 +103,7 @@ class Watcher:
                 stale += self._look_at(view, path)
             except Exception as error:  # vLLM's; the other paths go on
                 behind += 1
-                text = f"lora_tree: {shown(path)!r} goes on as it was: {reason(error)}"
+                text = f"lora_tree: {shown(path)!r} stays in its old version: {reason(error)}"
                 # A file that is being written has another size, and so another reason, at every
                 # look. It is one event for the log.
                 kind = FolderError if isinstance(error, FolderError) else type(error)
@@ -128,7 +129,7 @@ class Watcher:
         if now.name != content or self._is_behind(path, now.name):
             self._follow(view, path)
         elif self._once.is_over(path):
-            log.info("lora_tree: '%s' fits its files again", shown(path))
+            log.info("lora_tree: the files of '%s' are whole again", shown(path))
         return bool(now.stale)
 
     def _follow(self, view: View, path: str) -> None:

@@ -63,8 +63,7 @@ def check_shapes(a: torch.Size, b: torch.Size, bias: Tensor | None) -> None:
         )
     if 0 in a or 0 in b:
         raise ShapeMismatch(
-            f"A is {tuple(a)}, B is {tuple(b)}: there is nothing in them, "
-            "expected every size to be at least 1",
+            f"A is {tuple(a)}, B is {tuple(b)}: empty factors, expected sizes of at least 1",
             "leave the module out of the adapter",
         )
     if bias is None:

@@ -280,7 +280,7 @@ def _measured(
 ) -> tuple[list[float], list[float], int]:
     """Return each blend's mean loss on the rows, its mean KL from the first, and the tokens."""
     if not rows:
-        raise SpecError("there are no rows to measure on", "give what read_rows returned")
+        raise SpecError("there are no rows to measure on", "pass the rows that read_rows returned")
     if are_preferences(rows):
         raise SpecError(
             f"{rows[0].where}: a row that prefers one answer to another has no loss of one path",

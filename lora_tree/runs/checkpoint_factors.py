@@ -90,7 +90,7 @@ def load_factors(model: TreeModel, folder: Path) -> None:
         here = {path_of(name) for name in now}
         if there != here:
             train = agreeing(len(here), "trains", "train")
-            what = f"of {listing(sorted(there))}, and {listing(sorted(here))} {train} now"
+            what = f"it holds {listing(sorted(there))}, and {listing(sorted(here))} {train} now"
         else:
             what = f"with other modules: {listing(sorted(saved.keys() ^ now.keys()))}"
         raise FormatError(
@@ -104,7 +104,7 @@ def load_factors(model: TreeModel, folder: Path) -> None:
             raise FormatError(
                 f"{file}: {name}: {tuple(new.shape)} {new.dtype}, "
                 f"the node has {tuple(own.shape)} {own.dtype}",
-                "resume with the rank and dtype of then",
+                "resume with the rank and dtype that the run began with",
             )
     then = _recorded(said, file)
     changed = [path for path, on in _stands_on(model).items() if then.get(path) != on]
@@ -138,7 +138,7 @@ def ancestors_then(folder: Path, path: str) -> dict[str, str]:
     record = _recorded(said, file).get(path, {})
     if not (isinstance(record, dict) and all(isinstance(told, str) for told in record.values())):
         raise FormatError(
-            f"{file}: stands_on: {path}: expected what each node was, got {str(record)[:80]}"
+            f"{file}: stands_on: {path}: expected a mapping from nodes, got {str(record)[:80]}"
         )
     found = {}
     for node, told in record.items():

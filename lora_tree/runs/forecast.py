@@ -47,10 +47,10 @@ class NodeForecast:
     rows: int
 
     def __str__(self) -> str:
-        """One line: ``fr/legal: from its adapter, on fr as it is; 40 rows``."""
+        """One line: ``fr/legal: from its adapter, on fr (frozen); 40 rows``."""
         start = "from new factors" if self.is_new else "from its adapter"
-        above = [f"{node} as it is" for node in self.frozen]
-        above += [f"{node}, which trains" for node in self.trained_with]
+        above = [f"{node} (frozen)" for node in self.frozen]
+        above += [f"{node} (trains, too)" for node in self.trained_with]
         ground = listing(above) if above else "the bare base"
         return f"{self.node}: {start}, on {ground}; {plural(self.rows, 'row')}"
 

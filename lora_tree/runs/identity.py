@@ -78,10 +78,10 @@ def refuse_other(before: LastCheckpoint, mine: Mapping[str, Any]) -> None:
         raise SpecError(
             f"{before.folder}: of a run with other {what}: "
             f"{_difference(before.about.get(what), mine[what])}",
-            "that run is not finished: give the command that began it, and it goes on "
+            "that run is not finished: to go on with it, repeat the command that began it "
             "(lora-tree runs FOLDER lists runs)",
             "or keep the checkpoints of this run in another folder: --run DIR",
-            "or give the other run up: delete that checkpoint",
+            "or give that run up: delete its checkpoint",
         )
 
 

@@ -45,8 +45,8 @@ def are_preferences(rows: Sequence[Row]) -> bool:
     other = next((row for row in rows if row.rejected is None), None)
     if one is not None and other is not None:
         raise SpecError(
-            f"{one.where} prefers one answer to another, and {other.where} is learnt by itself",
-            "one run learns one kind of rows: train them one after the other",
+            f"{one.where} is a preference (chosen, rejected), and {other.where} is not",
+            "one run takes one kind of rows: train them in two runs",
         )
     return one is not None
 

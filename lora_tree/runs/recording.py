@@ -67,8 +67,8 @@ class Recorder:
         held = locks.attempt(self.folder / RUN_LOCK)
         if held is None:
             raise FolderError(
-                f"{self.folder}: another process takes steps of this run",
-                "wait for it, or give this one another folder for its checkpoints",
+                f"{self.folder}: another process is training this run",
+                "wait for it, or give this run another folder for its checkpoints (--run DIR)",
             )
         self._held = held
         try:

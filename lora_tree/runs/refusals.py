@@ -37,9 +37,9 @@ def refuse_encoder(model: TreeModel) -> None:
     if getattr(getattr(model.base, "config", None), "is_encoder_decoder", False):
         raise SpecError(
             f"{type(model.base).__name__} has an encoder and a decoder; "
-            "a run trains models that go on from what they read",
+            "a run trains causal language models only",
             "train it with lora_tree.integrations.transformers.TreeTrainer "
-            "and a collator for such models",
+            "and a collator for encoder-decoder models",
         )
 
 
@@ -81,9 +81,9 @@ def check_preferences(
     check_references(rows, nodes, tree)
     if settings.dropout:
         raise SpecError(
-            f"dropout is {settings.dropout:g}, and rows prefer answers: the reference drops "
-            "nothing, and the ratio would be of the masks",
-            "leave dropout out",
+            f"dropout is {settings.dropout:g}, and the rows are preferences: the reference has no "
+            "dropout, so DPO would compare dropout masks",
+            "leave dropout out (--dropout 0)",
         )
 
 

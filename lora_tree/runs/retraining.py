@@ -95,7 +95,10 @@ def plan_retraining(
     >>> # plan_retraining(lt.load("zoo/")).jobs
     """
     if tree.home is None:
-        raise SpecError("the tree lives in no folder, so nothing noted how it was trained")
+        raise SpecError(
+            "the tree was not opened from a folder, so how it was trained is unknown",
+            "open a saved tree: lora_tree.load('zoo/')",
+        )
     first = [path for path in tree.paths() if tree[path].stale]
     if nodes is not None:
         first = tree.matching(nodes)
@@ -139,7 +142,7 @@ def _why_not(
         if above in left:
             return f"it stands on {above}, which can't be trained again"
     if training is None:
-        return "no save noted what it was trained with"
+        return "no save recorded how it was trained"
     if path not in training.nodes:
         return f"it was trained as {listing(training.nodes)}, and the rows name that"
     gone = files.gone(training)

@@ -16,7 +16,7 @@ from ..training.losses import IGNORED
 
 __all__ = ["tokens_of_messages"]
 
-PROMPT_INSTEAD = "give prompt and completion"
+PROMPT_INSTEAD = "write the row with prompt and completion instead of messages"
 
 
 def tokens_of_messages(
@@ -46,8 +46,8 @@ def tokens_of_messages(
         # has no text of its own in the whole, so its tokens can't be told from the others.
         if not (asked_text.startswith(text) and after.startswith(asked_text)):
             raise SpecError(
-                f"the chat template writes what came before otherwise when turn {i + 1} follows, "
-                "so that turn has no text of its own",
+                f"the chat template changes the earlier turns when turn {i + 1} follows, "
+                "so the text of that turn can't be found",
                 PROMPT_INSTEAD,
             )
         asked = _grown(ids, text, asked_text, tokenizer)
@@ -91,8 +91,8 @@ def _grown(ids: list[int], text: str, longer: str, tokenizer: Any) -> list[int]:
     # Sentencepiece tokenizers add a space before a separate text, which the whole does not have.
     if _read_back(tokenizer, apart) != _read_back(tokenizer, whole):
         raise SpecError(
-            f"the tokenizer joins what stands before and after a turn's border, at {after[:20]!r}, "
-            "into one token, and reads the part after it otherwise when it stands alone",
+            f"the tokenizer joins text across a turn's border, at {after[:20]!r}, into one token, "
+            "so the turn's own tokens can't be found",
             PROMPT_INSTEAD,
         )
     return apart

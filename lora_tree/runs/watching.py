@@ -134,7 +134,9 @@ class RunWatch:
         try:
             self.patience.take(about["watch"], best)
         except (AttributeError, KeyError, TypeError) as error:
-            raise FormatError(f"{checkpoint}: run.json: watch makes no sense: {error!r}") from error
+            raise FormatError(
+                f"{checkpoint}: run.json: watch: not what a run writes: {error!r}"
+            ) from error
         self.began = True
 
     # ------------------------------------------------------------------ private
@@ -173,8 +175,8 @@ def held_out_rows(
     rows = held_back if held_out.rows is None else held_out.rows
     if held_out.rows is None and not rows:
         raise SpecError(
-            "the run is to be watched, and has no row to measure on",
-            "give rows of their own (--eval-data), or hold more back: hold_back",
+            "eval_every or patience needs held-out rows to measure on, and there are none",
+            "give held-out rows (--eval-data), or hold back more (--hold-back)",
         )
     tree, training = model.tree, set(nodes)
     through = {path for path in {row.path for row in rows} if training & set(tree.lineage(path))}

@@ -90,8 +90,8 @@ def find_site(base: nn.Module, name: str) -> Site:
     own = [n for n, p in module.named_parameters(recurse=False) if p.ndim in (2, 3)]
     parameters = ", ".join(f"{name}.{n}" for n in own)
     raise BaseMismatch(
-        f"{name}: a {type(module).__name__} takes no delta",
-        f"{', '.join(most)} and {last} do; other weights as parameters: "
+        f"{name}: a {type(module).__name__} can't have an increment",
+        f"{', '.join(most)} and {last} can; adapt other weights as parameters: "
         + (parameters or "it has no 2-D or 3-D parameter of its own"),
     )
 

@@ -59,8 +59,8 @@ def check_fits(nbytes: int, what: str, *, free: bool = True) -> None:
         reason = "are free" if free else "is all there is"
         raise BudgetError(
             f"{what}: takes {nbytes:,} bytes of memory, and {most:,} {reason}",
-            "open it on a machine with more memory; or, where it should be small, its file is "
-            "broken",
+            "open it on a machine with more memory; if it should be small, its file is broken: "
+            "download or save it again",
         )
 
 

@@ -46,8 +46,8 @@ def stat_of(path: str | Path, *, follow: bool = True) -> os.stat_result | None:
         if error.errno in _ABSENT:
             return None
         raise FolderError(
-            f"{path}: can't look at it: {error.strerror or error}",
-            "it may be there all the same, so it is not taken for missing: mend the access to it",
+            f"{path}: can't tell whether it exists: {error.strerror or error}",
+            "make the folders above it accessible, or mount their disk again, and try again",
         ) from error
 
 
@@ -81,7 +81,7 @@ def plain_file(path: str | Path, *, follow: bool = True, inside: Inside | None =
             raise OSError(errno.ELOOP, "a link") from error
         raise
     except ValueError as error:  # a name with a NUL in it, or with what no file system can spell
-        raise OSError(errno.EINVAL, f"no name of a file: {error}") from error
+        raise OSError(errno.EINVAL, f"not a file's name: {error}") from error
     try:
         seen = os.fstat(file)
         if not stat.S_ISREG(seen.st_mode):

@@ -119,11 +119,11 @@ def _refuse(
         _refuse_frozen(frozen, step, told)
     advice = "train with a smaller learning rate or clip norm"
     if step > 1:
-        advice += "; its checkpoints of the steps before are good"
+        advice += "; the run's checkpoints of earlier steps are good"
     raise DivergedError(
         f"{where}: step {step}: {what} not finite; "
         f"losses of this step: {told or 'none on this rank'}",
-        "nothing of it was saved, and what trained is again what it was when the run began",
+        "nothing was saved; the nodes that trained have the factors from before the run again",
         advice,
     )
 
@@ -137,9 +137,9 @@ def _refuse_frozen(node: str, step: int, told: str) -> NoReturn:
     if not node:
         advice = "load the base in bfloat16 or float32, and look at its files and at the rows"
     raise DivergedError(
-        f"{node or BASE_LABEL}: step {step}: the outputs are not finite with this alone, which is "
-        f"frozen, before anything that trains; losses of this step: {told or 'not known'}",
-        "nothing of it was saved, and what trained is again what it was when the run began",
+        f"{node or BASE_LABEL}: step {step}: this frozen part alone makes the outputs not finite, "
+        f"without the nodes that train; losses of this step: {told or 'not known'}",
+        "nothing was saved; the nodes that trained have the factors from before the run again",
         advice,
     )
 

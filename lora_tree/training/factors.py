@@ -167,8 +167,8 @@ class Factors(nn.ModuleDict):
             raise StateError(
                 f"the factors of {listing(sorted(held))} are sharded, and {wanted} "
                 f"{agreeing(len(chosen) or 1, 'is', 'are')} to train",
-                "say what trains before fully_shard, and the same after it; "
-                "for other nodes attach again",
+                "call trainable(…) before fully_shard, and with the same nodes after it; "
+                "to train other nodes, attach again",
             )
         for path, node in self._nodes():
             if node.adapter is not None and not is_in_dtype(node.adapter, dtype):

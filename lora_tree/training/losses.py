@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..blend import Blend, spelled
 from ..engine.upload import uploaded
-from ..errors import SpecError, StateError, plural
+from ..errors import SpecError, StateError, listing, plural
 from ..tree import AdapterTree
 from .rank_names import blends_of_all, ranks
 
@@ -132,7 +132,8 @@ def pooled_loss(
     names = list(map(spelled, paths))
     if counts is None and ranks() > 1:
         raise StateError(
-            "several ranks train, and a path's tokens are on all of them", "counts=token_counts(…)"
+            "several ranks train, and each holds only a part of a path's tokens",
+            "pass counts=token_counts(…)",
         )
     # One spelling for each blend: "fr" and {"fr": 1.0} are one path, and
     # its tokens are counted together.
@@ -301,7 +302,4 @@ def _known_paths(
             "counts are of all the step's micro-batches",
         )
     if counts and weights and not set(weights) & set(counts):
-        raise SpecError(
-            f"weights name {next(iter(weights))!r}, which is no path of this step, "
-            "nor is another of them"
-        )
+        raise SpecError(f"weights: expected paths of this step, got {listing(map(str, weights))}")

@@ -50,7 +50,7 @@ class PathSampler(Sampler[int]):
         if not temperature > 0:
             raise SpecError(
                 f"temperature must be more than 0, got {temperature!r}",
-                "1: as the rows are; inf: all alike",
+                "1 draws paths in proportion to their rows, inf equally often",
             )
         if not paths or (length is not None and length < 1):
             raise SpecError(

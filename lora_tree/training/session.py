@@ -201,7 +201,7 @@ class Training:
         # again when the inner one is left.
         later = ""
         if merged not in self._stage.current.adapters:
-            later = ", or will be when a `with` is left,"
+            later = ", or will be again when a `with` block ends,"
         raise StateError(
             f"{merged} is merged into the weights{later} and can't train",
             'activate(…, mode="unmerged") first',

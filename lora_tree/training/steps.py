@@ -135,7 +135,7 @@ def _check_still(groups: Sequence[dict[str, Any]]) -> None:
             raise StateError(
                 f"{name}: its factors have gradients, "
                 "and no row went through it since the last step",
-                "the loss took the factors themselves (a penalty on them, say), "
+                "the loss used the factors themselves (a penalty on them, say), "
                 "or they were written into .grad: "
                 "step this node with an optimiser that model.follow does not know, "
                 "or zero these gradients first",
@@ -173,8 +173,8 @@ def _check(group: dict[str, Any], factors: Factors) -> None:
     name, clip = group.get("name"), group.get("clip_norm")
     if name not in factors.training_paths:
         raise SpecError(
-            f"an optimiser's group is called {name!r}, and no node of that name trains",
-            "make the optimiser of what model.trainable(…) returns, with its names",
+            f"the optimiser has a group {name!r}, and no node of that name trains",
+            "make the optimiser from the groups that model.trainable(…) returns",
         )
     # By identity: tensors compare number by number.
     own = set(map(id, factors.of(name)))
