@@ -229,7 +229,7 @@ def test_bytes_that_are_no_text_have_a_place() -> None:
 def test_depth_and_size_are_bounded() -> None:
     assert "deep" in wrong("[" * 100_000)
     assert "deep" in wrong("{a: " * 100_000)
-    assert str(YAML_BYTES) in wrong(b" " * (YAML_BYTES + 1))
+    assert f"{YAML_BYTES:,}" in wrong(b" " * (YAML_BYTES + 1))
     deep: dict[str, Any] = {}
     for _ in range(MAX_DEPTH):
         deep = {"children": {"a": deep}}
