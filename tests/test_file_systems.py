@@ -464,7 +464,7 @@ for i in range(4):
             tree.save(folder + "/zoo")
             break
         except lt.errors.FolderError as error:
-            assert "somebody else" in str(error), error  # it was saved meanwhile: open it again
+            assert "another writer" in str(error), error  # it was saved meanwhile: open it again
 """
     savers = [without_flock(tmp_path, f"me = {name!r}\n{body}") for name in "abc"]
     assert [saver.end(300)[0] for saver in savers] == [0, 0, 0]

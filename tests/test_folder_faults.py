@@ -334,7 +334,7 @@ def test_staged_files_that_are_not_what_was_decided(
     cut_off(folder, monkeypatch)
     staged = next((folder / record.HIDDEN).glob("stage-*/0"))
     staged.write_bytes(b"x" * staged.stat().st_size)
-    with pytest.raises(FolderError, match=r"not the file that .*commit.json speaks of"):
+    with pytest.raises(FolderError, match=r"not the file that .*commit.json describes"):
         lt.lock(folder)
     with pytest.raises(LoraTreeError):
         value(opened(folder))

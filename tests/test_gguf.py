@@ -87,7 +87,7 @@ def test_nodes_are_stored_once_and_a_path_is_a_list(tmp_path: Path) -> None:
     bare = lt.llama_request(tree, tmp_path / "nodes", "")
     assert bare.body == [{"id": 0, "scale": 0.0}, {"id": 1, "scale": 0.0}]
     files[1].unlink()
-    with pytest.raises(FormatError, match=r"fr/legal\.gguf: not there(.|\n)*--as gguf --nodes"):
+    with pytest.raises(FormatError, match=r"fr/legal\.gguf: no such file(.|\n)*--as gguf --nodes"):
         lt.llama_request(tree, tmp_path / "nodes", "fr")
 
 

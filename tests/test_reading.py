@@ -40,7 +40,8 @@ def test_any_other_answer_is_an_error(
     with monkeypatch.context() as patched:
         patched.setattr(os, "stat", refuses)
         for ask in (reading.stat_of, reading.is_file, reading.is_folder):
-            with pytest.raises(FolderError, match=rf"file: can't look at it: {os.strerror(code)}"):
+            told = rf"file: can't tell whether it exists: {os.strerror(code)}"
+            with pytest.raises(FolderError, match=told):
                 ask(tmp_path / "file")
 
 

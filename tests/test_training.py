@@ -276,7 +276,7 @@ def test_an_optimiser_is_followed_once_and_only_over_nodes_that_train() -> None:
     model.follow(optimizer)
     model.follow(optimizer)
     assert len(optimizer._optimizer_step_pre_hooks) == 1
-    with pytest.raises(SpecError, match="called None, and no node of that name trains"):
+    with pytest.raises(SpecError, match="a group None, and no node of that name trains"):
         model.follow(torch.optim.SGD([p for g in groups for p in g["params"]], lr=1.0))
     with pytest.raises(SpecError, match="'a' has parameters that are not that node's"):
         model.follow(torch.optim.SGD([{"name": "a", "params": groups[1]["params"]}], lr=1.0))

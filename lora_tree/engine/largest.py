@@ -67,7 +67,8 @@ def largest_in_plan(plan: Plan, adapters: Iterable[Adapter]) -> float:
             # nothing of these.
             if id(term.value) not in own and not term.trains:
                 made += term.value.tensors
-    found += _largest(spans(made))
+    if made:
+        found += _largest(spans(made))
     if any(map(math.isnan, found)):
         return math.nan
     return max(found, default=0.0)

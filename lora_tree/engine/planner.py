@@ -140,11 +140,11 @@ class Planner:
             for name, value in adapter.modules.items():
                 term = Term.of(node, coefficient, value)
                 found.setdefault(name, []).append(term)
-                if term.trains:
+                if term.trained:
                     live.add((name, node))
         for name, at_site in overrides.terms.items():
             found.setdefault(name, [])
-            live.update((name, override.node) for override in at_site if override.trains)
+            live.update((name, override.node) for override in at_site if override.trained)
         # After binding, because that finds replaced modules. If one was, the earlier marks belong
         # to other behaviours.
         if self.binder.replaced != self._replaced:

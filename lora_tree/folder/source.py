@@ -261,6 +261,6 @@ def _identity(files: Files) -> _Identity:
     except OSError as error:
         # Without `disk.named`, which takes as long as the calls: every load comes by here twice.
         raise FolderError(
-            f"{error.filename}: can't look at it: {error.strerror or error}"
+            f"{error.filename}: can't tell whether it exists: {error.strerror or error}"
         ) from error
     return tuple((s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in seen)
