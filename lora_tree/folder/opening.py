@@ -251,7 +251,7 @@ def _changed(entry: FolderNode, files: Files, known: NodeLock) -> str | None:
         # Sizes are compared before anything is hashed: another size is another content, and to hash
         # the files would read every byte of them.
         if stamp.size != locked[name].size:
-            return f"{name} has {plural(stamp.size, 'byte')}, the lock says {locked[name].size}"
+            return f"{name} has {plural(stamp.size, 'byte')}, the lock says {locked[name].size:,}"
     # The files of a commit never change, but their times differ between machines. The first read
     # hashes them.
     if entry.hub is not None and entry.hub == known.hub:

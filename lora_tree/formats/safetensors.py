@@ -349,8 +349,8 @@ def _head(
                 "a login or an error was saved in its place: look into it, and download it again",
             )
         raise FormatError(
-            f"{where}: not a whole safetensors file: {size} bytes, of which the header should take "
-            f"{length}",
+            f"{where}: not a whole safetensors file: {plural(size, 'byte')}, of which the header "
+            f"should take {length:,}",
             "download or save it again: an unfinished download looks like this",
         )
     head = stream.read(length)
