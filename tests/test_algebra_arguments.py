@@ -11,7 +11,7 @@ import torch
 from dense import zoo_of
 
 import lora_tree as lt
-from lora_tree.algebra.moments import moment_inside
+from lora_tree.algebra.moments import Moment
 from lora_tree.errors import LoraTreeError, PathError, SpecError
 
 
@@ -130,7 +130,7 @@ def test_rows_and_their_moment_give_one_cut(count: int, dtype: torch.dtype) -> N
     C = x.double().T @ x.double() / count
     exact = Q.T @ C @ Q
     for moment in (x, C, x.T @ x / count):
-        inside = moment_inside(Q, moment, 8)
+        inside = Moment(moment).inside(Q, 8)
         near = 1e-12 if moment is not x and moment.dtype == torch.float64 else 0.02
         assert float((inside - exact).norm()) <= near * float(exact.norm())
         assert float(torch.linalg.eigvalsh(inside).min()) >= -1e-12 * float(exact.norm())

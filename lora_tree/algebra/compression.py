@@ -33,9 +33,9 @@ from ..tree import AdapterTree
 from ..weights import weight_at
 from .arguments import check_factor_dtype, check_tree
 from .core import check_readable
-from .deviation import Deviation, call_named, measured
+from .deviation import Deviation, call_named, gap_of
 from .edit import Edited, changeable, put_adapter
-from .moments import check_moments, moment_inside, weighted_square
+from .moments import Moment, moments_of, weighted_square
 
 __all__ = ["Compressed", "compress"]
 
@@ -133,9 +133,10 @@ def compress(
             adapters[path] = tree.adapter(path) or Adapter({})
     if not adapters:
         raise SpecError("no node with an adapter to compress")
-    moments = {} if moments is None else moments
-    check_moments(moments, {name for adapter in adapters.values() for name in adapter.modules})
-    cuts = _cuts(tree, adapters, dtype, moments)
+    modules: set[str] = set()
+    for adapter in adapters.values():
+        modules.update(adapter.modules)
+    cuts = _cuts(tree, adapters, dtype, moments_of(moments, modules))
     if rank is not None:
         ranks = {place: min(rank, cut.value.rank) for place, cut in cuts.items()}
     else:
@@ -173,12 +174,8 @@ class Cut:
     dtype: torch.dtype | None
     basis: Tensor
     rows: Tensor
-    moment: Tensor | None = None
+    moment: Moment | None = None
     share: float = 1.0
-
-    def lost(self, got: LowRank | None) -> float:
-        """Return how much the squared error of ``got`` in place of the value counts."""
-        return self.share * weighted_square(self.value, got, self.moment)
 
     def at(self, rank: int) -> LowRank:
         """Return the module at a rank; the value itself if it is neither cut nor rounded.
@@ -210,7 +207,7 @@ def _cuts(
     tree: AdapterTree,
     adapters: Mapping[str, Adapter],
     dtype: torch.dtype | None,
-    moments: Mapping[str, Tensor],
+    moments: Mapping[str, Moment],
 ) -> dict[Place, Cut]:
     cuts: dict[Place, Cut] = {}
     for path, adapter in adapters.items():
@@ -229,14 +226,14 @@ def _cuts(
     return cuts
 
 
-def _cut(value: LowRank, dtype: torch.dtype | None, moment: Tensor | None) -> Cut:
+def _cut(value: LowRank, dtype: torch.dtype | None, moment: Moment | None) -> Cut:
     check_readable(value)
     Q_B, M, Q_A = value.core()
     if moment is None:
         U, S, _ = torch.linalg.svd(M, full_matrices=False)
         squares = S.square()
     else:
-        inner = moment_inside(Q_A, moment, Q_A.shape[-2])
+        inner = moment.inside(Q_A, Q_A.shape[-2])
         inside = M @ inner @ M.mT  # (k, k): the core of ΔW C ΔWᵀ
         if not bool(inside.isfinite().all()):
             raise SpecError("the norm weighted by moments is too large for float64")
@@ -333,15 +330,15 @@ def _cut_down(
         far: dict[str, float] = {}
         norms: dict[str, float] = {}
         for name, value in adapter.modules.items():
-            rank = ranks[path, name]
+            cut, rank = cuts[path, name], ranks[path, name]
             # A module of rank 0 is left out: a missing module adds zero.
             if rank:
-                modules[name] = call_named(f"{path}: {name}", cuts[path, name].at, rank)
-            got = modules.get(name)
-            far[name], norms[name] = call_named(f"{path}: {name}", measured, value, got)
+                modules[name] = call_named(f"{path}: {name}", cut.at, rank)
+            gap = call_named(f"{path}: {name}", gap_of, value, modules.get(name))
+            far[name], norms[name] = gap.error, gap.norm
             # Not the gains of the ranks that were dropped: the rest is rounded to its dtype.
-            lost += cuts[path, name].lost(got)
-            whole += float(cuts[path, name].gains.sum())
+            lost += cut.share * weighted_square(gap, cut.moment)
+            whole += float(cut.gains.sum())
         made[path] = replace(adapter, modules=modules, errors={}, rounded=frozenset())
         errors[path] = Deviation(far, norms)
     changed: dict[str, Deviation] = {}

@@ -26,9 +26,11 @@ from .core import joint
 
 __all__ = [
     "Deviation",
+    "Gap",
     "Shortening",
     "call_named",
     "deviation",
+    "gap_of",
     "length",
     "measured",
     "minus",
@@ -115,16 +117,43 @@ def measured(wanted: LowRank | None, got: LowRank | None) -> tuple[float, float]
     Raises:
         ShapeMismatch, SpecError: as `deviation`.
     """
-    if wanted is None:
-        return 0.0 if got is None else norm(got), 0.0
-    if got is None or got is wanted:
-        whole = norm(wanted)
-        return whole if got is None else 0.0, whole
+    gap = gap_of(wanted, got)
+    return gap.error, gap.norm
+
+
+@dataclass(frozen=True, eq=False)
+class Gap:
+    """The difference ΔW − ΔW' of one module, with the biases in its norms.
+
+    Args:
+        error: ‖ΔW − ΔW'‖.
+        norm: ‖ΔW‖.
+        core: (\\*batch, k, l), the difference without its bias in joint bases; None: it is zero.
+        Q_A: (\\*batch, in, l), the basis of its rows; None if there is no core.
+    """
+
+    error: float
+    norm: float
+    core: Tensor | None = None
+    Q_A: Tensor | None = None
+
+
+def gap_of(wanted: LowRank | None, got: LowRank | None) -> Gap:
+    """Compute the difference of two values of one weight; None is zero.
+
+    Raises:
+        ShapeMismatch, SpecError: as `deviation`.
+    """
+    if wanted is got:
+        return Gap(0.0, 0.0 if wanted is None else norm(wanted))
     # In joint bases the difference is one of two small cores. As a LowRank it would have the sum
     # of the ranks.
-    both = joint([wanted, got])
-    moved = [both.cores[0] - both.cores[1], minus(*both.biases)]
-    return length(moved), length([both.cores[0], both.biases[0]])
+    both = joint([value for value in (wanted, got) if value is not None])
+    core, bias = both.cores[0], both.biases[0]
+    whole = 0.0 if wanted is None else length([core, bias])
+    if wanted is not None and got is not None:
+        core, bias = core - both.cores[1], minus(*both.biases)
+    return Gap(length([core, bias]), whole, core, both.Q_A)
 
 
 def norm(value: LowRank) -> float:

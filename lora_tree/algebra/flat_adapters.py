@@ -24,7 +24,7 @@ from ..weights import weight_at
 from .aligning import aligned
 from .deviation import call_named
 from .families import Families
-from .moments import check_moments
+from .moments import moments_of
 from .shared_fit import SharedProblem
 from .stack import stack_of
 from .sums import read_apart
@@ -61,7 +61,7 @@ class FlatAdapters:
         names: the nodes, depth first.
         families: which of them share a node.
         weights: (n,) how much each one's squared error counts.
-        moments: module → second moments of its inputs, see `moment_inside`.
+        moments: module → second moments of its inputs, see `Moment`; None: of none.
         working_bytes: the memory for the modules that are fitted together.
         dtype: of the factors that are made; None: the widest of the adapters' own.
     """
@@ -73,12 +73,12 @@ class FlatAdapters:
         families: Families,
         weights: Tensor,
         *,
-        moments: Mapping[str, Tensor],
+        moments: Mapping[str, Tensor] | None,
         working_bytes: int,
         dtype: torch.dtype | None,
     ) -> None:
         self.tree, self.names = tree, names
-        self.families, self.weights, self.moments = families, weights, moments
+        self.families, self.weights = families, weights
         outlines = [tree.outline(name) or Adapter({}) for name in names]
         self.nbytes = sum(outline.nbytes for outline in outlines)
         self.outlines = aligned(outlines)
@@ -103,7 +103,7 @@ class FlatAdapters:
             raise SpecError(
                 "the weights of these adapters are 0 at all of their modules, so they share nothing"
             )
-        check_moments(moments, self.numbers)
+        self.moments = moments_of(moments, self.numbers)
         self.dtype = dtype or widest or torch.float32
         # module → the bytes of one rank
         self.rank_bytes = {name: width * self.dtype.itemsize for name, width in widths.items()}

@@ -33,7 +33,7 @@ from ..lowrank.cast import cast
 from ..node_names import check_path
 from ..tree import AdapterTree
 from .arguments import check_factor_dtype, check_tree
-from .deviation import Deviation, call_named, measured
+from .deviation import Deviation, call_named, gap_of
 from .edit import Edited, changeable, check_savable, own, stale_notes
 from .families import Families, families_of
 from .flat_adapters import FlatAdapters, smallest_module
@@ -155,7 +155,7 @@ def grow(
         names,
         families,
         weights,
-        moments={} if moments is None else moments,
+        moments=moments,
         working_bytes=parse_bytes(working_bytes),
         dtype=dtype,
     )
@@ -256,9 +256,10 @@ def _nodes(flat: FlatAdapters, found: PricedFit) -> _Nodes:
             parts = [part for part in (*above, leaves[i].get(name)) if part is not None]
             total = concat(parts) if parts else None
             if value is not None or total is not None:
-                errors[i][name], norms[i][name] = call_named(name, measured, value, total)
+                gap = call_named(name, gap_of, value, total)
+                errors[i][name], norms[i][name] = gap.error, gap.norm
                 if flat.moments:
-                    lost[i] += call_named(name, weighted_square, value, total, moment)
+                    lost[i] += call_named(name, weighted_square, gap, moment)
     nesting = _nesting(flat.outlines)
     tops: list[Adapter | None] = []
     for modules in shared:

@@ -28,7 +28,7 @@ from torch import Tensor
 from ..errors import SpecError
 from ..lowrank import LowRank
 from .core import check_readable
-from .moments import moment_inside
+from .moments import Moment
 
 __all__ = ["Stack", "stack_of"]
 
@@ -99,12 +99,12 @@ class Stack:
         return LowRank(A.contiguous(), B.contiguous(), 1.0, None, self.like.layout)
 
 
-def stack_of(values: Sequence[LowRank | None], moment: Tensor | None = None) -> Stack:
+def stack_of(values: Sequence[LowRank | None], moment: Moment | None = None) -> Stack:
     """Return the values of one module as a stack; None is zero.
 
     Args:
         values: one for each leaf; at least one is a value.
-        moment: E[x xᵀ] of the module's inputs, as `moment_inside` takes it.
+        moment: E[x xᵀ] of the module's inputs.
 
     Raises:
         SpecError: a factor or the moment has numbers that are not finite; or it is not a moment.
@@ -156,10 +156,10 @@ def _in_basis(factors: Tensor) -> tuple[Tensor | None, Tensor]:
     return Q, R.view(batch, count * rank, count, rank)
 
 
-def _weighed(Q_A: Tensor | None, A: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
+def _weighed(Q_A: Tensor | None, A: Tensor, moment: Moment) -> tuple[Tensor, Tensor]:
     """Return Q_A K⁻ᵀ and Kᵀ A: in these coordinates a norm is the norm of the outputs."""
     into = A.shape[1] if Q_A is None else Q_A.shape[-2]
-    inside = moment_inside(Q_A, moment, into)  # (b, l, l), or (l, l) for all
+    inside = moment.inside(Q_A, into)  # (b, l, l), or (l, l) for all
     mean = inside.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
     ridge = (_RIDGE * mean).clamp(min=1e-300) * torch.eye(inside.shape[-1], dtype=inside.dtype)
     K, failed = torch.linalg.cholesky_ex(inside + ridge)
