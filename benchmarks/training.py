@@ -133,11 +133,11 @@ def joint(
         if steps_of_parts in times:
             ratio = times[micro].ms / times[steps_of_parts].ms
             result.aim(f"{PARTS} micro-batches / {steps_of_parts}", ratio, at_most=MICRO)
-        for name in [micro] if micro in cases else []:
-            result.facts[f"PEFT / ours, {name}"] = (
-                times[f"PEFT, {LEAVES} steps"].ms / times[name].ms
+        if micro in cases:
+            result.facts[f"PEFT / ours, {micro}"] = (
+                times[f"PEFT, {LEAVES} steps"].ms / times[micro].ms
             )
-            result.facts[f"most memory, {name}, MiB"] = peak_bytes(cases[name].run) / 2**20
+            result.facts[f"most memory, {micro}, MiB"] = peak_bytes(cases[micro].run) / 2**20
         result.facts["most memory, together, MiB"] = peak_bytes(ours) / 2**20
         result.facts["most memory, PEFT, MiB"] = peak_bytes(peft) / 2**20
         results.append(result)

@@ -371,9 +371,9 @@ def test_a_length_and_its_noun_are_put_together_by_plural(source: Path) -> None:
             if not isinstance(one, ast.FormattedValue) or not isinstance(other, ast.Constant):
                 continue
             is_length = ast.unparse(one.value).startswith("len(")
-            noun = COUNTED.match(str(other.value))
-            assert not (is_length and noun), (
-                f"{source.relative_to(ROOT)}:{one.lineno}: {ast.unparse(one.value)}{noun[0]}: "  # type: ignore[index]
+            is_noun = COUNTED.match(str(other.value)) is not None
+            assert not (is_length and is_noun), (
+                f"{source.relative_to(ROOT)}:{one.lineno}: {ast.unparse(one.value)} and its noun: "
                 "use errors.plural"
             )
 

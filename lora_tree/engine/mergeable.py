@@ -190,8 +190,7 @@ class Mergeable:
                     f"nn.Parameter(module.{attribute}.detach().clone())",
                     "or leave the module out of the adapter",
                 )
-            # Whether the other modules replace it alike depends on this plan, so the next plan is
-            # checked again.
+            # The next plan is checked again: its overrides of the other modules may differ.
             if not alike:
                 self._untied.add((site.name, attribute))
 

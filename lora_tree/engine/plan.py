@@ -134,7 +134,6 @@ class Plan:
         mark: the same number for plans that behave the same.
         adapters: the adapters it was made of. They live as long as the plan, so that their ids can
             be a key for it.
-        live: the (site name, node) whose factors trained when it was made.
         fixed: no factor is a parameter, so none is ever written to, and the plan can be used again.
     """
 
@@ -142,7 +141,6 @@ class Plan:
     sites: Mapping[str, Site]
     mark: int = 0
     adapters: tuple[Adapter, ...] = ()
-    live: frozenset[tuple[str, str]] = frozenset()
     fixed: bool = True
     overrides: Mapping[str, OverrideTerms] = field(default_factory=dict)
     """Site name → the overrides of its tensors, in the order in which they are applied."""

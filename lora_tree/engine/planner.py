@@ -129,7 +129,6 @@ class Planner:
         # Site by site in the order in which the lineage first names them; within a site in the
         # order of the sum, which decides the bits.
         found: dict[str, list[Term]] = {}
-        live: set[tuple[str, str]] = set()
         bound: list[tuple[str, float, Adapter]] = []
         for node, weight, adapter in terms:
             coefficient, weighed = self.binder.weighed(node, weight, adapter)
@@ -138,13 +137,9 @@ class Planner:
         fixed = not any(adapter.is_trainable for _, _, adapter in bound)
         for node, coefficient, adapter in overrides.resolved:
             for name, value in adapter.modules.items():
-                term = Term.of(node, coefficient, value)
-                found.setdefault(name, []).append(term)
-                if term.trained:
-                    live.add((name, node))
-        for name, at_site in overrides.terms.items():
+                found.setdefault(name, []).append(Term.of(node, coefficient, value))
+        for name in overrides.terms:
             found.setdefault(name, [])
-            live.update((name, override.node) for override in at_site if override.trained)
         # After binding, because that finds replaced modules. If one was, the earlier marks belong
         # to other behaviours.
         if self.binder.replaced != self._replaced:
@@ -159,7 +154,6 @@ class Planner:
             sites={name: self.binder.bound_site(name) for name in found},
             mark=mark,
             adapters=tuple([adapter for _, _, adapter in terms]),
-            live=frozenset() if fixed else frozenset(live),
             fixed=fixed,
             overrides=overrides.terms,
         )

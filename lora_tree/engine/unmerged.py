@@ -94,8 +94,14 @@ class SidePaths:
     def training(self) -> dict[str, list[str]]:
         """Site → the nodes that train there."""
         found: dict[str, list[str]] = {}
-        for name, node in self.plan.live:
-            found.setdefault(name, []).append(tree_node(node))
+        if self.plan.fixed:
+            return found
+        for name, terms in self.plan.terms.items():
+            nodes = [term.node for term in terms if term.trained]
+            nodes += [each.node for each in self.plan.overrides.get(name, ()) if each.trained]
+            if nodes:
+                # A node may have an increment and an override at one site.
+                found[name] = list(dict.fromkeys(map(tree_node, nodes)))
         return found
 
     def install(self) -> None:

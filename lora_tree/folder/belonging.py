@@ -93,10 +93,7 @@ def places_among(names: Iterable[str], spec: TreeSpec | None) -> list[str]:
     >>> places_among(["a/adapter_config.json", "a/checkpoint-9/adapter_config.json", "key"], None)
     ['a/adapter_config.json']
     """
-    listed: set[str] = set()
-    if spec is not None:
-        for path, node, _ in walk(spec):
-            listed.add(path if node.adapter is None else posixpath.normpath(node.adapter))
+    listed = set(_homes(spec).values())
     found = []
     for name in sorted(names):
         above, _, last = name.rpartition("/")
@@ -121,16 +118,12 @@ def missing_among(names: Collection[str], spec: TreeSpec | None, lock: TreeLock)
         spec: what its tree.yaml says; None if there is none.
         lock: its tree.lock.
     """
-    named: dict[str, str] = {}
-    if spec is not None:
-        for path, node, _ in walk(spec):
-            if node.adapter is not None:
-                named[path] = posixpath.normpath(node.adapter)
+    homes = _homes(spec)
     found = []
     for path, node_lock in lock.nodes.items():
         if node_lock.hub is not None:
             continue  # its adapter is in another repository
-        home = named.get(path, path)
+        home = homes.get(path, path)
         if node_lock.file is None:
             is_there = all(f"{home}/{name}" in names for name in FILES)
         else:
@@ -138,6 +131,15 @@ def missing_among(names: Collection[str], spec: TreeSpec | None, lock: TreeLock)
         if not is_there:
             found.append(path)
     return found
+
+
+def _homes(spec: TreeSpec | None) -> dict[str, str]:
+    """Return node → the place of its adapter, of all nodes in tree.yaml."""
+    homes: dict[str, str] = {}
+    if spec is not None:
+        for path, node, _ in walk(spec):
+            homes[path] = path if node.adapter is None else posixpath.normpath(node.adapter)
+    return homes
 
 
 def is_hidden(path: str) -> bool:

@@ -32,7 +32,7 @@ from ..tree import AdapterTree, Node
 from . import disk
 from .bases import base_lock, local_base
 from .changes import Changes, KeptAdapter, NewFile, NewLock, Origin
-from .examine import Examined, adds_nothing, check_numbers, examine, not_finite
+from .examine import Examined, adds_nothing, check_numbers, examine
 from .hashing import ContentHash, by_pieces, weights_digest
 from .keeping import Keeping
 from .lockfile import content
@@ -127,10 +127,14 @@ def _decide_node(draft: _Decisions, path: str) -> None:
     draft.rights.check_present(node)
     adapter = _only_in_memory(node, copy=draft.copy)
     source = node.source
-    if adapter is not None and isinstance(source, FolderSource) and _is_new(draft, path, source):
-        # What has trained since is no longer what the files hold.
-        broken = () if _may_have_trained(adapter) else not_finite(adapter)
-        check_numbers(source.folder, broken)
+    if (
+        adapter is not None
+        and isinstance(source, FolderSource)
+        and _is_new(draft, path, source)
+        # Factors that may have trained are no longer those of the files that the user named.
+        and not _may_have_trained(adapter)
+    ):
+        check_numbers(adapter, source.folder)
     rendered = _Rendered.of(adapter) if adapter is not None else None
     if rendered is not None and not _is_in_files(node, rendered):
         draft.kept[path] = _from_memory(draft, node, rendered)
@@ -243,7 +247,6 @@ def _from_files(draft: _Decisions, node: Node, source: FolderSource) -> KeptAdap
         return _in_place(draft, node.path, source, files)
     if source.root is None and not draft.copy and not _is_other_nodes(draft, source.folder):
         found = _examined(source, files, is_new=_is_new(draft, node.path, source))
-        check_numbers(files.folder, found.broken)
         return KeptAdapter(
             files.folder,
             found.content,
@@ -270,9 +273,7 @@ def _from_files(draft: _Decisions, node: Node, source: FolderSource) -> KeptAdap
         draft.files.append(NewFile(f"{node.path}/{name}", hashes[name], origin))
     untrained = False
     if source.trained is None:
-        found = examine(files, is_new=_is_new(draft, node.path, source))
-        check_numbers(files.folder, found.broken)
-        untrained = found.untrained
+        untrained = examine(files, is_new=_is_new(draft, node.path, source)).untrained
     pieces = by_pieces(hashes, of_pieces)
     return KeptAdapter(home, whole, pieces, None, source.trained, untrained, written=True)
 

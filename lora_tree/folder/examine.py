@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +25,6 @@ __all__ = [
     "check_numbers",
     "examine",
     "hashed",
-    "not_finite",
 ]
 
 
@@ -51,13 +49,11 @@ class Examined:
         content: the hash of their content.
         pieces: the hash by pieces of the weights; None if they are small.
         untrained: the increments are zero.
-        broken: the modules and tensors with numbers that are not finite, where that was asked.
     """
 
     content: str
     pieces: str | None
     untrained: bool
-    broken: tuple[str, ...] = ()
 
 
 def examine(files: Files, *, is_new: bool = False) -> Examined:
@@ -68,16 +64,18 @@ def examine(files: Files, *, is_new: bool = False) -> Examined:
 
     Args:
         files: whole.
-        is_new: look for numbers that are not finite as well.
+        is_new: refuse numbers that are not finite as well.
 
     Raises:
-        FormatError: a file is broken: cut short, a Git LFS pointer, a header that does not fit.
+        FormatError: a file is broken: cut short, a Git LFS pointer, a header that does not fit; or
+            as `check_numbers`.
     """
     hashing = ContentHash(files.names, pieces=True, nbytes=files.weights_bytes)
     try:
         adapter = read_files(files, witness=hashing)
-        broken = not_finite(adapter) if is_new else ()
-        return Examined(hashing.content(), hashing.pieces(), adds_nothing(adapter), broken)
+        if is_new:
+            check_numbers(adapter, files.folder)
+        return Examined(hashing.content(), hashing.pieces(), adds_nothing(adapter))
     except UnsupportedAdapter:
         # The reader stopped before the hash had all bytes, so the files are hashed again.
         weights = files.names[-1]
@@ -103,28 +101,23 @@ def broken_text(files: Files, *, unknown_kinds: bool = False) -> str | None:
     return None
 
 
-def not_finite(adapter: Adapter) -> tuple[str, ...]:
-    """Return the modules and overridden tensors that hold NaN or an infinity."""
-    tensors = [tensor for _, tensor in adapter.named_tensors()]
-    # One pass over the buffer into which they were read. What lies between them may be anything, so
-    # only a yes is an answer.
-    if all_finite(spans(tensors)):
-        return ()
-    found = [module for module, value in adapter.modules.items() if not value.is_finite]
-    found += [tensor for tensor, one in adapter.overrides.items() if not one.is_finite]
-    return tuple(found)
-
-
-def check_numbers(folder: str, broken: Sequence[str]) -> None:
+def check_numbers(adapter: Adapter, folder: str) -> None:
     """Refuse an adapter with numbers that are not finite: every output below it would be NaN.
 
     Args:
+        adapter: as it was read.
         folder: or the file, for the message.
-        broken: see `Examined`.
 
     Raises:
-        FormatError: there are some; names the modules.
+        FormatError: there are some; names the modules and overridden tensors.
     """
+    tensors = [tensor for _, tensor in adapter.named_tensors()]
+    # One pass over the buffer into which they were read. The bytes between them may be anything,
+    # so only a yes is an answer.
+    if all_finite(spans(tensors)):
+        return
+    broken = [module for module, value in adapter.modules.items() if not value.is_finite]
+    broken += [tensor for tensor, one in adapter.overrides.items() if not one.is_finite]
     if broken:
         raise FormatError(
             f"{listing(broken)}: a factor holds NaN or an infinity, as a training that diverged "

@@ -5,6 +5,7 @@ An adapter that the cache has whole at the locked commit is used without asking 
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Sequence
 
@@ -34,7 +35,7 @@ class HubAdapters:
             lacks = [] if client.is_online else client.lacking(revision, choices)
             if lacks:
                 raise client.not_whole(revision, lacks)
-            names = {each: None for choice in choices for each in choice}
+            names = dict.fromkeys(itertools.chain.from_iterable(choices))
             snapshot = client.fetch(commit or name.revision, list(names))
             _check_whole(client, name, snapshot, choices)
         place = str(snapshot.folder)
@@ -57,11 +58,11 @@ def _choices(name: HubName) -> list[list[str]]:
     """
     if name.path.endswith(SINGLE):
         above, _, last = name.path.rpartition("/")
-        config = [f"{above}/{CONFIG}".lstrip("/")] if last == MLX_WEIGHTS else []
-        return [[*config, name.path]]
+        beside = [f"{above}/{CONFIG}".lstrip("/")] if last == MLX_WEIGHTS else []
+        return [[*beside, name.path]]
     above = f"{name.path}/" if name.path else ""
-    kinds = ([CONFIG, WEIGHTS], [CONFIG, MLX_WEIGHTS], [DIFFUSERS_WEIGHTS])
-    return [[f"{above}{each}" for each in kind] for kind in kinds]
+    config = above + CONFIG
+    return [[config, above + WEIGHTS], [config, above + MLX_WEIGHTS], [above + DIFFUSERS_WEIGHTS]]
 
 
 def _check_whole(

@@ -6,7 +6,7 @@ before it says that a step has ended, so they are kept here until then.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -55,23 +55,21 @@ class StepInputs:
                 self._model.factors,
                 losses,
                 step=step,
-                cause=lambda lost: self._cause(lost if path is None else [path]),
+                cause=lambda lost: frozen_cause(
+                    self._model, lost if path is None else [path], self._of_path
+                ),
             )
         finally:
             self._seen = []
 
-    def _cause(self, lost: Sequence[str]) -> str | None:
-        """Return the frozen node that makes these paths' losses what they are; "" for the base."""
-        for path in lost:
-            batches = []
-            for inputs, paths in self._seen:
-                own = self._called_with(inputs) if paths is None or path in paths else {}
-                if own:
-                    batches.append(own if paths is None else inputs_of_path(own, paths, path))
-            found = frozen_cause(self._model, path, batches)
-            if found is not None:
-                return found
-        return None
+    def _of_path(self, path: str) -> Iterator[dict[str, Any]]:
+        """Yield what the base was called with for the rows of a path."""
+        for inputs, paths in self._seen:
+            if paths is not None and path not in paths:
+                continue
+            own = self._called_with(inputs)
+            if own:
+                yield own if paths is None else inputs_of_path(own, paths, path)
 
 
 class FiniteSteps(TrainerCallback):  # type: ignore[misc]

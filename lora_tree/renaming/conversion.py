@@ -67,7 +67,8 @@ class Conversion:
         """The names that the modules had."""
         # source → number of the expert (0 if there are none) → the values to add up
         self._values: dict[str, dict[int, list[LowRank]]] = {}
-        self._errors: dict[tuple[str, int], list[tuple[LowRank, float]]] = {}
+        # (source, number) → the relative errors of these values
+        self._errors: dict[tuple[str, int], list[float]] = {}
         self._sources: list[str] = list(converter.source_patterns)
         self._counts_experts = any("*" in source for source in self._sources)
 
@@ -83,7 +84,7 @@ class Conversion:
             value: the module's increment.
             error: its relative error.
         """
-        self._errors.setdefault((source, number), []).append((value, error))
+        self._errors.setdefault((source, number), []).append(error)
         self._values.setdefault(source, {}).setdefault(number, []).append(value)
         self.names.append(name)
 
@@ -93,7 +94,11 @@ class Conversion:
         Its parts are different rows or experts. So they are orthogonal, and the relative error of
         the whole is at most the largest of theirs. But two names may mean one part.
         """
-        return max(error_of_sum(parts) for parts in self._errors.values())
+        found = 0.0
+        for (source, number), errors in self._errors.items():
+            parts = zip(self._values[source][number], errors, strict=True)
+            found = max(found, error_of_sum(list(parts)))
+        return found
 
     def increments(self, loading: Loading) -> Iterator[Increment]:
         """Yield the increments of the stored parameters, source by source.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TypeVar
@@ -32,8 +33,7 @@ class Moving:
     def __init__(self, base: nn.Module, adapter: Adapter) -> None:
         self._base, self._adapter = base, adapter
         self._loading = Loading(base)
-        self._parts: dict[str, list[LowRank]] = {}  # present name → the values to add up
-        # present name → the relative errors of these values; one for all values of a conversion
+        # present name → the values to add up; those of one conversion share a relative error
         self._shares: dict[str, list[tuple[list[LowRank], float]]] = {}
         self._from: dict[str, list[str]] = {}  # present name → the names in the adapter
         self._conversions: dict[str, Conversion] = {}  # first parameter → the modules it is made of
@@ -47,7 +47,7 @@ class Moving:
         # After the loop, because a conversion needs all its modules together.
         for conversion in self._conversions.values():
             self._convert(conversion)
-        modules = {name: self._sum(name) for name in self._parts}
+        modules = {name: self._sum(name) for name in self._shares}
         nesting, assumed = self._nesting(modules)
         return replace(
             old,
@@ -99,7 +99,6 @@ class Moving:
         self._put(name, value, name)
 
     def _put(self, name: str, value: LowRank, old: str) -> None:
-        self._parts.setdefault(name, []).append(value)
         self._shares.setdefault(name, []).append(([value], self._adapter.errors.get(old, 0.0)))
         sources = self._from.setdefault(name, [])
         if old not in sources:
@@ -138,9 +137,9 @@ class Moving:
                 self._from.setdefault(name, [])
                 if old not in self._from[name]:
                     self._from[name].append(old)
-            self._parts.setdefault(name, []).append(value)
+        bound = conversion.error()
         for name, values in made.items():
-            self._shares.setdefault(name, []).append((values, conversion.error()))
+            self._shares.setdefault(name, []).append((values, bound))
 
     def _as_site_has_it(self, increment: Increment) -> tuple[str, LowRank]:
         """Return the name and the value of the site whose stored weight gets this increment.
@@ -165,7 +164,8 @@ class Moving:
 
     def _sum(self, name: str) -> LowRank:
         try:
-            return concat(self._parts[name])
+            parts = itertools.chain.from_iterable(values for values, _ in self._shares[name])
+            return concat(list(parts))
         except LoraTreeError as error:
             sources = " and ".join(self._from[name][:2])
             raise error.within(f"{name} (from {sources})") from error

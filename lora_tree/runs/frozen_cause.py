@@ -12,7 +12,7 @@ are never asked: their factors are what the step has broken.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,23 +23,33 @@ from ..model import TreeModel
 __all__ = ["frozen_cause", "inputs_of_path"]
 
 
-@torch.no_grad()
-def frozen_cause(model: TreeModel, path: str, inputs: Iterable[Mapping[str, Any]]) -> str | None:
-    """Return the frozen node, or "" for the bare base; None if what is frozen gives finite outputs.
+def frozen_cause(
+    model: TreeModel,
+    paths: Iterable[str],
+    inputs: Callable[[str], Iterable[Mapping[str, Any]]],
+) -> str | None:
+    """Return the first frozen node, or "" for the bare base, whose outputs are not finite; None if
+    all outputs of what is frozen are.
 
     Args:
         model: of the tree, with nothing active.
-        path: of the rows whose loss is not finite.
-        inputs: what the base was called with for these rows.
+        paths: those whose losses are not finite.
+        inputs: path → the inputs that the base was called with for its rows.
     """
+    for path in paths:
+        found = _cause_of(model, path, list(inputs(path)))
+        if found is not None:
+            return found
+    return None
+
+
+@torch.no_grad()
+def _cause_of(model: TreeModel, path: str, batches: Sequence[Mapping[str, Any]]) -> str | None:
     tree = model.tree
-    if path and path not in tree:
-        return None  # a blend's name
+    if (path and path not in tree) or not batches:
+        return None  # a blend's name, or no rows that can be run again
     moving = set(model.factors.training_paths)
     was_training = model.training
-    batches = list(inputs)
-    if not batches:
-        return None
     model.eval()
     try:
         for node in ["", *tree.lineage(path)]:

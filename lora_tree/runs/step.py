@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -117,8 +118,9 @@ def take_step(
         optimizer.step()
         optimizer.zero_grad()
     # After the step, not before: only the factors show that a finite gradient was too large.
+    inputs = partial(_inputs_of_path, model, rows)
     check_finite_step(
-        model.factors, losses, step=done + 1, cause=lambda lost: _frozen_cause(model, rows, lost)
+        model.factors, losses, step=done + 1, cause=lambda lost: frozen_cause(model, lost, inputs)
     )
     time_s = time.perf_counter() - began_s
     told = []
@@ -140,14 +142,12 @@ def take_step(
     return StepLosses(done + 1, losses, total, tuple(told))
 
 
-def _frozen_cause(model: TreeModel, rows: Sequence[Row], lost: Sequence[str]) -> str | None:
-    """Return the frozen node that makes these paths' losses what they are; "" for the base."""
-    for path in lost:
-        own = [row for row in answers_of(rows) if row.path == path]
-        found = frozen_cause(model, path, [inputs_of(model, [row])[0] for row in own])
-        if found is not None:
-            return found
-    return None
+def _inputs_of_path(
+    model: TreeModel, rows: Sequence[Row], path: str
+) -> Iterator[Mapping[str, Any]]:
+    for row in answers_of(rows):
+        if row.path == path:
+            yield inputs_of(model, [row])[0]
 
 
 def _grad_norms(optimizer: torch.optim.Optimizer) -> dict[str, float]:
