@@ -191,7 +191,7 @@ class AssemblyNames:
                     "attach the tree to the model that the adapter was trained on",
                 )
             if kind is not None and first not in COMPONENTS:
-                # Of one component alone, whose names have no prefix.
+                # The adapter is for one component alone, so its names have no prefix.
                 return BaseMismatch(
                     f"{where}{name}: none of this base's components has a module of that name; "
                     f"it has {has}",

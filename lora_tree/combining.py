@@ -144,7 +144,7 @@ class _Combination:
         if not is_same_tensor(known, tensor):
             with self._naming(name, before, at):
                 raise BaseMismatch("two adapters carry different values of this base tensor")
-        # Of two roundings of one tensor the wider is kept: a base is compared with more digits.
+        # Keep the wider of two roundings of one tensor: a base is compared with more digits.
         self._carried[name] = before, wider_tensor(known, tensor)
 
     def _add_override(self, at: int, name: str, override: Override) -> None:

@@ -26,7 +26,7 @@ def aims_of(row: str) -> list[float]:
 
 
 def aimed() -> dict[str, list[float]]:
-    """What each row of benchmarks/gpu.py is called → its aims, as they are written there."""
+    """Return the name of each row of benchmarks/gpu.py → its aims, as they are written there."""
     found: dict[str, list[float]] = {}
     for node in ast.walk(ast.parse(Path(gpu.__file__).read_text())):
         if not isinstance(node, ast.Call) or not ast.unparse(node.func).endswith(".aim"):

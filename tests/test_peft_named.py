@@ -60,7 +60,7 @@ KINDS: dict[str, Callable[[], Any]] = {
     "VeRA": lambda: peft.VeraConfig(**ON),
     "VB-LoRA": lambda: peft.VBLoRAConfig(**ON, num_vectors=9, vector_length=2, topk=2),
 }
-# Of these PEFT's model has one for every module too, and they are the same tensor.
+# PEFT's model has one of these for every module too, and they are the same tensor.
 OF_EACH_MODULE = re.compile(r"model\..*\.(?:vera_[AB]|vblora_vector_bank)\.|\.ranknum\.")
 
 
@@ -76,7 +76,7 @@ def made(kind: str, name: str) -> peft.PeftModel:
 
 
 def both(tmp_path: Path, kind: str, name: str) -> tuple[Path, Path]:
-    """What PEFT saves of a model, and its config beside the factors of its state dict."""
+    """Return PEFT's own save of a model, and its config beside the factors of its state dict."""
     model = made(kind, name)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

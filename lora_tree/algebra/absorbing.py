@@ -1,7 +1,7 @@
 """Absorb: add a flat adapter to a tree as a child that holds only what its parent lacks.
 
     child = ΔW − Σ lineage of the parent        for the parent that leaves the smallest remainder
-                                                of those whose remainder a save takes
+                                                that can be saved
 
 Inner products of factors alone give the norm of this remainder for every node p, with W_p the sum
 over its lineage:
@@ -35,7 +35,7 @@ _TRIED = 5
 not the nearest may leave the smaller error."""
 
 _TOLD = 5
-"""How many of the nodes that can't take an adapter are told."""
+"""The number of unsuitable parents that a message names."""
 
 
 @dataclass(frozen=True)
@@ -131,12 +131,12 @@ def absorb(
 
 @dataclass(frozen=True)
 class _Candidate:
-    """The adapter below one of the nodes that were tried.
+    """A possible parent, with the adapter as it would be below it.
 
     Args:
-        parent: that node.
-        adapter: what is left of the adapter there, cut.
-        lost: what the cut cost.
+        parent: the node.
+        adapter: the remainder of the adapter there, cut.
+        lost: the error of the cut.
     """
 
     parent: str
@@ -153,13 +153,13 @@ class _Candidate:
 def _cheapest(
     tree: AdapterTree, name: str, adapter: Adapter, parents: Sequence[str], how: Shortening
 ) -> tuple[_Candidate, Mapping[str, FormatError]]:
-    """Find the best of the nearest nodes below which a save takes what is left of an adapter.
+    """Find the best of the nearest nodes below which the remainder of an adapter can be saved.
 
     Args:
         parents: nearest first.
 
     Returns:
-        it, and the nodes that were passed over → why no save takes what is left there.
+        it, and the nodes that were passed over → why the remainder can't be saved there.
 
     Raises:
         FormatError: there is none; says why, for each.
@@ -169,21 +169,21 @@ def _cheapest(
     is_strict: bool | None = None
     tried = 0
     for parent in parents:
-        # The terms of the parent's lineage, negative, and the adapter beside them.
+        # The remainder: the terms of the parent's lineage with a minus sign, plus the adapter.
         above = less(tree, "", parent, kept=adapter.overrides)
         left = added_up([*above, (name, 1.0, adapter)])
         error = savable_error(_below(parent, name), left, [name, *tree.lineage(parent)])
         if error is not None:
             if is_strict is None:
-                # A tree that no save takes as it is, is used in memory alone. To find out reads
-                # all headers, so it is done once.
+                # If the tree itself can't be saved, it is used in memory alone, and the remainder
+                # need not be savable either. This reads all headers, so it is asked once.
                 is_strict = is_savable(tree)
             if is_strict:
                 refused[parent] = error
                 continue
         short, lost = call_named(name, how.of, left)
         found = _Candidate(parent, short, lost)
-        # With an error that is asked for, all are within it and the bytes decide.
+        # With max_error=, every candidate is within it, so the one with the fewest bytes wins.
         by_size = how.max_error is not None
         if best is None or found.key(by_size) < best.key(by_size):
             best = found

@@ -107,7 +107,7 @@ def check_savable(tree: AdapterTree, made: Mapping[str, Adapter], of: Iterable[s
 
 
 def savable_error(path: str, adapter: Adapter, of: Iterable[str]) -> FormatError | None:
-    """Return the error for a new adapter that no save takes; None if one does.
+    """Return the error for a new adapter that can't be saved; None if it can.
 
     Args:
         path: of its node.

@@ -99,7 +99,7 @@ class Tier:
 
     def discard(self, key: Hashable) -> None:
         """Remove an adapter that is not pinned; a no-op for an unknown key."""
-        # Whoever pinned it goes on reading it, and takes its own pin back later.
+        # The caller that pinned it still reads it, and calls `unpin` later.
         assert key not in self._pins, f"{key!r} is pinned"
         resident = self._residents.pop(key, None)
         if resident is None:

@@ -42,7 +42,10 @@ def push_tree(
     ] = None,
     message: Annotated[str | None, typer.Option(help="The commit's message.")] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Replace the tree on the hub, whoever pushed it.")
+        bool,
+        typer.Option(
+            "--force", help="Replace the tree on the hub even if somebody else pushed it."
+        ),
     ] = False,
     dry_run: DryRun = False,
     quiet: Quiet = False,

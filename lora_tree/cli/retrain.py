@@ -117,7 +117,7 @@ def _ask(*, yes: bool, as_json: bool) -> None:
     """Ask whether to go on.
 
     Raises:
-        SpecError: stdin is no terminal, or stdout is kept for JSON, so nobody can answer.
+        SpecError: stdin is no terminal, or stdout is kept for JSON: it can't ask.
         typer.Abort: the answer is no.
     """
     if yes:

@@ -75,7 +75,7 @@ class KeyNames:
         if not carried:
             return
         for key in whole:
-            # What stands behind modules_to_save is a name here, because the factors carry one.
+            # The word behind modules_to_save is a name here, because the factors carry one.
             before, _, behind = key.partition(_SAVED_WHOLE)
             name, _, tensor = behind.partition(".")
             if tensor:

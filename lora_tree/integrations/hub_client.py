@@ -7,6 +7,7 @@ Tokens, the cache, offline mode and the endpoint are huggingface_hub's own: HF_T
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -113,8 +114,9 @@ class HubClient:
     def cached(self, revision: str, choices: Sequence[Sequence[str]]) -> Snapshot | None:
         """Return a commit in the cache, if the files of one choice are all there; None if not.
 
-        The hub is not asked. What the cache does not know may be on the hub, so a choice counts
-        only if the cache has nothing of the choices before it but files that both have.
+        The hub is not asked. It may have files that the cache lacks, and so the whole of a
+        preferred choice. A choice therefore counts only if the cache has no file that an earlier
+        choice has beyond this one.
 
         Args:
             revision: a commit, or a branch or tag, which is what it was when it was last fetched.
@@ -122,7 +124,7 @@ class HubClient:
         """
         found = self._in_cache(revision, choices)
         for i, choice in enumerate(choices):
-            earlier = {name for each in choices[:i] for name in each}
+            earlier = set(itertools.chain.from_iterable(choices[:i]))
             if choice and found.keys() >= set(choice) and not earlier - set(choice) & found.keys():
                 depth = choice[0].count("/") + 1
                 folder = Path(found[choice[0]]).parents[depth - 1]
@@ -146,7 +148,7 @@ class HubClient:
     def _in_cache(self, revision: str, choices: Sequence[Sequence[str]]) -> dict[str, str]:
         """Return the files that the cache has: name → where it lies."""
         found: dict[str, str] = {}
-        for name in {name: None for choice in choices for name in choice}:
+        for name in dict.fromkeys(itertools.chain.from_iterable(choices)):
             file = self._hub.try_to_load_from_cache(self.repository, name, revision=revision)
             # Another answer is None, or a mark that the commit has no such file.
             if isinstance(file, str):

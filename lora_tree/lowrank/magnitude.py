@@ -89,7 +89,7 @@ def _is_finite(t: Tensor) -> bool:
     if hasattr(t, "full_tensor"):
         # torch finds no extremes of a sharded tensor.
         return bool(t.isfinite().all())
-    # Of 16-bit numbers the extremes are found in a twentieth of the time of a mask.
+    # For 16-bit numbers, finding the extremes takes a twentieth of the time of a mask.
     return not t.numel() or math.isfinite(_largest(t))
 
 
