@@ -17,7 +17,7 @@ from typing import Any, get_args
 import torch
 
 import lora_tree as lt
-from lora_tree.engine.forms import Strategy
+from lora_tree.engine.routing.forms import Strategy
 
 from .common import Case, Result, Stage, interleaved
 from .routed import grown

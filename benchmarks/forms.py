@@ -21,9 +21,9 @@ import torch
 from torch import nn
 
 import lora_tree as lt
-from lora_tree.engine.batch import Batch
-from lora_tree.engine.forms import FORMS, SumForm, form_for
-from lora_tree.engine.owed import Owed
+from lora_tree.engine.routing.forms import FORMS, SumForm, form_for
+from lora_tree.engine.routing.owed import Owed
+from lora_tree.engine.rows.batch import Batch
 from lora_tree.errors import plural
 from lora_tree.sites import find_site
 

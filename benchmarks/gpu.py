@@ -27,8 +27,8 @@ import transformers
 from torch import Tensor
 
 import lora_tree as lt
-from lora_tree.engine.forms import Strategy
 from lora_tree.engine.kernels import routes
+from lora_tree.engine.routing.forms import Strategy
 from lora_tree.errors import plural
 from lora_tree.formats.peft import WEIGHTS
 

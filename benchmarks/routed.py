@@ -15,7 +15,7 @@ from typing import Any, get_args
 import torch
 
 import lora_tree as lt
-from lora_tree.engine.forms import Strategy
+from lora_tree.engine.routing.forms import Strategy
 from lora_tree.errors import plural
 
 from .common import Case, Result, Stage, interleaved

@@ -96,13 +96,23 @@ def switched(
         return _NoLaunch(note)
 
     with ExitStack() as stack:
-        stack.enter_context(mock.patch("lora_tree.engine.merged.usable", return_value=True))
-        stack.enter_context(mock.patch("lora_tree.engine.watch.usable", return_value=True))
-        stack.enter_context(mock.patch("lora_tree.engine.merged.merge_launch", lay_out))
-        stack.enter_context(mock.patch("lora_tree.engine.watch.sample_launch", _no_samples))
+        stack.enter_context(
+            mock.patch("lora_tree.engine.switching.merged.usable", return_value=True)
+        )
+        stack.enter_context(
+            mock.patch("lora_tree.engine.switching.watch.usable", return_value=True)
+        )
+        stack.enter_context(mock.patch("lora_tree.engine.switching.merged.merge_launch", lay_out))
+        stack.enter_context(
+            mock.patch("lora_tree.engine.switching.watch.sample_launch", _no_samples)
+        )
         if logged:
-            stack.enter_context(mock.patch("lora_tree.engine.pristine.logs", return_value=True))
-            stack.enter_context(mock.patch("lora_tree.engine.tile_log.logs", return_value=True))
+            stack.enter_context(
+                mock.patch("lora_tree.engine.switching.pristine.logs", return_value=True)
+            )
+            stack.enter_context(
+                mock.patch("lora_tree.engine.switching.tile_log.logs", return_value=True)
+            )
             kernel = "lora_tree.engine.kernels.undo.rewrite_logged"
             stack.enter_context(mock.patch(kernel, _NoKernel(note)))
         attached = lt.attach(adapters, model, pristine="log" if logged else "auto")

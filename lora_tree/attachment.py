@@ -15,7 +15,7 @@ from torch import nn
 
 from .budget import Budgets
 from .cache import Frequency, Policy
-from .engine.copy_place import CopyPlace
+from .engine.switching.copy_place import CopyPlace
 from .errors import SpecError, listing, suggest
 from .given import check_dtype, unchecked
 from .tree import AdapterTree

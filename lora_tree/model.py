@@ -32,21 +32,21 @@ from .cache import Cache, Frequency, Policy
 from .cache.link import link_to
 from .cache.pinning import Pinning
 from .engine.answers import AnswersForBase
-from .engine.batch import Batch
-from .engine.batch_axis import BatchAxis, SeenSites
 from .engine.behaviour import Mode, Request, RoutedRows, State
 from .engine.binder import Binder
-from .engine.copy_place import Copies, CopyPlace
-from .engine.expansion import expansions
-from .engine.forms import Strategy
 from .engine.fresh import settle_fresh
 from .engine.host import CompileWatch, MergedWarning, claim, let_go, unwrapped
-from .engine.merged import MergedWeights
 from .engine.plan import Plan
 from .engine.planner import KEPT_PLANS, Planner
 from .engine.prepared import Prepared, increments_beside
-from .engine.side import Manner
+from .engine.routing.expansion import expansions
+from .engine.routing.forms import Strategy
+from .engine.rows.batch import Batch
+from .engine.rows.batch_axis import BatchAxis, SeenSites
+from .engine.sidepaths.side import Manner
 from .engine.stage import Stage
+from .engine.switching.copy_place import Copies, CopyPlace
+from .engine.switching.merged import MergedWeights
 from .engine.unmerged import Unmerged
 from .errors import SpecError, StateError, suggest
 from .given import check_iterable

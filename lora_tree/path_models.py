@@ -27,10 +27,10 @@ from .cache.pinning import Pinning
 from .engine.binder import Binder
 from .engine.fresh import settle_fresh
 from .engine.host import Claim, CompileWatch
-from .engine.merged import MergedWeights
 from .engine.planner import Planner
-from .engine.side import Manner
+from .engine.sidepaths.side import Manner
 from .engine.stage import Stage
+from .engine.switching.merged import MergedWeights
 from .engine.unmerged import Unmerged
 from .engine.view import viewed
 from .errors import StateError

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import lora_tree as lt
-from lora_tree.engine import watched_forward
+from lora_tree.engine.sidepaths import watched_forward
 from lora_tree.errors import BaseMismatch, MergedOnly
 
 DIM, HEADS = 8, 2

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from lora_tree.engine import copy_place
-from lora_tree.engine.copy_place import Copies, CopyPlace, copies_beside, goes_beside
+from lora_tree.engine.switching import copy_place
+from lora_tree.engine.switching.copy_place import Copies, CopyPlace, copies_beside, goes_beside
 
 GIB = 1 << 30
 

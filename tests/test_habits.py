@@ -80,6 +80,18 @@ SEES = {
     "binding": ["values"],
     "edges": ["values", "files", "binding"],
 }
+ENGINE = [
+    *("unpromised", "upload", "slab", "hook", "marks", "last_used", "ledger", "plan"),
+    *("arithmetic", "largest", "packing", "view", "host", "answers"),
+    "kernels",
+    "rows",
+    "sidepaths",
+    *("finite", "fresh", "binder", "planner"),
+    "switching",
+    "routing",
+    *("prepared_segments", "behaviour", "blocks", "prepared", "stage", "unmerged"),
+]
+"""The engine's rooms and files, each of which imports what stands before it."""
 MAP = {"__init__", "__main__", "surface"}
 OPTIONAL = {
     "cli",
@@ -155,6 +167,23 @@ def test_imports_point_inward(source: Path) -> None:
             theirs = parts[1] if len(parts) > 1 else "__init__"
             outward = theirs not in allowed and not (theirs == "__init__" and ring == "edges")
             assert not outward, (
+                f"{source.relative_to(ROOT)}:{line}: {mine} imports {theirs}, "
+                "which lies further out"
+            )
+
+
+def test_imports_inside_the_engine_point_inward() -> None:
+    sources = [source for source in SOURCES if room(source) == "engine"]
+    for source in sources:
+        mine = source.relative_to(PACKAGE / "engine").with_suffix("").parts[0]
+        if mine == "__init__":
+            continue
+        for name, line in imports(source):
+            parts = name.split(".")
+            if parts[:2] != ["lora_tree", "engine"] or len(parts) == 2:
+                continue
+            theirs = parts[2]
+            assert ENGINE.index(theirs) <= ENGINE.index(mine), (
                 f"{source.relative_to(ROOT)}:{line}: {mine} imports {theirs}, "
                 "which lies further out"
             )

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 import lora_tree as lt
 from lora_tree.engine.kernels import MergePart
-from lora_tree.engine.switches import SiteWrite
-from lora_tree.engine.watch import WatchedWeight
+from lora_tree.engine.switching.switches import SiteWrite
+from lora_tree.engine.switching.watch import WatchedWeight
 from lora_tree.errors import ForeignWrite, TiedWeights
 from lora_tree.sites import Site, Ways
 
@@ -152,7 +152,7 @@ def test_a_weight_that_was_tied_after_its_launch_was_kept_is_refused(merging: li
 def test_a_kept_launch_that_fails_leaves_the_path_before(
     merging: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    good: Any = importlib.import_module("lora_tree.engine.merged").merge_launch
+    good: Any = importlib.import_module("lora_tree.engine.switching.merged").merge_launch
     fails: list[bool] = []
 
     class Failing:
@@ -167,7 +167,7 @@ def test_a_kept_launch_that_fails_leaves_the_path_before(
                 raise RuntimeError("the device is gone")
             self._launch.run()
 
-    monkeypatch.setattr("lora_tree.engine.merged.merge_launch", Failing)
+    monkeypatch.setattr("lora_tree.engine.switching.merged.merge_launch", Failing)
     tree, base = forest()
     model = lt.attach(tree, base)
     seen = {}

@@ -200,8 +200,8 @@ def merging(kernel: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
             launched.append(self._count)
             self._launch.run()
 
-    monkeypatch.setattr("lora_tree.engine.merged.usable", lambda device: True)
-    monkeypatch.setattr("lora_tree.engine.merged.merge_launch", Counted)
+    monkeypatch.setattr("lora_tree.engine.switching.merged.usable", lambda device: True)
+    monkeypatch.setattr("lora_tree.engine.switching.merged.merge_launch", Counted)
     return launched
 
 
@@ -273,7 +273,7 @@ def test_it_writes_what_stock_operations_write_up_to_rounding(
     by_kernel = bits(base)
     assert merging == [4]
     model.activate("")
-    monkeypatch.setattr("lora_tree.engine.merged.usable", lambda device: False)
+    monkeypatch.setattr("lora_tree.engine.switching.merged.usable", lambda device: False)
     model.activate("a/b")
     for name, value in bits(base).items():
         torch.testing.assert_close(value, by_kernel[name], rtol=1e-6, atol=1e-6)
@@ -286,7 +286,7 @@ def test_a_launch_that_fails_leaves_the_path_before(
     model = lt.attach(tree, base)
     model.activate("a/b")
     before = bits(base)
-    good: Any = importlib.import_module("lora_tree.engine.merged").merge_launch
+    good: Any = importlib.import_module("lora_tree.engine.switching.merged").merge_launch
     calls = iter([True])
 
     def failing(parts: list[MergePart]) -> Any:
@@ -294,7 +294,7 @@ def test_a_launch_that_fails_leaves_the_path_before(
             raise RuntimeError("no launch")
         return good(parts)
 
-    monkeypatch.setattr("lora_tree.engine.merged.merge_launch", failing)
+    monkeypatch.setattr("lora_tree.engine.switching.merged.merge_launch", failing)
     with pytest.raises(RuntimeError, match="no launch"):
         model.activate("d")
     assert model.active == "a/b"
@@ -313,7 +313,7 @@ def test_in_place_a_launch_that_fails_takes_nothing_back(
     model.activate("a/b")
     before = bits(base)
     monkeypatch.setattr(
-        "lora_tree.engine.merged.merge_launch", functools.partial(_fail, "no launch")
+        "lora_tree.engine.switching.merged.merge_launch", functools.partial(_fail, "no launch")
     )
     with pytest.raises(RuntimeError, match="no launch"):
         model.activate("d")
@@ -329,13 +329,13 @@ def _fail(what: str, *args: object) -> None:
 def made(merging: list[int], monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of parts of every launch that was laid out."""
     found: list[int] = []
-    good: Any = importlib.import_module("lora_tree.engine.merged").merge_launch
+    good: Any = importlib.import_module("lora_tree.engine.switching.merged").merge_launch
 
     def counted(parts: list[MergePart]) -> Any:
         found.append(len(parts))
         return good(parts)
 
-    monkeypatch.setattr("lora_tree.engine.merged.merge_launch", counted)
+    monkeypatch.setattr("lora_tree.engine.switching.merged.merge_launch", counted)
     return found
 
 

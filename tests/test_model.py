@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import lora_tree as lt
 from lora_tree.engine import answers
-from lora_tree.engine import merged as merged_engine
+from lora_tree.engine.switching import merged as merged_engine
 from lora_tree.errors import PathError, SpecError, StateError, TreeError
 
 

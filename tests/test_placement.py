@@ -19,8 +19,8 @@ import lora_tree as lt
 from benchmarks.host_link import HostLink
 from lora_tree.cache.link import Arrived
 from lora_tree.combining import combine
-from lora_tree.engine import batch as batch_module
-from lora_tree.engine import copy_place
+from lora_tree.engine.rows import batch as batch_module
+from lora_tree.engine.switching import copy_place
 from lora_tree.errors import BudgetError, SpecError
 from lora_tree.training.factors import Factors
 

@@ -25,14 +25,15 @@ from torch import Tensor, nn
 
 import lora_tree as lt
 from lora_tree.cache import shelf
-from lora_tree.engine import arithmetic, forms
-from lora_tree.engine.at_once import AT_ONCE, AllPathsForm
-from lora_tree.engine.batch import Batch
-from lora_tree.engine.forms import Strategy
-from lora_tree.engine.in_turn import EachPathForm, NodesForm
+from lora_tree.engine import arithmetic
 from lora_tree.engine.ledger import Lender, ordinary
-from lora_tree.engine.owed import Owed
-from lora_tree.engine.segmented import SegmentedForm
+from lora_tree.engine.routing import forms
+from lora_tree.engine.routing.at_once import AT_ONCE, AllPathsForm
+from lora_tree.engine.routing.forms import Strategy
+from lora_tree.engine.routing.in_turn import EachPathForm, NodesForm
+from lora_tree.engine.routing.owed import Owed
+from lora_tree.engine.routing.segmented import SegmentedForm
+from lora_tree.engine.rows.batch import Batch
 from lora_tree.errors import BaseMismatch, PathError, SpecError, StateError
 from lora_tree.lowrank import LINEAR
 from lora_tree.sites import find_site

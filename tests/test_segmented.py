@@ -305,11 +305,11 @@ def launched(modules: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> list[s
         *[counted(name) for name in ("shrink", "expand", "outer")],
         modules["in_place"].bound_in_place,
     )
-    monkeypatch.setattr("lora_tree.engine.segmented.routes", lambda device: True)
-    monkeypatch.setattr("lora_tree.engine.forms.routes", lambda device: True)
-    monkeypatch.setattr("lora_tree.engine.routed.routes", lambda device: True)
+    monkeypatch.setattr("lora_tree.engine.routing.segmented.routes", lambda device: True)
+    monkeypatch.setattr("lora_tree.engine.routing.forms.routes", lambda device: True)
+    monkeypatch.setattr("lora_tree.engine.routing.routed.routes", lambda device: True)
     monkeypatch.setattr("lora_tree.engine.prepared_segments.routes", lambda device: True)
-    monkeypatch.setattr("lora_tree.engine.path_form.routes", lambda device: True)
+    monkeypatch.setattr("lora_tree.engine.routing.path_form.routes", lambda device: True)
     monkeypatch.setattr("lora_tree.engine.unmerged.routes", lambda device: True)
     for module in ("segmented", "prepared_segments"):
         monkeypatch.setattr(f"lora_tree.engine.{module}.routed_kernels", lambda: kernels)
@@ -403,7 +403,7 @@ def test_a_batch_adds_no_operation_beside_its_launches(
     launched: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The interpreter runs a kernel as operations, so these launches write nothing.
-    monkeypatch.setattr("lora_tree.engine.segmented.routed_kernels", lambda: IDLE)
+    monkeypatch.setattr("lora_tree.engine.routing.segmented.routed_kernels", lambda: IDLE)
     base = net()
     model = lt.attach(forest(), base)
     x = torch.randn(len(ROWS), 2, 20)
@@ -566,7 +566,7 @@ def _steps_of_another_batch(sites: int, leaves: int) -> int:
 def test_another_batch_takes_no_step_for_each_node_of_each_site(
     launched: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lora_tree.engine.segmented.routed_kernels", lambda: IDLE)
+    monkeypatch.setattr("lora_tree.engine.routing.segmented.routed_kernels", lambda: IDLE)
     by_sites = {}
     for leaves in (6, 24):
         steps = [_steps_of_another_batch(sites, leaves) for sites in (2, 10)]

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 import lora_tree as lt
-from lora_tree.engine import switches
 from lora_tree.engine.binder import Binder
 from lora_tree.engine.plan import EMPTY_PLAN, Plan
 from lora_tree.engine.planner import Planner
-from lora_tree.engine.pristine import Pristine
-from lora_tree.engine.switches import KeptSwitches
+from lora_tree.engine.switching import switches
+from lora_tree.engine.switching.pristine import Pristine
+from lora_tree.engine.switching.switches import KeptSwitches
 
 
 def adapter(*names: str) -> lt.Adapter:

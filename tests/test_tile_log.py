@@ -18,9 +18,9 @@ from test_kernels import bits, exact, forest, part, same
 from torch import Tensor
 
 import lora_tree as lt
-from lora_tree.engine import undo_log
 from lora_tree.engine.kernels import BARE, NO_TERMS, LogMemory, LogPart, MergeTerm
 from lora_tree.engine.kernels.log_part import WIDTH
+from lora_tree.engine.switching import undo_log
 
 pytest.importorskip("triton", reason="Triton has no build for this platform")
 
@@ -187,13 +187,13 @@ def rewritten(undo: Any, merge: Any, monkeypatch: pytest.MonkeyPatch) -> list[in
         launched.append(len(parts))
         return undo.lay_out_logs(parts, interpreted=True)
 
-    monkeypatch.setattr("lora_tree.engine.tile_log.logs", lambda device: True)
-    monkeypatch.setattr("lora_tree.engine.pristine.logs", lambda device: True)
-    monkeypatch.setattr("lora_tree.engine.tile_log.log_launch", launch)
-    monkeypatch.setattr("lora_tree.engine.tile_log.lay_terms", undo.lay_out_terms)
-    monkeypatch.setattr("lora_tree.engine.merged.usable", lambda device: True)
+    monkeypatch.setattr("lora_tree.engine.switching.tile_log.logs", lambda device: True)
+    monkeypatch.setattr("lora_tree.engine.switching.pristine.logs", lambda device: True)
+    monkeypatch.setattr("lora_tree.engine.switching.tile_log.log_launch", launch)
+    monkeypatch.setattr("lora_tree.engine.switching.tile_log.lay_terms", undo.lay_out_terms)
+    monkeypatch.setattr("lora_tree.engine.switching.merged.usable", lambda device: True)
     monkeypatch.setattr(
-        "lora_tree.engine.merged.merge_launch",
+        "lora_tree.engine.switching.merged.merge_launch",
         lambda parts: merge.lay_out_parts(parts, interpreted=True),
     )
     return launched
@@ -245,7 +245,7 @@ def test_terms_are_laid_out_once_for_a_plan_while_its_factors_stay_where_they_ar
         laid += 1
         return undo.lay_out_terms(*args)
 
-    monkeypatch.setattr("lora_tree.engine.tile_log.lay_terms", counted)
+    monkeypatch.setattr("lora_tree.engine.switching.tile_log.lay_terms", counted)
     model = lt.attach(tree, base, pristine="log")
     model.activate("a/b")
     merged = bits(base)

@@ -17,9 +17,9 @@ from test_kernels import bits, forest, same
 from torch import Tensor, nn
 
 import lora_tree as lt
-from lora_tree.engine import undo_log
 from lora_tree.engine.arithmetic import Scratch, exact_mode
-from lora_tree.engine.undo_log import UndoLog
+from lora_tree.engine.switching import undo_log
+from lora_tree.engine.switching.undo_log import UndoLog
 from lora_tree.errors import ForeignWrite, StateError
 from lora_tree.sites import find_site
 

@@ -22,9 +22,9 @@ import lora_tree as lt
 from lora_tree.cache.link import Arrived
 from lora_tree.cache.pack import held_bytes, is_vacated, pack, vacate
 from lora_tree.engine.binder import Binder
-from lora_tree.engine.launches import KeptLaunch, Launches
 from lora_tree.engine.planner import Planner
-from lora_tree.engine.side import Draft
+from lora_tree.engine.sidepaths.side import Draft
+from lora_tree.engine.switching.launches import KeptLaunch, Launches
 from lora_tree.renaming import Renaming
 
 __all__ = ["launched", "modules"]  # fixtures

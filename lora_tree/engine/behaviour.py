@@ -20,10 +20,10 @@ from typing import Literal, Protocol, TypeAlias
 
 from ..adapter import Adapter
 from ..blend import Blend
-from .batch import Batch
-from .batch_axis import BatchAxis
-from .forms import Strategy
 from .plan import PlacedPlan, Plan
+from .routing.forms import Strategy
+from .rows.batch import Batch
+from .rows.batch_axis import BatchAxis
 
 __all__ = [
     "Ahead",

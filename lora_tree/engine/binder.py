@@ -22,8 +22,8 @@ from ..override import Override, OverrideWarning
 from ..renaming import Renaming
 from ..sites import Site, find_site, find_tensor_site
 from ..weights import Weight
-from .batch import tree_node
 from .finite import check_override_numbers
+from .rows.batch import tree_node
 
 __all__ = ["Binder"]
 

@@ -29,7 +29,7 @@ from ..sites import Site
 from .arithmetic import Scratch, add_bias, add_weight
 from .largest import badness, largest_in_plan, largest_of
 from .plan import PlacedPlan, Plan
-from .side import SideKind
+from .sidepaths.side import SideKind
 
 __all__ = ["check_beside", "check_override_numbers", "check_sum", "harmless", "suspects"]
 

@@ -13,11 +13,11 @@ from ..adapter import Adapter
 from ..override import Override, Standing, counted_modules, standing, warn_of_dropped
 from ..sites import with_tied_rows
 from ..weights import Weight, check_matched
-from .batch import tree_node
 from .binder import Binder
 from .last_used import LastUsed
 from .marks import Marks
 from .plan import EMPTY_PLAN, OverrideTerm, OverrideTerms, PlacedPlan, Plan, Term
+from .rows.batch import tree_node
 
 __all__ = ["KEPT_PLANS", "Planner"]
 

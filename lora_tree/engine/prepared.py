@@ -33,16 +33,16 @@ from ..lowrank import LowRank, stacked
 from ..sites import Site
 from ..tree import AdapterTree
 from .arithmetic import exact_mode
-from .batch import Batch
-from .batch_axis import lies_by_rows, not_by_rows
 from .behaviour import RoutedRows
 from .binder import Binder
 from .finite import check_beside
-from .forms import check_strategy
 from .hook import Hook
 from .plan import PlacedPlan, Plan, Terms, WeightDtypes
 from .prepared_segments import OFF, PATH, ROWS, PreparedSegments, SegmentNumbers, covered
-from .side import raise_for_copy, side_dtype, side_kinds, widened
+from .routing.forms import check_strategy
+from .rows.batch import Batch
+from .rows.batch_axis import lies_by_rows, not_by_rows
+from .sidepaths.side import raise_for_copy, side_dtype, side_kinds, widened
 from .upload import uploaded
 
 __all__ = ["Numbers", "Prepared", "increments_beside"]

@@ -27,8 +27,6 @@ from torch import Tensor, nn
 from ..errors import StateError, plural
 from ..lowrank import LowRank
 from ..sites import Site
-from .batch import Batch
-from .batch_axis import lies_by_rows, not_by_rows
 from .kernels import (
     FIELDS,
     FactorTable,
@@ -42,8 +40,10 @@ from .kernels import (
     segment_numbers,
 )
 from .plan import Plan
-from .segmented import NARROW, route_dtype
-from .side import raise_for_copy
+from .routing.segmented import NARROW, route_dtype
+from .rows.batch import Batch
+from .rows.batch_axis import lies_by_rows, not_by_rows
+from .sidepaths.side import raise_for_copy
 from .upload import uploaded
 
 __all__ = ["OFF", "PATH", "ROWS", "PreparedSegments", "SegmentNumbers", "covered"]

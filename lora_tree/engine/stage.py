@@ -24,7 +24,6 @@ from ..adapter import Adapter
 from ..errors import StateError
 from ..tree import AdapterTree
 from ..weights import Weight
-from .batch import tree_node
 from .behaviour import (
     Ahead,
     Behaviour,
@@ -38,9 +37,10 @@ from .behaviour import (
 from .blocks import Blocks
 from .fresh import settle_fresh
 from .host import Claim, CompileWatch, saved_by_themselves, warn_on_save
-from .merged import MergedWeights
 from .plan import EMPTY_PLAN, PlacedPlan, Plan
 from .planner import Planner
+from .rows.batch import tree_node
+from .switching.merged import MergedWeights
 
 __all__ = ["Stage"]
 

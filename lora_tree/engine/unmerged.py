@@ -28,24 +28,24 @@ from torch.utils.hooks import RemovableHandle
 from ..errors import BaseMismatch, BudgetError, StateError, listing
 from ..sites import Site
 from .arithmetic import exact_mode
-from .batch import Batch, tree_node
-from .batch_axis import BatchAxis
 from .behaviour import RoutedRows
-from .factor_tables import FactorTables
 from .finite import check_beside
-from .forward_guard import ForwardGuard
-from .ground import Ground, check_grounds, check_one_input, grounds_of
 from .hook import Hook
-from .inside import InsideForwards
 from .kernels import routes
 from .last_used import LastUsed
 from .ledger import Ledger, Unbounded
-from .path_form import read_in_place
 from .plan import EMPTY_PLAN, PlacedPlan, Plan, WeightDtypes
-from .readers import Readers, readers_of
-from .routed_side import routed_sides
-from .router import Router
-from .side import (
+from .routing.factor_tables import FactorTables
+from .routing.path_form import read_in_place
+from .routing.routed_side import routed_sides
+from .routing.router import Router
+from .rows.batch import Batch, tree_node
+from .rows.batch_axis import BatchAxis
+from .sidepaths.forward_guard import ForwardGuard
+from .sidepaths.ground import Ground, check_grounds, check_one_input, grounds_of
+from .sidepaths.inside import InsideForwards
+from .sidepaths.readers import Readers, readers_of
+from .sidepaths.side import (
     Draft,
     GroundedSide,
     Manner,
@@ -56,8 +56,8 @@ from .side import (
     raise_for_copy,
     side_kinds,
 )
+from .sidepaths.uncalled import UncalledSites
 from .slab import Slab
-from .uncalled import UncalledSites
 from .unpromised import global_hooks, saved_tensor_hook
 
 __all__ = ["SidePaths", "Unmerged"]

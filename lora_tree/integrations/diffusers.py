@@ -26,10 +26,10 @@ from ..assembly import Assembly
 from ..attachment import Attachment
 from ..blend import Blend
 from ..cache import Frequency, Policy
-from ..engine.batch_axis import BatchAxis
-from ..engine.copy_place import CopyPlace
-from ..engine.forms import Strategy
 from ..engine.hook import Hook
+from ..engine.routing.forms import Strategy
+from ..engine.rows.batch_axis import BatchAxis
+from ..engine.switching.copy_place import CopyPlace
 from ..errors import SpecError, StateError, listing
 from ..extras import foreign, need, open_pretrained
 from ..model import TreeModel

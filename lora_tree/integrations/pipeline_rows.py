@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..callers import locals_of_call
-from ..engine.batch_axis import BatchAxis, Place, SeenSites
+from ..engine.rows.batch_axis import BatchAxis, Place, SeenSites
 from ..errors import BaseMismatch, plural
 
 __all__ = ["PipelineAxis"]

@@ -25,7 +25,7 @@ from ..engine.behaviour import State
 from ..engine.binder import Binder
 from ..engine.fresh import settle_fresh
 from ..engine.packing import Packing
-from ..engine.side import Manner, side_device
+from ..engine.sidepaths.side import Manner, side_device
 from ..engine.stage import Stage
 from ..errors import SpecError, StateError
 from ..given import check_dtype, unchecked

@@ -1,0 +1,98 @@
+"""Add up a path's frozen terms where their factors lie: two launches a site, and no stack.
+
+    an adapter's buffer on the device  ──addresses──▶ table of the plan  ─┐
+    the path: one row that holds all inputs  ───────▶ lists              ─┼─▶ shrink ─▶ expand
+    output and input of the site  ────────────────────────────────────────┘
+
+The kernels are those of routed batches. So the memory into which the cache copied an adapter is the
+memory that a forward reads: nothing is copied after the transfer, and a path takes no memory beside
+its adapters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ..kernels import routes
+from ..rows.batch import Batch
+from ..sidepaths.side import Draft, recorded
+from .factor_tables import PlanTables
+from .owed import Owed
+from .segmented import NARROW, SegmentedForm
+
+__all__ = ["OneRowForm", "one_row", "read_in_place"]
+
+
+class OneRowForm(SegmentedForm):
+    """The kernels of a routed batch, for a batch of one row that holds all inputs."""
+
+    def added(self, out: Tensor, x: Tensor, *, spare: bool) -> Tensor | None:
+        """Return ``out`` plus the sum; None if the kernels do not add up for such tensors.
+
+        Args:
+            out: the module's output.
+            x: its input.
+            spare: ``out`` may be written over.
+        """
+        # A forward may run on fake tensors, which have no memory.
+        if type(out) is not Tensor or type(x) is not Tensor:
+            return None
+        size = self._size(out, x)
+        known = self._known
+        is_known = known is not None and known[0] == size
+        if not (is_known or self._covers(out, x, size[0])):
+            return None
+        if recorded(out, x):
+            return self._add(out, x)
+        out, x = (out if spare else out.clone()).contiguous(), x.contiguous()
+        self._launches(size, out, x)(x, out)
+        return out
+
+    def _covers(self, out: Tensor, x: Tensor, compute: torch.dtype) -> bool:
+        """Return whether the kernels add up for such an output and input: the base may have been
+        moved or cast since.
+        """
+        device = self.owed.device
+        if out.device != device or x.device != device or not x.numel():
+            return False
+        return out.dtype in NARROW and x.dtype in NARROW and compute in NARROW
+
+
+def one_row(coefficients: Sequence[float]) -> Batch:
+    """Return the batch of one row that owes this much to each of some nodes."""
+    nodes = tuple([str(i) for i in range(len(coefficients))])
+    return Batch(nodes, (tuple(coefficients),), (0,))
+
+
+def read_in_place(drafts: Iterable[Draft], tables: PlanTables) -> None:
+    """Let kernels read the frozen factors of those side paths that they cover.
+
+    Args:
+        drafts: side paths of one plan; a draft whose factors the kernels cover gets its form.
+        tables: of the plan.
+    """
+    found: dict[torch.device, list[Draft]] = {}
+    for draft in drafts:
+        biased = any(value.bias is not None for value in draft.frozen)
+        if draft.frozen and not biased and routes(draft.device):
+            found.setdefault(draft.device, []).append(draft)
+    for device, mine in found.items():
+        tables.lay_out({draft.site.name: draft.frozen for draft in mine}, device)
+        for draft in mine:
+            count = len(draft.frozen)
+            batch = tables.once(("one row", count), partial(one_row, [1.0] * count))
+            owed = Owed(
+                draft.site,
+                draft.frozen,
+                batch,
+                draft.dtype,
+                device,
+                tables=tables,
+                trains=False,
+            )
+            if OneRowForm.suits(owed, 1):
+                draft.reads_by(OneRowForm(owed))

@@ -1,0 +1,1 @@
+"""Side paths: increments added to what a module computes while its weights stay the base's own."""
