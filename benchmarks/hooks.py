@@ -30,7 +30,13 @@ from .small_layers import SITES, WIDTH, small_adapter, small_base
 __all__ = ["hooked"]
 
 MIDDLE, LEAVES = 8, 64
-ON_DEVICE = ("forms", "path_form", "routed", "segmented", "unmerged")
+ON_DEVICE = (
+    "routing.forms",
+    "routing.path_form",
+    "routing.routed",
+    "routing.segmented",
+    "unmerged",
+)
 """Modules of the engine that ask whether kernels run."""
 
 

@@ -25,7 +25,7 @@ from .small_layers import SITES, small_adapter, small_base
 __all__ = ["Returned", "returned"]
 
 PATHS, HELD = 11, 6
-KERNELS = ("segmented", "routed", "path_form", "unmerged")
+KERNELS = ("routing.segmented", "routing.routed", "routing.path_form", "unmerged")
 
 
 class Returned(HostLink):

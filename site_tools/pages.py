@@ -25,7 +25,7 @@ from mkdocs.structure.pages import Page
 from notebook_pages import page_of
 
 import lora_tree
-from lora_tree.cli.commands import COMMANDS, application
+from lora_tree.cli.application import COMMANDS, application
 from lora_tree.cli.examples import EXAMPLES
 
 ROOT = Path(__file__).parent.parent

@@ -19,7 +19,7 @@ __all__ = ["Forked"]
 SERVER = get_context("forkserver")
 SERVER.set_forkserver_preload(
     [
-        "lora_tree.cli.train",
+        "lora_tree.cli.commands.train",
         "lora_tree.export.checkpoint",
         "lora_tree.integrations.flatcache",
         "transformers.models.llama.modeling_llama",

@@ -28,7 +28,7 @@ from zoo import listing
 import lora_tree as lt
 from lora_tree import extras
 from lora_tree.cli import main
-from lora_tree.cli.commands import COMMANDS
+from lora_tree.cli.application import COMMANDS
 from lora_tree.cli.interrupts import noted_interrupts
 from lora_tree.demo import bytelevel
 
@@ -877,7 +877,7 @@ def test_a_failing_file_operation_is_a_message(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(importlib.import_module("lora_tree.cli.lock"), "relock", full)
+    monkeypatch.setattr(importlib.import_module("lora_tree.cli.commands.lock"), "relock", full)
     code, _, err = shell("lock", "zoo")
     assert (code, err) == (1, "error: [Errno 28] No space left on device\n")
 
@@ -888,7 +888,7 @@ def test_an_error_that_nobody_foresaw_is_a_message_too(
     def odd(*_: object, **__: object) -> None:
         raise ZeroDivisionError("of all things")
 
-    monkeypatch.setattr(importlib.import_module("lora_tree.cli.lock"), "relock", odd)
+    monkeypatch.setattr(importlib.import_module("lora_tree.cli.commands.lock"), "relock", odd)
     monkeypatch.delenv("LORA_TREE_TRACEBACK", raising=False)
     assert shell("lock", "zoo") == (
         1,
@@ -921,7 +921,9 @@ def test_an_interrupt_exits_with_130(shell: Shell, monkeypatch: pytest.MonkeyPat
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(importlib.import_module("lora_tree.cli.lock"), "relock", interrupted)
+    monkeypatch.setattr(
+        importlib.import_module("lora_tree.cli.commands.lock"), "relock", interrupted
+    )
     code, out, err = shell("lock", "zoo")
     assert (code, out, err) == (130, "", "")
 
@@ -939,7 +941,7 @@ def import_error(*_, **__):
     except BaseException as error:
         raise ModuleNotFoundError("Could not import module") from error
 
-importlib.import_module("lora_tree.cli.lock").relock = import_error
+importlib.import_module("lora_tree.cli.commands.lock").relock = import_error
 lora_tree.cli.main()
 """
 
@@ -1065,7 +1067,7 @@ def test_the_list_of_commands_says_what_each_says_of_itself(shell: Shell) -> Non
     listed = " ".join(shell("--help")[1].replace("│", " ").split())
     for name, place in COMMANDS.items():
         module, _, function = place.partition(":")
-        own = getattr(importlib.import_module(f"lora_tree.cli.{module}"), function).__doc__
+        own = getattr(importlib.import_module(f"lora_tree.cli.commands.{module}"), function).__doc__
         assert f"{name} {' '.join(own.split())}" in listed
 
 

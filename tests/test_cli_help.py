@@ -22,7 +22,7 @@ from loopback_hub import running_hub, talking_to
 
 import lora_tree as lt
 from lora_tree.cli import main
-from lora_tree.cli.commands import COMMANDS
+from lora_tree.cli.application import COMMANDS
 from lora_tree.cli.examples import EXAMPLES
 from lora_tree.cli.help_topics import TOPICS
 from lora_tree.demo import FULL, QUICK
@@ -123,7 +123,7 @@ def test_the_examples_of_a_command_run(
 
 def test_the_example_of_the_demo_is_its_quick_size(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
-    module = importlib.import_module("lora_tree.cli.demo")
+    module = importlib.import_module("lora_tree.cli.commands.demo")
     monkeypatch.setattr(module, "run", lambda folder, **how: sizes.append(how["size"]) or "done")
     for line in EXAMPLES["demo"]:
         assert run(line) == 0

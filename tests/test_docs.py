@@ -23,7 +23,7 @@ import pytest
 
 import lora_tree
 from lora_tree.cli import main
-from lora_tree.cli.commands import COMMANDS
+from lora_tree.cli.application import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [

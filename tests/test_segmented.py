@@ -311,7 +311,7 @@ def launched(modules: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> list[s
     monkeypatch.setattr("lora_tree.engine.prepared_segments.routes", lambda device: True)
     monkeypatch.setattr("lora_tree.engine.routing.path_form.routes", lambda device: True)
     monkeypatch.setattr("lora_tree.engine.unmerged.routes", lambda device: True)
-    for module in ("segmented", "prepared_segments"):
+    for module in ("routing.segmented", "prepared_segments"):
         monkeypatch.setattr(f"lora_tree.engine.{module}.routed_kernels", lambda: kernels)
     return names
 
@@ -514,7 +514,7 @@ def test_another_batch_over_known_nodes_sends_nothing_but_its_lists(
         sent.append(numbers)
         return numbers.to(device)
 
-    for module in ("batch", "kernels.factor_table", "owed", "at_once"):
+    for module in ("rows.batch", "kernels.factor_table", "routing.owed", "routing.at_once"):
         monkeypatch.setattr(f"lora_tree.engine.{module}.uploaded", uploaded)
     with torch.no_grad(), model.route(rows[::-1], batch_first=True):
         base(x)

@@ -45,7 +45,7 @@ def _run(given: list[str], *, own_process: bool) -> None:
     codes: list[int] = []
     try:
         with _interrupts_end_it() if own_process else nullcontext():
-            from .commands import application
+            from .application import application
             from .typed import noted_command
 
             # Imports torch for most commands, which takes seconds in which Ctrl-C must work.

@@ -1,0 +1,48 @@
+"""``lora-tree absorb``: add a flat adapter below the node that shares most with it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ...adapter import Adapter
+from ...algebra import absorb
+from ...folder import load
+from ..arguments import AsJson, Folder
+from ..editing import DryRun, MaxError, Rank, Work
+from .export import DTYPES, Dtype
+
+__all__ = ["absorb_adapter"]
+
+_TOLD = 3  # of the compared nodes, the nearest first
+
+
+def absorb_adapter(
+    folder: Folder,
+    name: Annotated[str, typer.Argument(help="The new node's own name.")],
+    adapter: Annotated[Path, typer.Argument(help="A flat adapter of the tree's base.")],
+    under: Annotated[str, typer.Option(help="Consider only this node and those below it.")] = "",
+    rank: Rank = None,
+    max_error: MaxError = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Round the factors to this dtype.")] = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Add a flat adapter below the node that has most of it already; store only the rest."""
+    work = Work(load(folder), folder, dry_run=dry_run)
+    found = absorb(
+        work.tree,
+        name,
+        Adapter.load(adapter),
+        under=under,
+        rank=rank,
+        max_error=max_error,
+        dtype=DTYPES[dtype] if dtype else None,
+    )
+    nearest = list(found.left.items())[:_TOLD]
+    notes = [f"below {path or 'the root'}, {part:.0%} of it remains" for path, part in nearest]
+    edited = replace(found.edited, notes=(*notes, *found.edited.notes))
+    work.done(edited, as_json=as_json, parent=found.parent, left=dict(found.left))
