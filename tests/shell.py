@@ -39,7 +39,8 @@ EACH_IN_A_FORK = """
 import json, os, sys
 from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
-from lora_tree.cli import check, eval, export, generate, main, train
+from lora_tree.cli import main
+from lora_tree.cli.commands import check, eval, export, generate, train
 
 folder = Path(sys.argv[1])
 codes = []
