@@ -123,9 +123,14 @@ def _one(work: Work, repeats: int, device: torch.device, name: str) -> Result:
             if is_direct:
                 launch = direct.bound_direct(x, y, segments, table, tiling)
 
-                def single(x: Tensor = x, y: Tensor = y, launch: Any = launch) -> None:
+                def single(
+                    x: Tensor = x,
+                    y: Tensor = y,
+                    launch: Any = launch,
+                    table: FactorTable = table,
+                ) -> None:
                     before.add_(1.0)
-                    launch(x, y)
+                    launch(table.to_shrink, x, y)
 
                 direct_calls.append(single)
         pairs.add(_timed(calls, repeats), times, alone)

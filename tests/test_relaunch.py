@@ -71,9 +71,9 @@ def test_the_second_launch_does_not_ask_and_passes_addresses() -> None:
     kernel, x, lists, table = Kernel(), aligned(), aligned(), aligned()
     launch, mine = Relaunch(kernel), plan()
     for _ in range(2):
-        launch.bind(mine, Pointers.to(lists), Pointers.to(table))(x)
+        launch.bind(mine, Pointers.to(lists))(Pointers.to(table), x)
     other = aligned()
-    launch.bind(mine, Pointers.to(lists), Pointers.to(table))(other)
+    launch.bind(mine, Pointers.to(lists))(Pointers.to(table), other)
     assert kernel.ways == ["asked", "run", "run"]
     grid, *arguments = kernel.log[0][1]
     assert grid == (2, 3, 4)
@@ -89,7 +89,7 @@ def test_another_plan_of_the_kind_does_not_ask_and_another_kind_does() -> None:
     kernel, x = Kernel(), aligned()
     launch, nothing = Relaunch(kernel), Pointers.to(aligned())
     for kind in ("one", "one", "other", "other", "one"):
-        launch.bind(plan(kind), nothing, nothing)(x)
+        launch.bind(plan(kind), nothing)(nothing, x)
     assert kernel.ways == ["asked", "run", "asked", "run", "run"]
 
 
@@ -97,21 +97,21 @@ def test_an_address_that_is_no_multiple_of_sixteen_bytes_asks() -> None:
     kernel, x = Kernel(), aligned()
     launch, nothing, mine = Relaunch(kernel), Pointers.to(aligned()), plan()
     odd = aligned(9)[1:]
-    launch.bind(mine, nothing, nothing)(odd)
-    launch.bind(mine, nothing, nothing)(x)  # what was compiled for odd addresses is not kept
-    launch.bind(mine, nothing, nothing)(x)
-    launch.bind(mine, nothing, nothing)(odd)
-    launch.bind(mine, Pointers.to(odd), nothing)(x)
-    launch.bind(mine, nothing, Pointers.to(odd))(x)
+    launch.bind(mine, nothing)(nothing, odd)
+    launch.bind(mine, nothing)(nothing, x)  # what was compiled for odd addresses is not kept
+    launch.bind(mine, nothing)(nothing, x)
+    launch.bind(mine, nothing)(nothing, odd)
+    launch.bind(mine, Pointers.to(odd))(nothing, x)
+    launch.bind(mine, nothing)(Pointers.to(odd), x)
     assert kernel.ways == ["asked", "asked", "run", "asked", "asked", "asked"]
 
 
 def test_a_profiler_is_told_of_every_launch(as_on_a_gpu: dict[str, bool]) -> None:
     kernel, x = Kernel(), aligned()
     launch, nothing, mine = Relaunch(kernel), Pointers.to(aligned()), plan()
-    launch.bind(mine, nothing, nothing)(x)
+    launch.bind(mine, nothing)(nothing, x)
     as_on_a_gpu["looks"] = True
-    launch.bind(mine, nothing, nothing)(x)
+    launch.bind(mine, nothing)(nothing, x)
     as_on_a_gpu["looks"] = False
-    launch.bind(mine, nothing, nothing)(x)
+    launch.bind(mine, nothing)(nothing, x)
     assert kernel.ways == ["asked", "asked", "run"]

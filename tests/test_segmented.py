@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from interpreter import interpreted
-from oracle import doubled, net_by_hand
+from oracle import doubled, low_rank, net_by_hand, with_sum
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -184,7 +184,7 @@ def test_one_launch_adds_what_a_row_of_few_inputs_owes(
     # What lies behind the last output is not written to.
     memory = torch.full((base.numel() + 64,), float("nan"))
     added = memory[: base.numel()].view_as(base).copy_(base)
-    direct.bound_direct(x, added, segments, table, tiling)(x, added)
+    direct.bound_direct(x, added, segments, table, tiling)(table.to_shrink, x, added)
     torch.testing.assert_close(added.double(), wanted, rtol=1e-5, atol=1e-4)
     assert memory[base.numel() :].isnan().all()
     low = modules["shrink"].shrink(x, segments, table, 0, tiling)
@@ -198,7 +198,7 @@ def test_a_row_that_owes_nothing_keeps_its_bits_in_one_launch(modules: dict[str,
     sizes, numbers = segment_numbers([(0.0, 0.0)], [0], 1)
     segments, tiling = Segments(sizes, numbers), Tiling.of(sizes, 1, torch.float32)
     x, out = torch.full((1, 40), float("inf")), torch.full((1, 70), -0.0)
-    modules["direct"].bound_direct(x, out, segments, table, tiling)(x, out)
+    modules["direct"].bound_direct(x, out, segments, table, tiling)(table.to_shrink, x, out)
     assert torch.equal(out.view(torch.int32), torch.full((1, 70), -0.0).view(torch.int32))
 
 
@@ -271,6 +271,22 @@ class Everything:
         return True
 
 
+class Counted:
+    """A launch that notes its name when it runs."""
+
+    def __init__(self, launch: Any, name: str, names: list[str]) -> None:
+        self.launch, self.name, self.names = launch, name, names
+
+    def __call__(self, *args: Any) -> Any:
+        self.names.append(self.name)
+        return self.launch(*args)
+
+    @property
+    def low(self) -> Tensor:
+        found: Tensor = self.launch.low
+        return found
+
+
 @pytest.fixture
 def launched(modules: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Batches take the kernels, as they do on CUDA; the names of the launches."""
@@ -285,17 +301,7 @@ def launched(modules: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> list[s
 
     def counted_when_run(name: str) -> Any:
         bind = getattr(modules["in_place"], name)
-
-        def bound(*args: Any) -> Any:
-            launch = bind(*args)
-
-            def run(*tensors: Tensor) -> Any:
-                names.append(name.removeprefix("bound_"))
-                return launch(*tensors)
-
-            return run
-
-        return bound
+        return lambda *args: Counted(bind(*args), name.removeprefix("bound_"), names)
 
     for name in ("bound_shrink", "bound_expand", "bound_direct"):
         monkeypatch.setattr(modules["in_place"], name, counted_when_run(name))
@@ -358,12 +364,41 @@ def test_every_row_of_a_batch_is_what_it_is_by_hand(
     assert torch.equal(y[1].view(torch.int32), bare[1].view(torch.int32))
 
 
+def test_sites_of_one_shape_share_the_launches_of_a_batch(
+    launched: list[str], modules: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[object] = []
+    make = modules["in_place"]._made
+    monkeypatch.setattr(
+        modules["in_place"], "_made", lambda *args: made.append(args) or make(*args)
+    )
+    torch.manual_seed(0)
+    base = nn.Sequential(*[nn.Linear(20, 20) for _ in range(4)]).requires_grad_(False)
+    tree, draw = lt.AdapterTree(), torch.Generator().manual_seed(1)
+    for path in PATHS:
+        values = {str(i): low_rank(20, 20, 4, seed=draw, scale=0.05) for i in range(4)}
+        tree.add(path, adapter=lt.Adapter(values))
+    x = torch.randn(len(ROWS), 2, 20)
+    with torch.no_grad():
+        wanted = []
+        for blend, row in zip(ROWS, x, strict=True):
+            wanted.append(with_sum(base, tree, blend)(row.double()))
+        model = lt.attach(tree, base)
+        for order in (range(len(ROWS)), [3, 0, 5, 1, 4, 2]):
+            with model.route([ROWS[i] for i in order], batch_first=True):
+                y = base(x[list(order)])
+            exact = torch.stack([wanted[i] for i in order])
+            torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-5)
+    assert len(made) == 2, "one for each batch"
+    assert launched == ["shrink", "expand"] * 8
+
+
 def nothing(*args: Any) -> Any:
     return torch.empty(0)
 
 
 def idle_in_place(*args: Any) -> Any:
-    return lambda x, out: None
+    return lambda x, out, table: None
 
 
 IDLE = RoutedKernels(nothing, nothing, nothing, idle_in_place)
@@ -572,8 +607,8 @@ def test_another_batch_takes_no_step_for_each_node_of_each_site(
         steps = [_steps_of_another_batch(sites, leaves) for sites in (2, 10)]
         by_sites[leaves] = (steps[1] - steps[0]) // 8
     assert by_sites[24] == by_sites[6]
-    # Bytecode instructions; the same batch again takes 746, and a second forward of it 415.
-    assert by_sites[6] <= 1500
+    # Bytecode instructions: a route finds what its plan has decided, and sites share launches.
+    assert by_sites[6] <= 1100
 
 
 def test_what_the_kernels_do_not_cover_takes_the_forms_of_stock_operations(

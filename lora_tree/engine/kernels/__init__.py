@@ -65,8 +65,8 @@ __all__ = [
 ]
 
 
-InPlace: TypeAlias = Callable[[Tensor, Tensor], None]
-"""(inputs, outputs) → None: adds the sum for the inputs to the outputs, in place."""
+InPlace: TypeAlias = Callable[[Tensor, Tensor, FactorTable], None]
+"""(inputs, outputs, factors) → None: adds the sum for the inputs to the outputs, in place."""
 
 
 class Launch(Protocol):
@@ -243,7 +243,7 @@ def routes_right_on(device: torch.device) -> bool:
     sizes, numbers = segment_numbers([(0.5, 1.0)], [0], 1)
     segments, tiling = Segments(sizes, numbers.to(device)), Tiling.of(sizes, 1, torch.bfloat16)
     one = base[:1].clone()
-    kernels.in_place(x[:1], one, segments, table, tiling)(x[:1], one)
+    kernels.in_place(x[:1], one, segments, table, tiling)(x[:1], one, table)
     close &= torch.isclose(one.double(), exact[:1], rtol=2**-6, atol=0.5).all()
     close &= torch.isclose(grads.double(), wanted.flatten(), rtol=2**-6, atol=0.5).all()
     return bool(close) and torch.equal(out[1], base[1])

@@ -143,8 +143,8 @@ def is_direct(segments: Segments, table: FactorTable, tiling: Tiling) -> bool:
 def bound_direct(
     x: Tensor, out: Tensor, segments: Segments, table: FactorTable, tiling: Tiling
 ) -> BoundLaunch:
-    """Return the launch that adds the sum to outputs in place, for tensors like these; it takes an
-    input and an output.
+    """Return the launch that adds the sum to outputs in place, for tensors like these and tables of
+    one kind; it takes `FactorTable.to_shrink`, an input and an output.
 
     Args:
         x: (inputs, in), row by row.
@@ -158,7 +158,7 @@ def bound_direct(
     if plan is None:
         plan = segments.plans[key] = _plan(x, out, segments, table, tiling)
     lists = Pointers.to(segments.nodes, segments.coefficients)
-    return _launch.bind(plan, lists, table.to_shrink)
+    return _launch.bind(plan, lists)
 
 
 def _plan(

@@ -260,7 +260,7 @@ def expand(
         tiling: of the batch.
     """
     launch = bound_expand(low, base, out, segments, table, side, tiling)
-    launch(low, out if base is None else base, out)
+    launch(table.to_expand, low, out if base is None else base, out)
 
 
 def bound_expand(
@@ -272,15 +272,15 @@ def bound_expand(
     side: int,
     tiling: Tiling,
 ) -> BoundLaunch:
-    """Return the launch of `expand` for all tensors like these; it takes low, base and out. The
-    arguments are those of `expand`.
+    """Return the launch of `expand` for all tensors like these and all tables of one kind; it takes
+    `FactorTable.to_expand`, low, base and out. The arguments are those of `expand`.
     """
     key = "expand", out.dtype, side, tiling, table.kind, base is None, base is out
     plan = segments.plans.get(key)
     if plan is None:
         plan = _plan(low, base, out, segments, table, side, tiling)
         segments.plans[key] = plan
-    return _launch.bind(plan, segments.to_expand, table.to_expand)
+    return _launch.bind(plan, segments.to_expand)
 
 
 def _plan(

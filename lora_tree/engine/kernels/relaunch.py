@@ -106,15 +106,14 @@ class Relaunch:
         self._kernel = kernel
         self._compiled: dict[tuple[int, Hashable], _Compiled] = {}
 
-    def bind(self, plan: LaunchPlan, lists: Pointers, table: Pointers) -> BoundLaunch:
-        """Return a launch that takes only the tensors that differ from call to call.
+    def bind(self, plan: LaunchPlan, lists: Pointers) -> BoundLaunch:
+        """Return a launch that takes only the tensors that differ between sites and calls.
 
         Args:
             plan: of the launch.
-            lists: tensors of the batch, which come after those.
-            table: tensors of the site, which are the last.
+            lists: tensors of the batch, which come after those of a call.
         """
-        return BoundLaunch(self, plan, lists, table)
+        return BoundLaunch(self, plan, lists)
 
     def ask(
         self, plan: LaunchPlan, moving: Sequence[Tensor], lists: Pointers, table: Pointers
@@ -122,8 +121,9 @@ class Relaunch:
         """Launch it through Triton, and return the compiled kernel.
 
         Args:
-            plan, lists, table: as `bind` takes them.
+            plan, lists: as `bind` takes them.
             moving: the kernel's first tensors.
+            table: tensors of the site, which come after the lists.
         """
         tensors = (*moving, *lists.tensors, *table.tensors)
         with on(moving[0].device):
@@ -149,26 +149,26 @@ class Relaunch:
 
 
 class BoundLaunch:
-    """A kernel's launches for one plan, one batch and one site: two or three addresses differ.
+    """A kernel's launches for one plan and one batch; all sites of one shape share it.
 
-    A forward calls hundreds of these for a token, and the host's time for them is most of what a
-    path beside the weights costs. So every argument that stays the same is put together once.
+    A forward launches hundreds of times for a token, and the host's time for that is most of what a
+    path beside the weights costs. So every argument that stays the same is put together once. The
+    addresses of a site's table come with the call: with a launch for each site, every new batch
+    would have to make as many as the base has sites.
     """
 
-    __slots__ = ("_compiled", "_is_aligned", "_last", "_lists", "_plan", "_relaunch", "_table")
+    __slots__ = ("_compiled", "_last", "_lists", "_plan", "_relaunch")
 
-    def __init__(
-        self, relaunch: Relaunch, plan: LaunchPlan, lists: Pointers, table: Pointers
-    ) -> None:
-        self._relaunch, self._plan, self._lists, self._table = relaunch, plan, lists, table
-        self._is_aligned = lists.aligned and table.aligned
-        self._last = (*lists.addresses, *table.addresses, *plan.numbers, *plan.constants)
-        self._compiled = plan.compiled if self._is_aligned else None
+    def __init__(self, relaunch: Relaunch, plan: LaunchPlan, lists: Pointers) -> None:
+        self._relaunch, self._plan, self._lists = relaunch, plan, lists
+        self._last = (*plan.numbers, *plan.constants)
+        self._compiled = plan.compiled if lists.aligned else None
 
-    def __call__(self, *moving: Tensor) -> None:
-        """Launch it on the device of its lists and table, in the current stream there.
+    def __call__(self, table: Pointers, *moving: Tensor) -> None:
+        """Launch it on the device of its lists, in the current stream there.
 
         Args:
+            table: tensors of the site, on that device.
             moving: the kernel's first tensors, on that device.
         """
         compiled = self._compiled
@@ -177,8 +177,8 @@ class BoundLaunch:
             address = tensor.data_ptr()
             addresses.append(address)
             bits |= address
-        if compiled is None or bits % 16 or _is_observed():
-            self._by_triton(moving, bits)
+        if compiled is None or bits % 16 or not table.aligned or _is_observed():
+            self._by_triton(table, moving, bits)
             return
         # A launch goes to the current device. Setting that takes as long as the launch, so it is
         # done only if there are several devices.
@@ -192,24 +192,24 @@ class BoundLaunch:
                 None,
                 None,
                 *addresses,
+                *self._lists.addresses,
+                *table.addresses,
                 *self._last,
             )
 
-    def _by_triton(self, moving: Sequence[Tensor], bits: int) -> None:
+    def _by_triton(self, table: Pointers, moving: Sequence[Tensor], bits: int) -> None:
         """Launch through Triton, and keep the compiled kernel if the next launch can do without
         Triton.
         """
         device = moving[0].device
-        is_aligned = self._is_aligned and not bits % 16
+        is_aligned = self._lists.aligned and table.aligned and not bits % 16
         if not (is_aligned and _can_skip_triton(device)) or _is_observed():
-            self._relaunch.ask(self._plan, moving, self._lists, self._table)
+            self._relaunch.ask(self._plan, moving, self._lists, table)
             return
-        compiled, is_launched = self._relaunch.compiled(
-            self._plan, moving, self._lists, self._table
-        )
+        compiled, is_launched = self._relaunch.compiled(self._plan, moving, self._lists, table)
         self._compiled = self._plan.compiled = compiled
         if not is_launched:
-            self(*moving)
+            self(table, *moving)
 
 
 _NOTHING = contextlib.nullcontext()

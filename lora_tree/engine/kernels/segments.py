@@ -186,16 +186,23 @@ def segment_numbers(
     for start in range(0, len(order), group):
         members = [of_row[row] for row in order[start : start + group]]
         found: set[int] = set()
-        for kind_of_row in set(members):
+        for kind_of_row in members:
             found.update(owed[kind_of_row])
+        first = len(listed)
+        places: dict[int, int] = {}
         for node in sorted(found):
+            places[node] = len(listed) * group
             listed.append(node)
-            coefficients += [kinds[kind_of_row][node] for kind_of_row in members]
-            coefficients += [0.0] * (group - len(members))
         spare = -len(found) % TOGETHER
         listed += [-1] * spare
-        coefficients += [0.0] * (spare * group)
-        owners += [len(begins) - 1] * (len(listed) - len(owners))
+        count = len(listed) - first
+        # Most coefficients are 0: a row owes a few of the nodes that its group owes.
+        coefficients += [0.0] * (count * group)
+        for i, kind_of_row in enumerate(members):
+            kind = kinds[kind_of_row]
+            for node in owed[kind_of_row]:
+                coefficients[places[node] + i] = kind[node]
+        owners += [len(begins) - 1] * count
         begins.append(len(listed))
     room = max(entries, len(listed), 1)
     room += -room % TOGETHER

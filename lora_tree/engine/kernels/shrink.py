@@ -16,7 +16,7 @@ The forward takes x and A; the backward takes the gradient of the output, and B.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .factor_table import FIELDS, FactorTable
-from .relaunch import LaunchPlan, Relaunch, shared_constants
+from .relaunch import BoundLaunch, LaunchPlan, Relaunch, shared_constants
 from .segments import Segments
 from .tiles import (
     added,
@@ -38,6 +38,7 @@ from .tiles import (
 from .tiling import Tiling, entries_at_once
 
 __all__ = [
+    "BoundShrink",
     "bound_shrink",
     "of_few_inputs",
     "shares_of",
@@ -248,26 +249,47 @@ def shrink(x: Tensor, segments: Segments, table: FactorTable, side: int, tiling:
         side: 0 for A, 1 for B.
         tiling: of the batch.
     """
-    return bound_shrink(x, segments, table, side, tiling)(x)
+    return bound_shrink(x, segments, table, side, tiling)(x, table)
 
 
 def bound_shrink(
     x: Tensor, segments: Segments, table: FactorTable, side: int, tiling: Tiling
-) -> Callable[[Tensor], Tensor]:
-    """Return `shrink` for all inputs like ``x``; the arguments are those of `shrink`."""
+) -> BoundShrink:
+    """Return `shrink` for all inputs like ``x`` and all tables of one kind; it takes both. The
+    arguments are those of `shrink`.
+    """
     key = "shrink", x.dtype, side, tiling, table.kind
     planned = segments.plans.get(key)
     if planned is None:
         planned = segments.plans[key] = _plan(x, segments, table, side, tiling)
     plan, shape, dtype = planned
-    launch = _launch.bind(plan, segments.to_shrink, table.to_shrink)
+    return BoundShrink(_launch.bind(plan, segments.to_shrink), shape, dtype)
 
-    def run(x: Tensor) -> Tensor:
-        low = torch.empty(shape, dtype=dtype, device=x.device)
-        launch(x, low)
+
+class BoundShrink:
+    """`shrink` for one batch, and for inputs and tables of one kind.
+
+    Args:
+        launch: takes `FactorTable.to_shrink`, an input and the memory of its narrow sum.
+        shape: of the narrow sum.
+        dtype: of the narrow sum.
+    """
+
+    __slots__ = ("_dtype", "_launch", "_shape")
+
+    def __init__(self, launch: BoundLaunch, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self._launch, self._shape, self._dtype = launch, shape, dtype
+
+    @property
+    def low(self) -> Tensor:
+        """A tensor without memory, of the narrow sum's shape and dtype."""
+        return torch.empty(self._shape, dtype=self._dtype, device="meta")
+
+    def __call__(self, x: Tensor, table: FactorTable) -> Tensor:
+        """Return the narrow sum, as `shrink` does."""
+        low = torch.empty(self._shape, dtype=self._dtype, device=x.device)
+        self._launch(table.to_shrink, x, low)
         return low
-
-    return run
 
 
 def _plan(

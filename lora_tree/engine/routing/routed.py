@@ -33,6 +33,7 @@ from .owed import Owed
 from .path_form import OneRowForm, one_row
 from .row_grounds import RowGrounds
 from .row_shares import share_of
+from .segmented import SegmentedForm
 
 __all__ = ["Route", "Spread"]
 
@@ -183,7 +184,32 @@ class Route:
             tokens: the number of inputs of a row.
             device: of the site's output.
         """
+        in_kernels = self._in_kernels(site, device)
+        if in_kernels is not None:
+            return [in_kernels.over(self._batch(self._known[site.name].nodes, spread))]
         return [self._form(owed, tokens) for owed in self._owed_at(site, spread, device)]
+
+    def _in_kernels(self, site: Site, device: torch.device) -> SegmentedForm | None:
+        """Return the form in which kernels add up a site's sum for any batch of the plan; None if
+        the form has to be chosen for this batch.
+        """
+        if self._trains or self.strategy not in ("auto", "segmented"):
+            return None
+        if site.name in self.grounds or site.name in self.plan.biased:
+            return None
+        find = partial(self._find_in_kernels, site, device)
+        return self._tables.once(("in kernels", site.name, device, self.manner.dtype), find)
+
+    def _find_in_kernels(self, site: Site, device: torch.device) -> SegmentedForm | None:
+        if not routes(device):
+            return None
+        known = self._known[site.name]
+        # The plan keeps the form, and with it this batch: one that belongs to no route.
+        batch = one_row([1.0] * len(known.values))
+        owed = Owed(
+            site, known.values, batch, known.dtype, device, tables=self._tables, trains=False
+        )
+        return SegmentedForm(owed) if SegmentedForm.suits(owed, 1) else None
 
     def shares(self, site: Site, spread: Spread, device: torch.device) -> list[Share]:
         """Return the shares that are added at a site to tokens whose rows are known: that of frozen

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..kernels import InPlace, Segments, Tiling, routed_kernels, routes
+from ..rows.batch import Batch
 from .owed import Owed
 from .sum_form import SumForm
 
@@ -42,12 +43,29 @@ class SegmentedForm(SumForm):
     def __init__(self, owed: Owed) -> None:
         super().__init__(owed)
         self._kind = owed.device.type
+        self._batch = owed.batch
         self._known: tuple[_Size, InPlace] | None = None
         """The size of the last call, and its launches."""
+        self._table = None if owed.live else owed.table
+        """The addresses of factors that are frozen."""
         self._parameters: list[Tensor] = []
         if owed.live:
             for value in owed.values:
                 self._parameters += [value.A, value.B]
+
+    def over(self, batch: Batch) -> SegmentedForm:
+        """Return the form for another batch of the same nodes.
+
+        It costs a copy of a dictionary, so that a new batch does not decide, site by site, what the
+        batches before it have decided. `owed` stays that of the first batch: what this class reads
+        of it is the same for all, but for biases, with which no form has a copy.
+        """
+        assert not self.owed.live
+        assert not self._biased
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        other._batch, other._known = batch, None
+        return other
 
     @property
     def frozen(self) -> Sequence[Tensor]:
@@ -73,7 +91,7 @@ class SegmentedForm(SumForm):
 
     def _add_in_place(self, out: Tensor, x: Tensor) -> Tensor:
         out, x = out.contiguous(), x.contiguous()
-        self._launches(self._size(out, x), out, x)(x, out)
+        self._add_at_once(self._size(out, x), out, x)
         return out
 
     def _size(self, out: Tensor, x: Tensor) -> _Size:
@@ -81,23 +99,23 @@ class SegmentedForm(SumForm):
         compute = route_dtype(self.owed.dtype, x.dtype, self._kind)
         return compute, x.dtype, out.dtype, x.numel(), out.get_device()
 
-    def _launches(self, size: _Size, out: Tensor, x: Tensor) -> InPlace:
-        """Return the launches for tensors of a size: those of the last call, if it had the same.
+    def _add_at_once(self, size: _Size, out: Tensor, x: Tensor) -> None:
+        """Add the sum to ``out`` in place, by the launches of the last call if it had this size.
 
         Most forwards have inputs of the size of the last one, and finding the launches takes the
         host as long as launching them.
         """
+        table = self._table or self.owed.table_now()
         known = self._known
-        if known is not None and known[0] == size:
-            return known[1]
-        segments, tiling = self._of(out, size[0])
-        run = routed_kernels().in_place(x, out, segments, self.owed.table_now(), tiling)
-        if not self.owed.live:
-            self._known = size, run
-        return run
+        if known is None or known[0] != size:
+            segments, tiling = self._of(out, size[0])
+            known = size, routed_kernels().in_place(x, out, segments, table, tiling)
+            # Factors that train may have another kind of table at the next call.
+            self._known = known if self._table is not None else None
+        known[1](x, out, table)
 
     def _of(self, out: Tensor, compute: torch.dtype) -> tuple[Segments, Tiling]:
-        batch = self.owed.batch
+        batch = self._batch
         tokens = out.numel() // (len(batch) * out.shape[-1])
         return batch.tiled(tokens, compute, self.owed.device)
 

@@ -263,7 +263,9 @@ class Batch:
         found = [0.0] * len(self.nodes)
         for kind, places in zip(self.kinds, self.owing, strict=True):
             for place in places:
-                found[place] = max(found[place], abs(kind[place]))
+                size = abs(kind[place])
+                if size > found[place]:
+                    found[place] = size
         return dict(zip(self.nodes, found, strict=True))
 
     @cached_property
