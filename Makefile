@@ -14,7 +14,8 @@ ENGINED := $(ENGINES)/.lora_tree-installed
 TRLED   := $(TRL)/.lora_tree-installed
 SITED   := $(VENV)/.lora_tree-site
 BROWSED := $(VENV)/.lora_tree-browser
-WORKERS ?= 2
+# One more than the two cores: some tests wait for processes, locks and time-outs.
+WORKERS ?= 3
 GPU_WORKERS ?= 4
 ARGS    ?=
 # Small steps on every core: where another program wants one of them too, threads that spin make all
@@ -28,8 +29,8 @@ NEEDS_PYTHON = @test -n '$(PYTHON)' || \
 	{ echo 'Python 3.11 or newer with venv is needed; name one: make PYTHON=…' >&2; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-browser test-gpu test-lowest test-newest test-engines test-trl \
-	test-kills test-notebooks fuzz docs pictures page-pictures notebooks lint bench compare clean
+.PHONY: help venv demo test test-slow test-browser test-gpu test-lowest test-newest \
+	test-engines test-trl test-kills test-notebooks fuzz docs pictures page-pictures notebooks lint bench compare clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | \
@@ -49,7 +50,11 @@ demo: $(STAMP)  ## train, switch, export and compare on the standard library (un
 	OMP_WAIT_POLICY=$(OMP_WAIT_POLICY) $(PY) -m lora_tree.cli demo $(ARGS)
 
 test: $(STAMP)  ## the test suite (under 10 minutes on 2 cores)
-	$(PY) -m pytest -n $(WORKERS) --dist worksteal -q $(ARGS)
+	$(PY) -m pytest -n $(WORKERS) --dist worksteal -q -m 'not slow' $(ARGS)
+
+test-slow: $(STAMP)  ## what the suite tries samples of, in full (under 10 minutes)
+	$(PY) -m pytest -n $(WORKERS) --dist worksteal -q -m slow \
+		$$(grep -l 'from sampling import' tests/test_*.py) $(ARGS)
 
 $(ENGINED): pyproject.toml
 	$(NEEDS_PYTHON)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from sampling import sampled, slow
 
 from benchmarks import (
     checkpoint,
@@ -58,38 +59,45 @@ def results_of(module: Any) -> list[Result]:
     return found
 
 
+TIMED: list[tuple[Any, int, set[str]]] = [
+    (switch, 3, {"siblings", "cousins", "PEFT, siblings", "PEFT, cousins", "floor"}),
+    (
+        unmerged,
+        3,
+        {
+            "new path",
+            "used before, 10 nodes",
+            "used before, 20 nodes",
+            "PEFT set_adapter, 10 adapters",
+        },
+    ),
+    (flatten, 1, {"ours", "PEFT, svd"}),
+    (opening, 2, {"with tree.lock", "bare folders"}),
+    (routed, 6, {"bare", "auto", "nodes", "paths", "grouped", "matrix", "added, PEFT"}),
+    (decode, 1, {"bare", "auto", "flattened"}),
+    (training, 5, {"together", "PEFT, 8 steps"}),
+    (experts, 4, {"bare", "one path", "8 rows on 8 paths", "PEFT, one adapter"}),
+    (checkpoint, 1, {"merged", "copied, with fsync"}),
+    (first_use, 2, {"first use", "PEFT, load_adapter of each node + set_adapter"}),
+    (
+        thousands,
+        2,
+        {
+            "opening",
+            "first use, 200 nodes, memory new",
+            "first use, 10 nodes, memory handed on",
+        },
+    ),
+]
+"""A benchmark, how many tables it makes, and some of what its first table times."""
+
+QUICK = [each for each in TIMED if each[0] in (switch, unmerged, flatten, routed, training)]
+"""Those whose tables other tests look at, too, and the one of routed batches."""
+
+
 @pytest.mark.parametrize(
     ("module", "tables", "timed"),
-    [
-        (switch, 3, {"siblings", "cousins", "PEFT, siblings", "PEFT, cousins", "floor"}),
-        (
-            unmerged,
-            3,
-            {
-                "new path",
-                "used before, 10 nodes",
-                "used before, 20 nodes",
-                "PEFT set_adapter, 10 adapters",
-            },
-        ),
-        (flatten, 1, {"ours", "PEFT, svd"}),
-        (opening, 2, {"with tree.lock", "bare folders"}),
-        (routed, 6, {"bare", "auto", "nodes", "paths", "grouped", "matrix", "added, PEFT"}),
-        (decode, 1, {"bare", "auto", "flattened"}),
-        (training, 5, {"together", "PEFT, 8 steps"}),
-        (experts, 4, {"bare", "one path", "8 rows on 8 paths", "PEFT, one adapter"}),
-        (checkpoint, 1, {"merged", "copied, with fsync"}),
-        (first_use, 2, {"first use", "PEFT, load_adapter of each node + set_adapter"}),
-        (
-            thousands,
-            2,
-            {
-                "opening",
-                "first use, 200 nodes, memory new",
-                "first use, 10 nodes, memory handed on",
-            },
-        ),
-    ],
+    sampled(TIMED, QUICK),
     ids=lambda value: value.__name__.rpartition(".")[2] if hasattr(value, "__name__") else None,
 )
 def test_a_benchmark_times_what_it_names(
@@ -142,6 +150,7 @@ def test_a_comparison_trains_every_system_on_the_same_rows_and_tells_every_table
     )
 
 
+@slow
 def test_a_comparison_that_was_stopped_goes_on_and_comes_to_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,6 +22,7 @@ import shell as processes
 import torch
 import transformers
 from oracle import random_adapter, shapes_of
+from sampling import sampled, slow
 from shell import Shell, answer
 from zoo import listing
 
@@ -823,6 +824,7 @@ def test_a_model_that_fails_at_its_work_is_one_message(shell: Shell, zoo: Path) 
     assert "the model can't continue the prompt: " in err
 
 
+@slow
 def test_a_hub_that_does_not_answer_is_asked_once(zoo: Path, base: Path, tmp_path: Path) -> None:
     """Its client would ask six times, with pauses, before it looks into its cache: nothing of that
     is on stderr.
@@ -970,7 +972,9 @@ def test_wrong_usage_exits_with_2(shell: Shell) -> None:
 
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
 @pytest.mark.parametrize(
-    ("how", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["interrupt", "terminate"]
+    ("how", "code"),
+    sampled([(signal.SIGINT, 130), (signal.SIGTERM, 143)], [(signal.SIGINT, 130)]),
+    ids=["interrupt", "terminate"],
 )
 def test_a_demo_that_is_ended_leaves_nothing(tmp_path: Path, how: int, code: int) -> None:
     process = subprocess.Popen(

@@ -13,6 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from sampling import slow
 
 import lora_tree as lt
 from lora_tree.demo import QUICK, Report, bytelevel, run
@@ -31,6 +32,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Report, str]:
     return report, console.file.getvalue()  # type: ignore[attr-defined]
 
 
+@slow
 def test_every_node_is_measured_on_every_domain_and_beats_the_base_on_its_own(
     demo: tuple[Report, str],
 ) -> None:

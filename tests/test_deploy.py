@@ -22,6 +22,7 @@ import pytest
 from oracle import random_adapter
 from prometheus_client import CollectorRegistry, generate_latest
 from ruamel.yaml import YAML
+from sampling import slow
 
 import lora_tree as lt
 from lora_tree.integrations.vllm import server_args
@@ -67,6 +68,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 # ---------------------------------------------------------------------- a release
+@slow
 def test_a_release_is_checked_switched_to_never_changed_and_gone_back_from(tmp_path: Path) -> None:
     script, root = DEPLOY / "release.sh", tmp_path / "srv"
     first, second = saved(tmp_path / "first", 1), saved(tmp_path / "second", 5)

@@ -12,6 +12,7 @@ from types import ModuleType
 import pipelines as tiny
 import pytest
 import torch
+from sampling import slow
 
 import lora_tree as lt
 from lora_tree.integrations.diffusers import attach
@@ -76,6 +77,7 @@ def test_a_style_learns_from_every_image_and_a_subject_from_its_own(
     assert moved == {"ink": True, "ink/knight": True, "ink/wizard": False}
 
 
+@slow
 def test_the_loss_falls(example: ModuleType, photos: Path) -> None:
     pipe = tiny.stable_diffusion()
     found = example.read_examples(photos, 16)

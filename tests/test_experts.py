@@ -18,6 +18,7 @@ import torch
 import transformers as T
 from peft import PeftModel
 from safetensors.torch import load_file
+from sampling import slow
 from torch import Tensor, nn
 from torch._C import _len_torch_function_stack
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -512,6 +513,7 @@ def test_a_prepared_model_runs_no_experts() -> None:
     model.activate("a")
 
 
+@slow
 def test_a_forward_that_is_compiled_goes_on_only_if_it_is_merged() -> None:
     base, model, given = small()
     compiled = torch.compile(base, backend="eager")

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from sampling import slow
 from speakers import language_model, save_base, tree_over
 
 from lora_tree.cli import main
@@ -113,6 +114,7 @@ def test_a_port_that_is_taken_is_named() -> None:
 
 
 # ---------------------------------------------------------------------- the command
+@slow
 def test_the_command_serves_the_page_with_a_playground_until_ctrl_c(tmp_path: Path) -> None:
     base = language_model()
     save_base(base, tmp_path / "base")

@@ -20,11 +20,14 @@ from architectures import ARCHS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from looks import looking
+from sampling import slow
 
 import lora_tree as lt
 from lora_tree.errors import LoraTreeError
 from lora_tree.export.shards import INDEX, open_checkpoint
 from lora_tree.export.unloaded_base import Base
+
+pytestmark = slow
 
 MANY = settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 DEAR = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from forked import Forked
+from sampling import slow
 from zoo import adapter, all_are_there, listing, opened, tree, value
 
 import lora_tree as lt
@@ -118,6 +119,7 @@ def faults(
         shutil.rmtree(folder)
 
 
+@slow
 def test_killed_at_every_operation(
     monkeypatch: pytest.MonkeyPatch, before: Path, tmp_path: Path
 ) -> None:
@@ -141,6 +143,7 @@ def test_killed_at_every_operation(
     assert len(set(outcomes)) == 2
 
 
+@slow
 def test_a_fault_at_every_operation(
     monkeypatch: pytest.MonkeyPatch, before: Path, tmp_path: Path
 ) -> None:
@@ -164,6 +167,7 @@ def test_a_fault_at_every_operation(
     assert len(set(outcomes)) == 2
 
 
+@slow
 def test_interrupted_at_every_operation(
     monkeypatch: pytest.MonkeyPatch, before: Path, tmp_path: Path
 ) -> None:

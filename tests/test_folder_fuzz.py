@@ -16,6 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from looks import looking
+from sampling import slow
 from zoo import adapter, tree
 
 import lora_tree as lt
@@ -23,7 +24,7 @@ from lora_tree.errors import LoraTreeError, NewerFormat, SpecError
 from lora_tree.folder import lockfile, yamlfile
 from lora_tree.folder.record import HIDDEN
 
-pytestmark = pytest.mark.filterwarnings("ignore::lora_tree.StaleWarning")
+pytestmark = [slow, pytest.mark.filterwarnings("ignore::lora_tree.StaleWarning")]
 CHEAP = settings(max_examples=1500, deadline=None, suppress_health_check=list(HealthCheck))
 DEAR = settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from sampling import slow
 from typer import Typer
 from typer.testing import CliRunner
 
@@ -76,6 +77,7 @@ def test_the_least_bytes_lie_between_two_budgets() -> None:
     assert least_bytes(points, "grow") == pytest.approx(0.2)
 
 
+@slow
 def test_the_command_measures_nothing_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

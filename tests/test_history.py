@@ -17,6 +17,7 @@ import peft
 import pytest
 import torch
 from forked import Forked
+from sampling import slow
 from test_folder_faults import MODULES, FaultyOs, Killed
 from zoo import CONFIG, WEIGHTS, adapter, all_are_there, listing, opened, value
 
@@ -378,6 +379,7 @@ def test_a_content_that_a_cut_off_save_left_too_many_is_restored_all_the_same(zo
     assert not left.exists()
 
 
+@slow
 @pytest.mark.parametrize("what", ["restore", "gc"])
 def test_killed_at_every_operation_it_is_as_before_or_done(
     zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str

@@ -29,6 +29,7 @@ from architectures import ARCHS
 from front import front_end
 from looks import looking
 from safetensors.torch import load_file, save_file
+from sampling import slow
 from shell import Shell, commands, save_base
 from test_renaming import CASES
 from torch import nn
@@ -409,6 +410,7 @@ def _over_own_code(folder: Path) -> dict[str, list[str | Path]]:
     }
 
 
+@slow
 def test_the_code_of_a_base_runs_only_on_the_users_own_word(own_code: Path) -> None:
     told = _over_own_code(own_code)
     trust = "--trust-remote-code"

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from sampling import slow
 
 from lora_tree.errors import FolderError
 from lora_tree.system import claims, locks
@@ -241,6 +242,7 @@ def test_whose_claim_is_left_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         assert taken(tmp_path)
 
 
+@slow
 def test_a_claim_is_touched_while_it_is_held(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

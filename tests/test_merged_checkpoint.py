@@ -20,6 +20,7 @@ from architectures import ARCHS, along
 from forked import Forked
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from sampling import slow
 from torch import nn
 
 import lora_tree as lt
@@ -385,6 +386,7 @@ print("done", flush=True)
 """
 
 
+@slow
 def test_a_killed_run_leaves_no_folder_that_looks_finished(tmp_path: Path) -> None:
     base = saved("llama", torch.float32, tmp_path / "base")
     ARCHS["llama"].tree(base, factors=torch.float32).save(tmp_path / "zoo")

@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import dense, low_rank, random_adapter
+from sampling import slow
 from shell import Shell
 from torch import nn
 
@@ -327,6 +328,7 @@ GGUF = (
 )
 
 
+@slow
 @settings(max_examples=1500, deadline=None)
 @given(
     st.sampled_from(["a.gguf", "a.safetensors", "adapters.safetensors"]),
@@ -367,6 +369,7 @@ JUNK = [
 ]
 
 
+@slow
 @settings(max_examples=1500, deadline=None)
 @given(
     st.booleans(),

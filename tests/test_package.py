@@ -15,6 +15,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from sampling import slow
 
 import lora_tree as lt
 
@@ -132,6 +133,7 @@ def test_the_page_of_the_package_says_what_the_readme_says() -> None:
         assert readme[begin : readme.index(end, begin)].strip() in page
 
 
+@slow
 def test_the_tests_run_from_the_sdist(built: Path) -> None:
     (sdist,) = built.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:

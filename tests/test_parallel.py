@@ -22,9 +22,12 @@ import parallel
 import pytest
 import torch
 from safetensors.torch import load_file
+from sampling import slow
 from torch import Tensor
 
 import lora_tree as lt
+
+pytestmark = slow
 
 RANKS = 2
 HERE = Path(__file__).parent

@@ -15,12 +15,15 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sampling import slow
 
 from lora_tree import Adapter, LowRank
 from lora_tree.errors import LoraTreeError, LoraTreeWarning
 from lora_tree.formats import peft
 from lora_tree.lowrank import EMBEDDING, PARAMETER, Layout
 from lora_tree.patterns import ByPattern, MatchingBudget, NamePattern
+
+pytestmark = slow
 
 CONFIG, WEIGHTS = peft.CONFIG, peft.WEIGHTS
 many = settings(

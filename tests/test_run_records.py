@@ -16,6 +16,7 @@ import shell
 import torch
 import torch.nn.functional as F
 from forked import Forked
+from sampling import slow
 from shell import Shell
 
 import lora_tree as lt
@@ -184,6 +185,7 @@ def test_a_run_that_was_stopped_anywhere_has_the_lines_of_one_that_was_not(
     assert [one.number for one in lt.run_records(zoo)] == [1] if again.was_over else [1, 2]
 
 
+@slow
 def test_a_run_that_is_killed_has_the_lines_of_one_that_was_not(
     tmp_path: Path, zoo: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

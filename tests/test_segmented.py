@@ -17,6 +17,7 @@ import pytest
 import torch
 from interpreter import interpreted
 from oracle import doubled, low_rank, net_by_hand, with_sum
+from sampling import slow
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -87,7 +88,8 @@ def cases() -> list[Any]:
     for name in BATCHES:
         dtypes = [torch.float32, torch.float16, torch.bfloat16]
         for factor in dtypes[:1] if name in LARGE else dtypes:
-            found.append(pytest.param(name, factor, id=f"{name}-{factor}"))
+            marks = slow if name in LARGE or factor == torch.float16 else ()
+            found.append(pytest.param(name, factor, id=f"{name}-{factor}", marks=marks))
     return found
 
 
@@ -676,6 +678,7 @@ def test_a_prepared_base_needs_no_rank_and_is_traced_once_for_all_batches(
     assert all(len(counts) == 1 for counts in frames.values()), frames
 
 
+@slow
 @pytest.mark.usefixtures("_fresh_compiler")
 def test_a_compiled_batch_hands_the_inputs_gradient_on(launched: list[str]) -> None:
     base, tree = net(), forest()

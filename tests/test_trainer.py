@@ -16,6 +16,7 @@ import pytest
 import torch
 from forked import Forked
 from safetensors.torch import load_file
+from sampling import slow
 from transformers import (
     T5Config,
     T5ForConditionalGeneration,
@@ -299,6 +300,7 @@ def killed_run(folder: str, temperature: str) -> None:
     trainer.train()
 
 
+@slow
 @pytest.mark.parametrize("temperature", [None, 2.0])
 def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path, temperature: float | None) -> None:
     code = "import sys, conftest, test_trainer as t; t.killed_run(*sys.argv[1:])"

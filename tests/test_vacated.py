@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from oracle import doubled, lineage, net_by_hand
+from sampling import sampled
 from test_placement import Counting
 from test_segmented import forest, launched, modules, net
 from torch import Tensor
@@ -75,7 +76,7 @@ def room(*paths: str) -> int:
 
 
 @pytest.mark.parametrize("by", ["stock", "kernels", "prepared"])
-@pytest.mark.parametrize("tree", ["memory", "files"], indirect=True)
+@pytest.mark.parametrize("tree", sampled(["memory", "files"], ["files"]), indirect=True)
 def test_any_traffic_under_a_tight_budget_means_what_it_means_by_hand(
     link: Moving, tree: lt.AdapterTree, by: str, request: pytest.FixtureRequest
 ) -> None:
