@@ -34,7 +34,7 @@ _TRIED = 5
 """The number of nearest nodes that are tried as parents: after the cut to a rank, a node that was
 not the nearest may leave the smaller error."""
 
-_TOLD = 5
+_MOST_REASONS = 5
 """The number of unsuitable parents that a message names."""
 
 
@@ -109,24 +109,24 @@ def absorb(
     if under and under not in tree:
         raise PathError(f"under: no node {under!r} in the tree")
     left = _left(tree, name, adapter, under)
-    how = Shortening(rank, max_error, dtype)
+    shortening = Shortening(rank, max_error, dtype)
     # Below a lineage with an override that the adapter lacks, no increments restore the base's
     # tensor. Such parents are tried only if there is no other.
     able = [parent for parent in left if _gives_back(tree, parent, adapter)]
-    found, refused = _cheapest(tree, name, adapter, able or list(left), how)
+    found, refused = _cheapest(tree, name, adapter, able or list(left), shortening)
     parent, short = found.parent, found.adapter
     path = _below(parent, name)
     free(tree, path)
     check_savable(tree, {path: short}, [name, *tree.lineage(parent)])
     tree.add(path, adapter=short)
     norms = {module: norm(value) for module, value in adapter.modules.items()}
-    told = Deviation(found.lost.errors, norms)
+    error = Deviation(found.lost.errors, norms)
     nearer = [error for place, error in refused.items() if left[place] < left[parent]]
     notes = tuple(
         f"a closer parent was passed over, for it can't be saved there: {e.what}"
-        for e in nearer[:_TOLD]
+        for e in nearer[:_MOST_REASONS]
     )
-    return Absorbed(Edited(added=(path,), errors={path: told}, notes=notes), parent, left)
+    return Absorbed(Edited(added=(path,), errors={path: error}, notes=notes), parent, left)
 
 
 @dataclass(frozen=True)
@@ -199,9 +199,9 @@ def _nowhere(name: str, refused: Sequence[FormatError]) -> FormatError:
     """Return the error for an adapter that no node can take, from the error of each."""
     if len(refused) == 1:
         return refused[0]
-    why = [error.what for error in refused[:_TOLD]]
-    if len(refused) > _TOLD:
-        why.append(f"and {len(refused) - _TOLD} more")
+    why = [error.what for error in refused[:_MOST_REASONS]]
+    if len(refused) > _MOST_REASONS:
+        why.append(f"and {len(refused) - _MOST_REASONS} more")
     return FormatError(
         f"{name}: what remains of it can't be saved below any of {plural(len(refused), 'node')}",
         *why,
@@ -219,8 +219,8 @@ def _gives_back(tree: AdapterTree, parent: str, adapter: Adapter) -> bool:
     for node in tree.lineage(parent):
         outline = tree.outline(node)
         for tensor in outline.overrides if outline is not None else ():
-            mine = adapter.overrides.get(tensor)
-            if mine is None or mine.rows is not None:
+            override = adapter.overrides.get(tensor)
+            if override is None or override.rows is not None:
                 return False
     return True
 
@@ -244,10 +244,10 @@ def _left(tree: AdapterTree, name: str, adapter: Adapter, under: str) -> dict[st
         if path:
             *above, _ = tree.lineage(path)
             held = {node: held[node] for node in above}
-            mine = read_apart(tree, path).weighed(tree[path].weight)
+            node_adapter = read_apart(tree, path).weighed(tree[path].weight)
             above_sums = sums[tree.parent(path)]
-            sums[path] = call_named(name, _with_own, path, mine, adapter, held, above_sums)
-            held[path] = mine
+            sums[path] = call_named(name, _with_own, path, node_adapter, adapter, held, above_sums)
+            held[path] = node_adapter
         if path == under or not under or path.startswith(f"{under}/"):
             product, square = sums[path]
             squares[path] = max(whole - 2.0 * product + square, 0.0)
@@ -257,31 +257,33 @@ def _left(tree: AdapterTree, name: str, adapter: Adapter, under: str) -> dict[st
 
 def _with_own(
     path: str,
-    mine: Adapter,
+    node_adapter: Adapter,
     adapter: Adapter,
     above: Mapping[str, Adapter],
     sums: tuple[float, float],
 ) -> tuple[float, float]:
     """Return the two sums of a node's lineage, from its parent's sums and its own increments."""
     product, square = sums
-    own, new = aligned([mine, adapter])
+    own, new = aligned([node_adapter, adapter])
     product += _product(path, own, new)
     square += _product(path, own, own)
     for ancestor in above.values():
-        own, higher = aligned([mine, ancestor])
+        own, higher = aligned([node_adapter, ancestor])
         square += 2.0 * _product(path, own, higher)
     return product, square
 
 
 def _product(path: str, one: Adapter, other: Adapter) -> float:
     """⟨ΔW, ΔW'⟩ over all modules that both have, each with its bias as one more column."""
-    found: list[float] = []
+    products: list[float] = []
     for module, value in one.modules.items():
-        theirs = other.modules.get(module)
-        if theirs is None:
+        other_value = other.modules.get(module)
+        if other_value is None:
             continue
-        found.append(call_named(f"{path}: {module}", inner, value, theirs))
-        if value.bias is not None and theirs.bias is not None:
-            product = value.bias.detach().double() @ theirs.bias.detach().double().to(value.device)
-            found.append(float(product) * value.scale * theirs.scale)
-    return math.fsum(found)
+        products.append(call_named(f"{path}: {module}", inner, value, other_value))
+        if value.bias is not None and other_value.bias is not None:
+            product = value.bias.detach().double() @ other_value.bias.detach().double().to(
+                value.device
+            )
+            products.append(float(product) * value.scale * other_value.scale)
+    return math.fsum(products)

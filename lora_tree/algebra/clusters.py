@@ -69,17 +69,17 @@ def average_linkage(distances: Tensor) -> list[Join]:
             walk.append(near)
         walk.pop()
         walk.pop()
-        keep, gone = min(here, near), max(here, near)
-        found.append((float(apart[here, near]), keep, gone))
-        whole = sizes[keep] + sizes[gone]
-        mixed = (apart[keep] * sizes[keep] + apart[gone] * sizes[gone]) / whole
+        keep, absorbed = min(here, near), max(here, near)
+        found.append((float(apart[here, near]), keep, absorbed))
+        size = sizes[keep] + sizes[absorbed]
+        mixed = (apart[keep] * sizes[keep] + apart[absorbed] * sizes[absorbed]) / size
         # A mean of two is at least the smaller one, but may be rounded below it. Then a cluster
         # earlier on the walk would have another nearest one than the walk took.
-        mixed = torch.maximum(mixed, torch.minimum(apart[keep], apart[gone]))
+        mixed = torch.maximum(mixed, torch.minimum(apart[keep], apart[absorbed]))
         mixed[keep] = torch.inf
         apart[keep], apart[:, keep] = mixed, mixed
-        apart[gone], apart[:, gone] = torch.inf, torch.inf
-        sizes[keep], alive[gone] = whole, False
+        apart[absorbed], apart[:, absorbed] = torch.inf, torch.inf
+        sizes[keep], alive[absorbed] = size, False
     return _numbered(found, count)
 
 
@@ -134,8 +134,8 @@ def _numbered(found: list[tuple[float, int, int]], count: int) -> list[Join]:
     sizes = dict.fromkeys(range(count), 1)
     # The chain finds joins out of order. The sort is stable, so at equal distances a cluster still
     # comes after the ones that it is made of.
-    for distance, keep, gone in sorted(found, key=lambda each: each[0]):
-        one, other = sorted((_top(cluster, keep), _top(cluster, gone)))
+    for distance, keep, absorbed in sorted(found, key=lambda each: each[0]):
+        one, other = sorted((_top(cluster, keep), _top(cluster, absorbed)))
         made = count + len(joins)
         cluster.append(made)
         cluster[one] = cluster[other] = made

@@ -87,11 +87,11 @@ def squash(
             f"{spelled(blend) or 'the base'}: it adds nothing to the nodes above {to}",
             "add a group instead: tree.add(path, group=True), or lora-tree add FOLDER PATH --group",
         )
-    flat, told = Shortening(rank, max_error, dtype).of(added_up(terms, base=base))
+    flat, error = Shortening(rank, max_error, dtype).of(added_up(terms, base=base))
     check_savable(tree, {to: flat}, [node for node, _, _ in terms])
     tree.add(to, adapter=flat)
     notes = stale_notes(tree, (node for node, _, _ in terms))
-    return Edited(added=(to,), errors={to: told}, notes=notes)
+    return Edited(added=(to,), errors={to: error}, notes=notes)
 
 
 def split(
@@ -145,7 +145,7 @@ def split(
         raise SpecError(f"{path}: all of it would move: nothing stays", "name fewer modules")
     weight = tree[path].weight
     notes = stale_notes(tree, [path])
-    told = deviation(whole, added_up([("", 1.0, stays), ("", 1.0, moves)]))
+    error = deviation(whole, added_up([("", 1.0, stays), ("", 1.0, moves)]))
     children = tree.children(path)
     # The new child comes first: only this step can fail, and nothing has changed before it.
     tree.add(to, adapter=moves, weight=weight_within(weight, moves.module_names))
@@ -153,7 +153,7 @@ def split(
         tree.move(child, to + child[len(path) :])
     put_adapter(tree, path, stays)
     still_fits(tree, renamed.values())
-    return Edited((to,), (path,), renamed, {to: told}, notes)
+    return Edited((to,), (path,), renamed, {to: error}, notes)
 
 
 def _by_rank(whole: Adapter, rank: int) -> tuple[Adapter, Adapter]:

@@ -117,15 +117,15 @@ def savable_error(path: str, adapter: Adapter, of: Iterable[str]) -> FormatError
     try:
         storage().check_writable(adapter)
     except FormatError as error:
-        told = FormatError(
+        explained = FormatError(
             f"{path}: {error.what}",
             *error.todo,
             f"one adapter can't hold what {listing(of)} have together: leave one of them out, "
             "or move modules to a node of their own first: lora-tree split, "
             "lora_tree.split(tree, path, to=…, modules=…)",
         )
-        told.__cause__ = error
-        return told
+        explained.__cause__ = error
+        return explained
     return None
 
 

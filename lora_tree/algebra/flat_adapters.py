@@ -97,8 +97,8 @@ class FlatAdapters:
                 *batch, out, into = value.shape
                 widths[module] = math.prod(batch) * (out + into)
                 self._means[module] = math.prod(batch) * out * into
-                mine = value.dtype
-                widest = mine if widest is None else promoted(widest, mine)
+                own_dtype = value.dtype
+                widest = own_dtype if widest is None else promoted(widest, own_dtype)
         if not self.numbers:
             raise SpecError(
                 "the weights of these adapters are 0 at all of their modules, so they share nothing"
@@ -146,16 +146,16 @@ class FlatAdapters:
 
     def _grouped(self, working_bytes: int) -> Iterator[list[str]]:
         group: list[str] = []
-        size = 0
+        group_bytes = 0
         for module, numbers in sorted(self.numbers.items()):
             # The values in their own dtype, their triplets in float64, and a mean per shared node.
-            mine = numbers * (8 + self.dtype.itemsize)
-            mine += 8 * len(self.families.above) * self._means[module]
-            if group and size + mine > working_bytes:
+            module_bytes = numbers * (8 + self.dtype.itemsize)
+            module_bytes += 8 * len(self.families.above) * self._means[module]
+            if group and group_bytes + module_bytes > working_bytes:
                 yield group
-                group, size = [], 0
+                group, group_bytes = [], 0
             group.append(module)
-            size += mine
+            group_bytes += module_bytes
         if group:
             yield group
 

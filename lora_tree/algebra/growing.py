@@ -143,10 +143,10 @@ def grow(
     check_whole_number(depth, "depth")
     check_factor_dtype(dtype)
     names = _chosen(tree, paths)
-    alike = similar(tree, names, of="lineage")
-    families = families_of(alike.joins, len(names), depth)
+    likeness = similar(tree, names, of="lineage")
+    families = families_of(likeness.joins, len(names), depth)
     names = [names[i] for i in families.order]
-    squares = alike.norms[list(families.order)].double().square()
+    squares = likeness.norms[list(families.order)].double().square()
     # An adapter that is zero gets the weight 1: its norm can't be divided by.
     some = squares.mean().clamp(min=1e-300) if by_norm else squares.clamp(min=1e-300)
     weights = torch.where(squares > 0, 1.0 / some, 1.0)
@@ -229,11 +229,11 @@ class _Nodes:
     @property
     def nbytes(self) -> int:
         """The bytes of all of them."""
-        there = [adapter for adapter in (*self.shared, *self.leaves) if adapter is not None]
-        return sum(adapter.nbytes for adapter in there)
+        adapters = [adapter for adapter in (*self.shared, *self.leaves) if adapter is not None]
+        return sum(adapter.nbytes for adapter in adapters)
 
 
-def _nodes(flat: FlatAdapters, found: PricedFit) -> _Nodes:
+def _nodes(flat: FlatAdapters, priced: PricedFit) -> _Nodes:
     """Make the nodes' adapters from the fits, and measure the errors in the factors' dtype."""
     families = flat.families
     shared: list[dict[str, LowRank]] = [{} for _ in families.above]
@@ -244,13 +244,13 @@ def _nodes(flat: FlatAdapters, found: PricedFit) -> _Nodes:
     energies = torch.zeros_like(lost)
     for module in flat.modules():
         name, stack = module.name, module.problem.stack
-        got = module.problem.whole(found.fits[name])
+        fit = module.problem.whole(priced.fits[name])
         energies += stack.energies
         moment = flat.moments.get(name)
-        assert got.leaves is not None
-        for modules, pair in zip(shared, got.shared, strict=True):
+        assert fit.leaves is not None
+        for modules, pair in zip(shared, fit.shared, strict=True):
             _put(modules, name, pair, stack, None, flat.dtype)
-        for i, (value, pair) in enumerate(zip(module.values, got.leaves, strict=True)):
+        for i, (value, pair) in enumerate(zip(module.values, fit.leaves, strict=True)):
             _put(leaves[i], name, pair, stack, value, flat.dtype)
             above = [shared[n].get(name) for n in families.lineage(families.homes[i])]
             parts = [part for part in (*above, leaves[i].get(name)) if part is not None]
@@ -263,25 +263,25 @@ def _nodes(flat: FlatAdapters, found: PricedFit) -> _Nodes:
     nesting = _nesting(flat.outlines)
     tops: list[Adapter | None] = []
     for modules in shared:
-        mine = {name: nesting[name] for name in modules if name in nesting}
+        own_nesting = {name: nesting[name] for name in modules if name in nesting}
         base = flat.outlines[0].base
-        tops.append(Adapter(modules, base=base, nesting=mine) if modules else None)
+        tops.append(Adapter(modules, base=base, nesting=own_nesting) if modules else None)
     bottoms: list[Adapter] = []
     for outline, modules, name in zip(flat.outlines, leaves, flat.names, strict=True):
         # Carried tensors and overrides stay in their adapter, which has to be read: an outline has
         # no numbers. `weighed` drops overrides that the old weight switched off, because the new
         # weight of 1 would switch them on.
         carries = outline.unchanged or outline.overrides
-        whole = outline
+        source = outline
         if carries:
-            whole = read_apart(flat.tree, name).weighed(flat.tree[name].weight)
+            source = read_apart(flat.tree, name).weighed(flat.tree[name].weight)
         modules = modules or _nothing(outline, flat.dtype)
-        mine = {module: nesting[module] for module in modules if module in nesting}
+        own_nesting = {module: nesting[module] for module in modules if module in nesting}
         bottoms.append(
-            replace(whole, modules=modules, nesting=mine, errors={}, rounded=frozenset())
+            replace(source, modules=modules, nesting=own_nesting, errors={}, rounded=frozenset())
         )
-    told = [Deviation(far, norm) for far, norm in zip(errors, norms, strict=True)]
-    return _Nodes(tuple(tops), tuple(bottoms), tuple(told), lost, energies)
+    deviations = [Deviation(far, norm) for far, norm in zip(errors, norms, strict=True)]
+    return _Nodes(tuple(tops), tuple(bottoms), tuple(deviations), lost, energies)
 
 
 def _put(
@@ -359,15 +359,15 @@ def _installed(tree: AdapterTree, names: Sequence[str], families: Families, made
     for place, adapter in zip(places, made.shared, strict=True):
         if place is not None:
             tree.add(place, adapter=adapter)
-    told: dict[str, Deviation] = {}
+    errors: dict[str, Deviation] = {}
     for name, adapter, error in zip(names, made.leaves, made.errors, strict=True):
         path = moved.get(name, name)
         if path != name:
             tree.move(name, path)
         tree.update(path, adapter=adapter, weight=1.0)
-        told[path] = error
+        errors[path] = error
     added = tuple(place for place in places if place is not None)
-    return Edited(added, tuple(told), moved, told, notes)
+    return Edited(added, tuple(errors), moved, errors, notes)
 
 
 def _places(

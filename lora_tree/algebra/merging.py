@@ -113,19 +113,19 @@ def merge(
     check_spelling([(name, 1.0, each) for name, each in zip(names, adapters, strict=True)])
     # The plain sum refuses adapters that don't fit together, and has the result's base, config and
     # carried tensors.
-    whole = combine(list(zip(adapters, given, strict=True)), names=names)
-    several = aligned(adapters)
+    plain_sum = combine(list(zip(adapters, given, strict=True)), names=names)
+    aligned_adapters = aligned(adapters)
     values: dict[str, LowRank] = {}
-    for name in whole.modules:
-        parts = [adapter.modules.get(name) for adapter in several]
+    for name in plain_sum.modules:
+        parts = [adapter.modules.get(name) for adapter in aligned_adapters]
         numbers = [weight_at(weight, name) for weight in given]
         values[name] = call_named(name, recipe.module, name, parts, numbers)
-    full = replace(whole, modules=values, errors={}, rounded=frozenset())
-    short, told = Shortening(rank, max_error, widest(whole)).of(full)
+    full = replace(plain_sum, modules=values, errors={}, rounded=frozenset())
+    short, error = Shortening(rank, max_error, widest(plain_sum)).of(full)
     # The merge ran in float64, so none of the caller's own factors was rounded.
     short = replace(short, rounded=frozenset())
-    distances = tuple(deviation(adapter, short).relative_error for adapter in several)
-    return Merged(short, told, distances)
+    distances = tuple(deviation(adapter, short).relative_error for adapter in aligned_adapters)
+    return Merged(short, error, distances)
 
 
 def merge_paths(
@@ -252,8 +252,8 @@ class Recipe:
                 f"space='dense': a weight of {' × '.join(map(str, shape))} is too large for it",
                 "space='core' and space='knots' build no matrix of that size",
             )
-        whole = self._merged(list(both.Q_B @ cores @ both.Q_A.mT), weights, draw)
-        U, S, Vh = torch.linalg.svd(whole, full_matrices=False)
+        dense = self._merged(list(both.Q_B @ cores @ both.Q_A.mT), weights, draw)
+        U, S, Vh = torch.linalg.svd(dense, full_matrices=False)
         B = U * S[..., None, :]
         return LowRank(Vh.contiguous(), B.contiguous(), 1.0, bias, both.like.layout)
 
@@ -262,12 +262,12 @@ def spread(both: Joint, parts: Sequence[LowRank | None]) -> tuple[Tensor, Tensor
     """Return all parts' cores (n, \\*batch, k, l) and biases (n, out); None is zero in both."""
     cores = both.Q_B.new_zeros(len(parts), *both.cores[0].shape)
     biases = both.Q_B.new_zeros(len(parts), math.prod(both.Q_B.shape[:-1]))
-    mine = iter(zip(both.cores, both.biases, strict=True))
+    present = iter(zip(both.cores, both.biases, strict=True))
     for i, part in enumerate(parts):
         if part is None:
             continue
         # The joint bases have a core for every part that is not None, in order.
-        cores[i], bias = next(mine)
+        cores[i], bias = next(present)
         if bias is not None:
             biases[i] = bias
     return cores, biases

@@ -166,7 +166,7 @@ def rebase(
     gap = less(tree, tree.parent(path), to.rpartition("/")[0], base=base, kept=kept)
     notes = stale_notes(tree, [path])
     renamed = {old: to + old[len(path) :] for old in (path, *below)}
-    adapter, told = _made_up(tree, path, gap, Shortening(rank, max_error, dtype), base)
+    adapter, error = _made_up(tree, path, gap, Shortening(rank, max_error, dtype), base)
     if adapter is not None:
         check_savable(tree, {to: adapter}, [path, *(node for node, _, _ in gap)])
     tree.move(path, to)
@@ -175,7 +175,7 @@ def rebase(
         return Edited(moved=renamed, notes=notes)
     put_adapter(tree, to, adapter)
     still_fits(tree, list(renamed.values())[1:])
-    return Edited(changed=(to,), moved=renamed, errors={to: told}, notes=notes)
+    return Edited(changed=(to,), moved=renamed, errors={to: error}, notes=notes)
 
 
 def rebase_all(
@@ -279,8 +279,8 @@ def _made_up(
     # An override that the weight switches off hides no increments above it (`own` lacks it), but it
     # stays in the node (`replaced` has it).
     own = _overrides_of(tree, path)
-    has = tree.adapter(path)
-    replaced: dict[str, Override] = {} if has is None else dict(has.overrides)
+    current = tree.adapter(path)
+    replaced: dict[str, Override] = {} if current is None else dict(current.overrides)
     for node, coefficient, adapter in gap:
         # The node's own override wins over one of the old lineage, which fills in missing rows.
         for name, above in adapter.overrides.items():
@@ -305,8 +305,8 @@ def _made_up(
             terms.append((node, coefficient, adapter.weighed(inverse_weight(weight))))
     if not terms:
         return None, Deviation()
-    adapter, told = short.of(added_up(terms, base=base))
-    return replace(adapter, errors={}, overrides=replaced), told
+    adapter, error = short.of(added_up(terms, base=base))
+    return replace(adapter, errors={}, overrides=replaced), error
 
 
 def _overrides_of(tree: AdapterTree, path: str) -> Mapping[str, Override]:
@@ -331,8 +331,10 @@ def _same_overrides(one: Mapping[str, Override], other: Mapping[str, Override]) 
     if one.keys() != other.keys():
         return False
     for name, override in one.items():
-        theirs = other[name]
-        if override.rows != theirs.rows or not torch.equal(override.values, theirs.values):
+        other_override = other[name]
+        if override.rows != other_override.rows or not torch.equal(
+            override.values, other_override.values
+        ):
             return False
     return True
 

@@ -216,16 +216,16 @@ class _Fitter:
     def _mean(self, shared: int) -> _Mean:
         """Return the mean residual of the leaves below a node, given all other parts."""
         first, last = self.families.spans[shared]
-        mine = slice(self.starts[first], self.starts[last])
-        whole = self.problem.below[shared]
-        lefts = [self.left[..., mine] * (self.column_weights[mine] / whole)]
-        rights = [self.right[..., mine]]
+        columns = slice(self.starts[first], self.starts[last])
+        weight_below = self.problem.below[shared]
+        lefts = [self.left[..., columns] * (self.column_weights[columns] / weight_below)]
+        rights = [self.right[..., columns]]
         for other, (begin, end) in enumerate(self.families.spans):
             both = self.weights[max(first, begin) : min(last, end)]
             P, Q = self.shared[other]
             if other != shared and len(both) and P.shape[-1]:
                 # The other node may be above only some of the leaves below this one.
-                lefts.append(P * (float(both.sum()) / whole))
+                lefts.append(P * (float(both.sum()) / weight_below))
                 rights.append(Q)
         return _Mean(self.problem.means[shared], torch.cat(lefts, -1), torch.cat(rights, -1))
 

@@ -167,14 +167,14 @@ class _Fitting:
         bias: Tensor | None = biases.mean(0)
         if all(own is None for own in both.biases):
             bias = None  # zeros would be written as a lora_bias that no sibling has
-        mine = [_pair(both, part) for part in self.parts]
+        pairs = [_pair(both, part) for part in self.parts]
         if self.leaf_rank is not None:
-            S, rests = _alternate(cores.mean(0), mine, self.rank, self.leaf_rank)
+            S, rests = _alternate(cores.mean(0), pairs, self.rank, self.leaf_rank)
         else:
             core = cores.mean(0) if self.recipe is None else _by_recipe(self, both)
             S = _svd(core, self.rank)
             # Without a bound on its rank, a rest is exactly the sibling less the shared part.
-            rests = [_minus(own, S) for own in mine]
+            rests = [_minus(own, S) for own in pairs]
         scale = float(cores.abs().max())
         left: list[LowRank | None] = []
         for rest, own_bias in zip(rests, biases, strict=True):
@@ -221,13 +221,13 @@ def _spectral(pair: Pair) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _alternate(
-    mean: Tensor, mine: Sequence[Pair], rank: int | None, leaf_rank: int
+    mean: Tensor, pairs: Sequence[Pair], rank: int | None, leaf_rank: int
 ) -> tuple[Pair, list[Pair]]:
     """Return the shared core and the rests, fitted in turn, each with the others fixed.
 
     Args:
         mean: (\\*batch, k, l) of all siblings.
-        mine: each sibling's core, as thin factors.
+        pairs: each sibling's core, as thin factors.
         rank, leaf_rank: of the shared part and of a rest.
     """
     S = _svd(mean, rank)
@@ -237,10 +237,10 @@ def _alternate(
         if rests:
             left = torch.cat([rest[0] for rest in rests], dim=-1)
             right = torch.cat([rest[1] for rest in rests], dim=-1)
-            S = _nearest(mean - left @ right.mT / len(mine), rank, S)
+            S = _nearest(mean - left @ right.mT / len(pairs), rank, S)
         rests = []
         error = 0.0
-        for core in mine:
+        for core in pairs:
             U, values, V = _spectral(_minus(core, S))
             rests.append((U[..., :leaf_rank] * values[..., None, :leaf_rank], V[..., :leaf_rank]))
             # The squares of the dropped singular values are the error: no residual is formed.
@@ -413,9 +413,9 @@ def _installed(
                 check_path(renamed[old])  # the tree may grow too deep
     notes = stale_notes(tree, children)
     if into is None:
-        mine = read_terms(tree, {parent: 1.0})
+        own_terms = read_terms(tree, {parent: 1.0})
         shared = as_term("shared", inverse_weight(tree[parent].weight), top)
-        top = added_up([*mine, shared])
+        top = added_up([*own_terms, shared])
     check_savable(tree, {into or parent: top, **children}, [parent, *children])
     if into is not None:
         tree.add(into, adapter=top)
@@ -427,7 +427,7 @@ def _installed(
     for path, adapter in children.items():
         put_adapter(tree, renamed.get(path, path), adapter)
         still_fits(tree, [renamed.get(node, node) for node in below[path]])
-    told = {renamed.get(path, path): error for path, error in errors.items()}
+    renamed_errors = {renamed.get(path, path): error for path, error in errors.items()}
     if into is not None:
-        return Edited((into,), tuple(told), renamed, told, notes)
-    return Edited((), (parent, *told), renamed, told, notes)
+        return Edited((into,), tuple(renamed_errors), renamed, renamed_errors, notes)
+    return Edited((), (parent, *renamed_errors), renamed, renamed_errors, notes)

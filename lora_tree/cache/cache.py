@@ -282,7 +282,7 @@ class Cache:
         with self._lock:
             # All that are cached are pinned before the first load: that one may
             # evict, and must not take these.
-            self._copies.drop_gone(tier)
+            self._copies.discard_collected(tier)
             for path, source in needed.items():
                 key = cache_key(source)
                 if tier.find(key) is None:

@@ -222,12 +222,12 @@ def print_problem(kind: str, message: str, style: str) -> None:
 
 def warnings_in_one_line() -> None:
     """Show Python's warnings as ``warning: …``, each once, without the line that raised them."""
-    told: set[str] = set()
+    shown: set[str] = set()
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
         # A command that opens a tree twice gets the same warning twice.
-        if str(message) not in told:
-            told.add(str(message))
+        if str(message) not in shown:
+            shown.add(str(message))
             print_problem("warning", str(message), "bold yellow")
 
     # Only the display is replaced. Which warnings are shown is still up to Python's filters, so

@@ -51,7 +51,7 @@ def run_to_the_end(
     with (
         steps_done("training", steps, running.done) as bar,
         noted_interrupts() as interrupted,
-        _told(running, trackers) as tell,
+        _open_trackers(running, trackers) as tell,
     ):
         for step in running.steps(save_every=save_every or None):
             bar(" ".join(f"{path or BASE_LABEL} {loss:.3f}" for path, loss in step.losses.items()))
@@ -89,7 +89,7 @@ def _check_writable(place: Path, todo: str) -> None:
 
 
 @contextmanager
-def _told(running: Run, trackers: Sequence[str]) -> Iterator[Callable[[StepLosses], None]]:
+def _open_trackers(running: Run, trackers: Sequence[str]) -> Iterator[Callable[[StepLosses], None]]:
     """Yield a function that reports a step to the trackers."""
     if not trackers:
         yield lambda step: None

@@ -158,16 +158,19 @@ def _walk(
     def nodes(above: str, is_last: tuple[bool, ...]) -> Iterator[DrawnNode]:
         siblings = [path for path in children.get(above, ()) if path in shown]
         for i, path in enumerate(siblings):
-            mine = (*is_last, i == len(siblings) - 1)
+            own_is_last = (*is_last, i == len(siblings) - 1)
             # Drawn first, because a node's line says how many below it are hidden.
-            inner = list(nodes(path, mine))
+            inner = list(nodes(path, own_is_last))
             visible = len(inner)
             # Each hidden node counts at its nearest drawn ancestor alone. Otherwise it would be
             # counted again at every level above, and the numbers would not add up to the nodes of
             # the tree.
             hidden_deeper = sum(node.hidden for node in inner)
             yield DrawnNode(
-                path, path.removeprefix(f"{above}/"), mine, below[path] - visible - hidden_deeper
+                path,
+                path.removeprefix(f"{above}/"),
+                own_is_last,
+                below[path] - visible - hidden_deeper,
             )
             yield from inner
 

@@ -31,19 +31,19 @@ def stale_words(path: str, reason: str) -> str:
     >>> stale_words("fr/a", told + "the weight of fr (was 0.8, now 0.5)")
     'parent fr changed (weight 0.8 → 0.5)'
     """
-    said = reason.removeprefix(f"{path}: ")
-    if said.startswith("it was trained on "):
-        return said.removeprefix("it was ").replace(", the tree names ", ", the tree is over ")
-    if said.startswith("the files of the base "):
+    text = reason.removeprefix(f"{path}: ")
+    if text.startswith("it was trained on "):
+        return text.removeprefix("it was ").replace(", the tree names ", ", the tree is over ")
+    if text.startswith("the files of the base "):
         return "the base's files changed"
-    head, has_changes, tail = said.partition(" since it was trained: ")
+    head, has_changes, tail = text.partition(" since it was trained: ")
     if not has_changes:
         # A lock of an earlier version knows hashes alone, and they say nothing in a table.
-        known = re.match(r"(the lineage of \S+ has changed|it was moved to the top)", said)
-        return known[0] if known else said
+        known = re.match(r"(the lineage of \S+ has changed|it was moved to the top)", text)
+        return known[0] if known else text
     parent = path.rpartition("/")[0]
     # Names of nodes contain no semicolon, so it separates one change from the next.
-    words = [_change(text, parent) for text in tail.split("; ")]
+    words = [_change(change, parent) for change in tail.split("; ")]
     if head == "it was moved to the top":
         words.insert(0, "moved to the top")
     return ", ".join(words)

@@ -195,9 +195,9 @@ def solved(fits: Sequence[Fit], nodes: Sequence[str]) -> tuple[dict[str, float],
 
 def multiples_text(multiples: Mapping[str, float]) -> str:
     """Return the nodes whose multiple is not 1 as text: ``fr 0.5 times, fr/legal 0 times``."""
-    told = []
+    parts = []
     for node, multiple in multiples.items():
         if abs(multiple - 1) > SAME:
             rounded = 0.0 if abs(multiple) <= SAME else multiple
-            told.append(f"{node} {rounded:.3g} times")
-    return listing(told)
+            parts.append(f"{node} {rounded:.3g} times")
+    return listing(parts)

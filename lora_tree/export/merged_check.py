@@ -226,11 +226,11 @@ class _Comparing:
             for dtype, worst in looked.worst.items():
                 if worst <= 1.0:
                     is_own = dtype in (old.dtype, new.dtype)
-                    said = "" if is_own else f"as of {str(dtype)[6:]} arithmetic"
-                    return TensorCheck(name, "rounding", looked.error, said)
+                    cause = "" if is_own else f"as of {str(dtype)[6:]} arithmetic"
+                    return TensorCheck(name, "rounding", looked.error, cause)
             return TensorCheck(name, "other", looked.error, "some of its elements differ")
-        said = best.text if best is not None else "another sum"
-        return TensorCheck(name, "other", looked.error, said)
+        cause = best.text if best is not None else "another sum"
+        return TensorCheck(name, "other", looked.error, cause)
 
     def _sums(self, write: Write, old: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
         """Yield the sum in the base's dtype, and also in the merged one's if that differs."""
@@ -259,7 +259,7 @@ class _Comparing:
         others = [check for check in self.checks if check.verdict == "other"]
         if not others:
             ways = {check.said for check in self.checks if check.verdict == "rounding"}
-            way = "".join(f", {said}" for said in sorted(ways) if said)
+            way = "".join(f", {cause}" for cause in sorted(ways) if cause)
             return Guess(f"the path itself{way}")
         aside = [
             c.name for c in others if c.name not in self._writes or self._writes[c.name].is_bias
@@ -286,13 +286,13 @@ class _Comparing:
             return Guess(best.text + rest, multiples)
         whole = math.fsum(fit.expected for fit in self._fits)
         noise = math.fsum(fit.noise for fit in self._fits)
-        told = multiples_text(multiples)
+        weights_text = multiples_text(multiples)
         if left <= max(noise, NEAR**2 * whole):
-            return Guess(f"the path with other weights: {told}{rest}", multiples)
+            return Guess(f"the path with other weights: {weights_text}{rest}", multiples)
         looking = Looking.of(self._pair, self._writes, self._fits, multiples)
         added = looking.added(self._tree, Renaming(model), self._coefficients)
-        told = multiples_text(looking.multiples)
-        parts = [told] if told else []
+        weights_text = multiples_text(looking.multiples)
+        parts = [weights_text] if weights_text else []
         parts += [f"{node} was merged as well, {times:.3g} times" for node, times in added.items()]
         if not added:
             share = math.sqrt(left / math.fsum(fit.found for fit in self._fits))
@@ -327,7 +327,7 @@ def _untouched(name: str, old: Tensor, new: Tensor) -> TensorCheck:
         return TensorCheck(name, "equal")
     for dtype in NARROW:
         if same_bits(old.to(dtype).to(new.dtype), new):
-            said = f"as of {str(dtype)[6:]} arithmetic"
-            return TensorCheck(name, "rounding", rounding_unit(dtype), said)
+            cause = f"as of {str(dtype)[6:]} arithmetic"
+            return TensorCheck(name, "rounding", rounding_unit(dtype), cause)
     error = float((new.double() - old.double()).norm() / (old.double().norm() or 1.0))
     return TensorCheck(name, "other", error, "the path does not change it")

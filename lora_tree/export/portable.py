@@ -137,7 +137,7 @@ def portable(
         raise SpecError(f"shapes: expected module → (out, in), got {shapes!r:.80}")
     shape_of = stated(shapes or {})
     # The base that a tree names may be a stranger's choice, so it is never fetched from the hub.
-    known = Base(tree.base if base is None else base, asked=base is not None)
+    known = Base(tree.base if base is None else base, named_by_caller=base is not None)
     names: list[str] = []
     for _, _, adapter in tree.terms(blend):
         names += adapter.modules
@@ -241,12 +241,13 @@ def _shape(name: str, base: Base, stated: Shapes) -> tuple[int, int] | None:
     Raises:
         BaseMismatch: the two differ.
     """
-    own, told = base.shape(name), stated(name)
-    if own is not None and told is not None and own != told:
+    base_shape, stated_shape = base.shape(name), stated(name)
+    if base_shape is not None and stated_shape is not None and base_shape != stated_shape:
         raise BaseMismatch(
-            f"{name}: the base has {own} there, and {told} was stated", "leave the stated shape out"
+            f"{name}: the base has {base_shape} there, and {stated_shape} was stated",
+            "leave the stated shape out",
         )
-    return own or told
+    return base_shape or stated_shape
 
 
 def _in_one_dtype(

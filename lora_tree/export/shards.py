@@ -226,10 +226,10 @@ def open_checkpoint(folder: Path, *, inside: Inside | None = None) -> Checkpoint
                 )
             tensors[stored.name] = stored
     # transformers would initialise a missing parameter at random and only warn.
-    gone = [name for name in placed if name not in tensors]
-    if gone:
+    missing = [name for name in placed if name not in tensors]
+    if missing:
         raise FormatError(
-            f"{folder / INDEX}: names tensors that its files do not hold: {listing(gone)}",
+            f"{folder / INDEX}: names tensors that its files do not hold: {listing(missing)}",
             "download the base again, or save it again with save_pretrained",
         )
     return Checkpoint(folder, files, tensors)

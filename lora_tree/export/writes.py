@@ -123,11 +123,11 @@ def writes(tree: AdapterTree, blend: Blend, model: Any, names: CheckpointNames) 
 
     def bound(node: str, adapter: Adapter) -> Adapter:
         try:
-            told = _told_apart(renaming.bound(adapter), names)
-            _check_fits(told, model, sites)
+            resolved = _resolve_carried(renaming.bound(adapter), names)
+            _check_fits(resolved, model, sites)
         except LoraTreeError as error:
             raise error.within(node) from error
-        return told
+        return resolved
 
     for node, coefficient, adapter in tree.terms(blend, bound=bound):
         for name, value in adapter.modules.items():
@@ -166,7 +166,7 @@ def _check_fits(adapter: Adapter, model: Any, sites: dict[str, Site]) -> None:
         check_override_numbers(tensor, override, getattr(site.module, attribute))
 
 
-def _told_apart(adapter: Adapter, names: CheckpointNames) -> Adapter:
+def _resolve_carried(adapter: Adapter, names: CheckpointNames) -> Adapter:
     """Return the adapter with carried tensors that differ from the checkpoint's as overrides."""
     own: dict[str, torch.Tensor] = {}
     for name, tensor in adapter.unchanged.items():
@@ -203,12 +203,14 @@ def _writes_of_module(
     prefix = f"{site.module_name}." if site.module_name else ""
     made = []
     for attribute in attributes:
-        stands = [(node, override) for node, other, override in replaced if other == attribute]
+        own_overrides = [
+            (node, override) for node, other, override in replaced if other == attribute
+        ]
         is_bias = attribute == site.bias_name
         adds = own if attribute in (site.weight_name, site.bias_name) else []
         made.append(
             Write(
-                nodes[0] if nodes else stands[0][0],
+                nodes[0] if nodes else own_overrides[0][0],
                 name,
                 f"{prefix}{attribute}",
                 site,
@@ -216,7 +218,7 @@ def _writes_of_module(
                 nodes if adds else [],
                 is_bias=is_bias,
                 attribute=attribute,
-                overrides=[override for _, override in stands],
+                overrides=[override for _, override in own_overrides],
             )
         )
     return made

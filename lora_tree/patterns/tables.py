@@ -116,17 +116,17 @@ class Patterns:
         Raises:
             SpecError: the budget of this tree is spent.
         """
-        return bool(self._asked("whole", text, name))
+        return bool(self._look_up("whole", text, name))
 
     def ends(self, text: str, name: str) -> bool:
         """Return whether the pattern matches the name or an end of it; raises as `whole`."""
-        return bool(self._asked("ends", text, name))
+        return bool(self._look_up("ends", text, name))
 
     def layer(self, text: str, name: str) -> int | None:
         """Return the number of the name's layer, as `NamePattern.layer`; raises as `whole`."""
-        return self._asked("layer", text, name)
+        return self._look_up("layer", text, name)
 
-    def _asked(self, what: str, text: str, name: str) -> bool | int | None:
+    def _look_up(self, what: str, text: str, name: str) -> bool | int | None:
         key = (what, text, name)
         if key not in self._known:
             self._work.spend(_COST_OF_KNOWN, text)

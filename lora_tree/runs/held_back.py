@@ -80,11 +80,11 @@ class Verdict:
 
     def __str__(self) -> str:
         """One line: ``fr/legal: 3.247 on 12 held-back rows, its parent 2.759: kept at …``."""
-        said = f"{self.node}: {self.trained:.3f} on {plural(self.rows, 'held-back row')}"
-        said += f", its parent {self.parent:.3f}"
+        text = f"{self.node}: {self.trained:.3f} on {plural(self.rows, 'held-back row')}"
+        text += f", its parent {self.parent:.3f}"
         if self.beats_parent:
-            return said
-        return f"{said}: kept at weight {self.weight:g}, {self.kept:.3f}"
+            return text
+        return f"{text}: kept at weight {self.weight:g}, {self.kept:.3f}"
 
 
 def hold_back(rows: Sequence[Row], share: float) -> tuple[list[Row], list[Row]]:

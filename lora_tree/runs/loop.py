@@ -252,7 +252,7 @@ class Run:
         # are on the disk.
         if self._recorder is not None:
             self._recorder.sync()
-        about = self._told(saved=False)
+        about = self._collect_about(saved=False)
         return self._checkpoints.save(self.done, about, self.model, self.optimizer, self._watch)
 
     def kept(self) -> dict[Path, float | None]:
@@ -272,7 +272,7 @@ class Run:
         Raises:
             FolderError: the folder can't be written, or has no checkpoint of the last step.
         """
-        self._checkpoints.tell(self.done, self._told(saved=True))
+        self._checkpoints.tell(self.done, self._collect_about(saved=True))
         if self._recorder is not None:
             self._recorder.end("finished", self.taken, self.outcomes(), self.outdated)
 
@@ -394,19 +394,19 @@ class Run:
             self._start.restore()
             raise
 
-    def _told(self, *, saved: bool) -> dict[str, Any]:
+    def _collect_about(self, *, saved: bool) -> dict[str, Any]:
         """Return the content of run.json."""
-        told = {**self._identity, "step": self.done, "saved": saved}
-        told["losses"] = self._losses.plain()
+        about = {**self._identity, "step": self.done, "saved": saved}
+        about["losses"] = self._losses.plain()
         if self._measured is not None:
-            told["measured"] = self._measured
+            about["measured"] = self._measured
         if self._watch is not None:
-            told["watch"] = self._watch.plain()
+            about["watch"] = self._watch.plain()
         training = self.training
         if training is not None:
             # Not a part of the identity: a file of rows may be moved between two resumes.
-            told["training"] = training.model_dump(mode="json")
-        return told
+            about["training"] = training.model_dump(mode="json")
+        return about
 
     def _check_sound(self) -> None:
         if self._diverged is not None:

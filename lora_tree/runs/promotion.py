@@ -18,9 +18,9 @@ from ..storage import as_path
 from ..system.reading import is_file, is_folder
 from ..tree import AdapterTree, Node
 from .checkpoint_factors import NODES, ancestors_now, ancestors_then
-from .checkpoint_place import where_it_lies
+from .checkpoint_place import locate_checkpoint
 from .place import ABOUT
-from .run_losses import losses_told
+from .run_losses import read_losses
 
 __all__ = ["promote", "promotion_note"]
 
@@ -47,7 +47,7 @@ def promote(
     name = path if node is None else node
     # The name becomes a part of a file's path below, so it is checked as text first.
     check_path(name)
-    folder = where_it_lies(as_path(checkpoint)) / NODES
+    folder = locate_checkpoint(as_path(checkpoint)) / NODES
     if not is_folder(folder):
         raise FolderError(
             f"{checkpoint}: no folder {NODES}/ in it", "name a checkpoint-N of a run over a tree"
@@ -88,13 +88,13 @@ def promotion_note(
     Raises:
         FolderError, FormatError: the checkpoint's run.json can't be read.
     """
-    file = where_it_lies(as_path(checkpoint)) / ABOUT
+    file = locate_checkpoint(as_path(checkpoint)) / ABOUT
     if not is_file(file):  # a TreeTrainer's checkpoint has none
         return SaveNote(by=by)
     about = strict_json.loads(disk.read_file(file), str(file))
     name = path if node is None else node
     losses: dict[str, tuple[float, float]] = {}
-    first, last = (losses_told(about, which, {name}).get(name) for which in ("first", "last"))
+    first, last = (read_losses(about, which, {name}).get(name) for which in ("first", "last"))
     if first is not None and last is not None:
         losses[path] = first, last
     try:

@@ -145,9 +145,9 @@ def _why_not(
         return "no save recorded how it was trained"
     if path not in training.nodes:
         return f"it was trained as {listing(training.nodes)}, and the rows name that"
-    gone = files.gone(training)
-    if gone:
-        return f"its rows are gone: {listing(gone)}"
+    missing = files.missing(training)
+    if missing:
+        return f"its rows are gone: {listing(missing)}"
     try:
         _settings(tree, [path], training)
     except LoraTreeError as error:
@@ -221,7 +221,7 @@ class _DataFiles:
         """Return the place of a file, given its path relative to the tree's folder."""
         return Path(os.path.normpath(self._home / path))
 
-    def gone(self, training: TrainedWith) -> list[str]:
+    def missing(self, training: TrainedWith) -> list[str]:
         """Return the files that no longer exist."""
         files = [*training.data, *_held_out(training)]
         return [file.path for file in files if not is_file(self.place(file.path))]

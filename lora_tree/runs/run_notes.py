@@ -68,8 +68,8 @@ class RunNotes:
             losses: node → its first and last loss.
         """
         training = self.training
-        told = {} if training is None else dict.fromkeys(self.nodes, training)
-        return SaveNote(by=by, training=told, losses=dict(losses))
+        training_by_node = {} if training is None else dict.fromkeys(self.nodes, training)
+        return SaveNote(by=by, training=training_by_node, losses=dict(losses))
 
     @property
     def facts(self) -> dict[str, Any]:

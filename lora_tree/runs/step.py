@@ -123,7 +123,7 @@ def take_step(
         model.factors, losses, step=done + 1, cause=lambda lost: frozen_cause(model, lost, inputs)
     )
     time_s = time.perf_counter() - began_s
-    told = []
+    metrics = []
     for group in optimizer.param_groups:
         node = group["name"]
         if node in frozen:
@@ -135,11 +135,11 @@ def take_step(
         loss = sum(losses[path] * counts[path] for path in through) / count
         own = [row for row in answers_of(rows) if row.path in through]
         tokens = sum(row.learnt for row in own)
-        told.append(
+        metrics.append(
             NodeMetric(done + 1, node, loss, tokens, norms[node], float(group["lr"]), time_s)
         )
     total = sum(row.learnt for row in answers_of(rows))
-    return StepLosses(done + 1, losses, total, tuple(told))
+    return StepLosses(done + 1, losses, total, tuple(metrics))
 
 
 def _inputs_of_path(

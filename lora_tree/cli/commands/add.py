@@ -43,18 +43,18 @@ def add_node(
     as_json: AsJson = False,
 ) -> None:
     """Add a node: an adapter of any known format, a group, a fresh one, or another tree."""
-    said = given_weight(weight)
-    own = 1.0 if said is None else said
+    parsed_weight = given_weight(weight)
+    node_weight = 1.0 if parsed_weight is None else parsed_weight
     work = Work(load(folder), folder, dry_run=dry_run)
     given = {"r": r, "lora_alpha": lora_alpha, "target_modules": target or None}
     lora = {word: value for word, value in given.items() if value is not None}
     if adapter is None or lora or group:
         # Options of a fresh node are passed on even beside an adapter: the tree refuses that
         # mixture, while leaving them out here would ignore them silently.
-        work.tree.add(path, adapter=adapter, weight=own, group=group, **lora)
+        work.tree.add(path, adapter=adapter, weight=node_weight, group=group, **lora)
         edited = Edited(added=(path,))
     else:
-        edited = _from_files(work.tree, path, adapter, own)
+        edited = _from_files(work.tree, path, adapter, node_weight)
     work.done(edited, as_json=as_json, copy_files=copy)
 
 

@@ -21,7 +21,7 @@ from ...folder import StaleWarning, check, load, moved_branches, notes
 from ...folder.problem import HARMLESS
 from ...tree import AdapterTree
 from ..arguments import AsJson, TrustRemoteCode
-from ..check_told import tell_comparison
+from ..check_output import tell_comparison
 from ..console import out, print_json
 from ..open_base import skeleton_of
 
@@ -88,8 +88,8 @@ def list_problems(
     if without:
         remarks.append(f"increments under an override do not count: {listing(without)}")
     if as_json:
-        told = [{"node": node, "kind": kind, "text": text} for node, kind, text in problems]
-        print_json({"folder": str(folder), "problems": told, "notes": remarks})
+        entries = [{"node": node, "kind": kind, "text": text} for node, kind, text in problems]
+        print_json({"folder": str(folder), "problems": entries, "notes": remarks})
     else:
         for _, kind, text in problems:
             out().print(f"{kind}: {text}", soft_wrap=True)

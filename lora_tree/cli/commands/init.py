@@ -67,8 +67,8 @@ def new_tree(
         with offered_skip(source or folder, skips=skip_broken or source is None):
             tree.save(folder, copy=source is not None, note=command_note())
     if as_json:
-        told = {"base": tree.base, "nodes": tree.paths(), "dry_run": dry_run}
-        print_json({"folder": str(folder), **told})
+        summary = {"base": tree.base, "nodes": tree.paths(), "dry_run": dry_run}
+        print_json({"folder": str(folder), **summary})
         return
     over = tree.base or "an unnamed base"
     nodes = plural(len(tree), "node")

@@ -91,8 +91,8 @@ def promotion(
         # One save writes the node, its entry in tree.yaml and the lock, or nothing.
         tree.save(folder, note=note)
     if as_json:
-        told = {"path": made.path, "checkpoint": str(checkpoint), "node": node or path}
-        print_json(told | {"promoted": not refused} | _plain(found))
+        outcome = {"path": made.path, "checkpoint": str(checkpoint), "node": node or path}
+        print_json(outcome | {"promoted": not refused} | _plain(found))
     else:
         if found is not None:
             out().print(_table(found))

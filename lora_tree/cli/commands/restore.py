@@ -29,11 +29,11 @@ def bring_back(
     """Bring back earlier versions of nodes; the present ones are kept, too."""
     restored = restore(folder, *versions, note=command_note())
     if as_json:
-        told = []
+        entries = []
         for one in restored:
             entry = {"path": one.path, "version": one.number, "content": one.version.content}
-            told.append(entry | {"was_removed": one.was_removed, "stale": one.stale})
-        print_json({"folder": str(folder), "restored": told})
+            entries.append(entry | {"was_removed": one.was_removed, "stale": one.stale})
+        print_json({"folder": str(folder), "restored": entries})
         return
     for one in restored:
         what = "brought back" if one.was_removed else "restored"

@@ -24,7 +24,7 @@ from ..open_rows import open_rows
 from ..outcome_table import outcome_table
 from ..run_training import run_to_the_end
 from ..train_options import run_folder
-from ..train_told import foretell
+from ..train_output import foretell
 from ..typed import command_note
 
 __all__ = ["train_again"]
@@ -133,8 +133,8 @@ def _ask(*, yes: bool, as_json: bool) -> None:
 def _rows(job: RetrainJob, files: Sequence[Path], tree: AdapterTree, tokenizer: Any) -> list[Row]:
     length = job.training.max_length or 1024
     rows = open_rows(files, tree, tokenizer, max_length=length)
-    mine = set(job.nodes)
-    return [row for row in rows if mine.intersection(tree.lineage(row.path))]
+    nodes = set(job.nodes)
+    return [row for row in rows if nodes.intersection(tree.lineage(row.path))]
 
 
 def _held_out(job: RetrainJob, tree: AdapterTree, tokenizer: Any) -> HeldOut | None:

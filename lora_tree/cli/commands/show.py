@@ -189,16 +189,16 @@ def _print_json(
     broken: Mapping[str, Problem],
     remarks: Sequence[str],
 ) -> None:
-    told = []
+    entries = []
     for problem in broken.values():
-        told.append({"node": problem.node, "kind": problem.kind, "text": problem.text})
+        entries.append({"node": problem.node, "kind": problem.kind, "text": problem.text})
     print_json(
         {
             "folder": str(folder),
             "versions": versions,
             "base": tree.base,
             "nodes": [line.as_dict() for line in lines],
-            "problems": told,
+            "problems": entries,
             "notes": remarks,
         }
     )

@@ -15,7 +15,7 @@ from ..arguments import AsJson, Folder, Nodes, SkipBroken, offered_skip
 from ..console import out, print_json
 from ..picture_place import check_picture_place
 
-__all__ = ["alike"]
+__all__ = ["similar_nodes"]
 
 
 class Of(StrEnum):
@@ -25,7 +25,7 @@ class Of(StrEnum):
     lineage = "lineage"
 
 
-def alike(
+def similar_nodes(
     folder: Folder,
     nodes: Nodes = None,
     of: Annotated[

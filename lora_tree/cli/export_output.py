@@ -64,9 +64,9 @@ def tell_flat(
             }
         )
         return
-    told = "/".join(map(str, ranks)) or "-"
+    ranks_text = "/".join(map(str, ranks)) or "-"
     modules = plural(len(flat), "module")
-    _say(f"{path} → {to}: {modules}, r={told}, {_exactness(flat, dtype)}")
+    _say(f"{path} → {to}: {modules}, r={ranks_text}, {_exactness(flat, dtype)}")
 
 
 def tell_files(files: Sequence[Path], *, as_json: bool) -> None:

@@ -24,7 +24,7 @@ from ..folder import disk
 from ..system.reading import Inside
 from .shards import INDEX, SINGLE, Checkpoint, leads_outside, own_files
 
-__all__ = ["OtherFiles", "beside_weights"]
+__all__ = ["OtherFiles", "sort_other_files"]
 
 LAST = (INDEX, "config.json")
 """These are written last: without a config no program mistakes a partly written folder for a
@@ -49,7 +49,9 @@ class OtherFiles:
     left_out: tuple[str, ...]
 
 
-def beside_weights(folder: Path, checkpoint: Checkpoint, *, with_code: bool = False) -> OtherFiles:
+def sort_other_files(
+    folder: Path, checkpoint: Checkpoint, *, with_code: bool = False
+) -> OtherFiles:
     """Sort the files of a base's folder into copied and left out; ignore hidden ones.
 
     Args:
