@@ -331,10 +331,9 @@ def _same_overrides(one: Mapping[str, Override], other: Mapping[str, Override]) 
     if one.keys() != other.keys():
         return False
     for name, override in one.items():
-        other_override = other[name]
-        if override.rows != other_override.rows or not torch.equal(
-            override.values, other_override.values
-        ):
+        counterpart = other[name]
+        same_rows = override.rows == counterpart.rows
+        if not (same_rows and torch.equal(override.values, counterpart.values)):
             return False
     return True
 
