@@ -25,8 +25,8 @@ from ..tree import AdapterTree
 from .aligning import aligned
 from .arguments import check_adapter, check_tree
 from .deviation import Deviation, Shortening, call_named, norm
-from .edit import Edited, check_savable, free, is_savable, savable_error
-from .sums import added_up, less, read_apart
+from .edit import Edited, check_path_free, check_savable, is_savable, savable_error
+from .sums import added_up, difference_terms, read_uncached
 
 __all__ = ["Absorbed", "absorb"]
 
@@ -108,15 +108,15 @@ def absorb(
         )
     if under and under not in tree:
         raise PathError(f"under: no node {under!r} in the tree")
-    left = _left(tree, name, adapter, under)
+    left = _measure_remainders(tree, name, adapter, under)
     shortening = Shortening(rank, max_error, dtype)
     # Below a lineage with an override that the adapter lacks, no increments restore the base's
     # tensor. Such parents are tried only if there is no other.
-    able = [parent for parent in left if _gives_back(tree, parent, adapter)]
+    able = [parent for parent in left if _restores_overrides(tree, parent, adapter)]
     found, refused = _cheapest(tree, name, adapter, able or list(left), shortening)
     parent, short = found.parent, found.adapter
     path = _below(parent, name)
-    free(tree, path)
+    check_path_free(tree, path)
     check_savable(tree, {path: short}, [name, *tree.lineage(parent)])
     tree.add(path, adapter=short)
     norms = {module: norm(value) for module, value in adapter.modules.items()}
@@ -170,7 +170,7 @@ def _cheapest(
     tried = 0
     for parent in parents:
         # The remainder: the terms of the parent's lineage with a minus sign, plus the adapter.
-        above = less(tree, "", parent, kept=adapter.overrides)
+        above = difference_terms(tree, "", parent, kept=adapter.overrides)
         left = added_up([*above, (name, 1.0, adapter)])
         error = savable_error(_below(parent, name), left, [name, *tree.lineage(parent)])
         if error is not None:
@@ -191,11 +191,11 @@ def _cheapest(
         if tried == _TRIED:
             break
     if best is None:
-        raise _nowhere(name, list(refused.values()))
+        raise _no_parent_error(name, list(refused.values()))
     return best, refused
 
 
-def _nowhere(name: str, refused: Sequence[FormatError]) -> FormatError:
+def _no_parent_error(name: str, refused: Sequence[FormatError]) -> FormatError:
     """Return the error for an adapter that no node can take, from the error of each."""
     if len(refused) == 1:
         return refused[0]
@@ -214,7 +214,7 @@ def _below(parent: str, name: str) -> str:
     return f"{parent}/{name}" if parent else name
 
 
-def _gives_back(tree: AdapterTree, parent: str, adapter: Adapter) -> bool:
+def _restores_overrides(tree: AdapterTree, parent: str, adapter: Adapter) -> bool:
     """Return whether the adapter replaces, as a whole, every tensor that the lineage replaces."""
     for node in tree.lineage(parent):
         outline = tree.outline(node)
@@ -225,7 +225,9 @@ def _gives_back(tree: AdapterTree, parent: str, adapter: Adapter) -> bool:
     return True
 
 
-def _left(tree: AdapterTree, name: str, adapter: Adapter, under: str) -> dict[str, float]:
+def _measure_remainders(
+    tree: AdapterTree, name: str, adapter: Adapter, under: str
+) -> dict[str, float]:
     """Return node → ‖remainder‖ / ‖ΔW‖ if the node were the parent, nearest first."""
     own_squares: list[float] = []
     for module, value in adapter.modules.items():
@@ -244,9 +246,11 @@ def _left(tree: AdapterTree, name: str, adapter: Adapter, under: str) -> dict[st
         if path:
             *above, _ = tree.lineage(path)
             held = {node: held[node] for node in above}
-            node_adapter = read_apart(tree, path).weighed(tree[path].weight)
+            node_adapter = read_uncached(tree, path).weighed(tree[path].weight)
             above_sums = sums[tree.parent(path)]
-            sums[path] = call_named(name, _with_own, path, node_adapter, adapter, held, above_sums)
+            sums[path] = call_named(
+                name, _add_own_products, path, node_adapter, adapter, held, above_sums
+            )
             held[path] = node_adapter
         if path == under or not under or path.startswith(f"{under}/"):
             product, square = sums[path]
@@ -255,7 +259,7 @@ def _left(tree: AdapterTree, name: str, adapter: Adapter, under: str) -> dict[st
     return {path: math.sqrt(squares[path] / whole) for path in order}
 
 
-def _with_own(
+def _add_own_products(
     path: str,
     node_adapter: Adapter,
     adapter: Adapter,

@@ -135,7 +135,7 @@ def _numbered(found: list[tuple[float, int, int]], count: int) -> list[Join]:
     # The chain finds joins out of order. The sort is stable, so at equal distances a cluster still
     # comes after the ones that it is made of.
     for distance, keep, absorbed in sorted(found, key=lambda each: each[0]):
-        one, other = sorted((_top(cluster, keep), _top(cluster, absorbed)))
+        one, other = sorted((_find_cluster(cluster, keep), _find_cluster(cluster, absorbed)))
         made = count + len(joins)
         cluster.append(made)
         cluster[one] = cluster[other] = made
@@ -144,7 +144,7 @@ def _numbered(found: list[tuple[float, int, int]], count: int) -> list[Join]:
     return joins
 
 
-def _top(cluster: list[int], item: int) -> int:
+def _find_cluster(cluster: list[int], item: int) -> int:
     """Return the largest cluster so far that holds an item (union-find with path compression)."""
     way = [item]
     while cluster[way[-1]] != way[-1]:

@@ -34,7 +34,7 @@ from ..weights import weight_at
 from .arguments import check_factor_dtype, check_tree
 from .core import check_readable
 from .deviation import Deviation, call_named, gap_of
-from .edit import Edited, changeable, put_adapter
+from .edit import Edited, check_changeable, put_adapter
 from .moments import Moment, moments_of, weighted_square
 
 __all__ = ["Compressed", "compress"]
@@ -129,7 +129,7 @@ def compress(
     for path in tree.paths() if paths is None else tree.matching(paths):
         if tree[path].has_adapter:
             # A model that uses one of them would refuse the change: find out before the work.
-            changeable(tree, [path])
+            check_changeable(tree, [path])
             adapters[path] = tree.adapter(path) or Adapter({})
     if not adapters:
         raise SpecError("no node with an adapter to compress")

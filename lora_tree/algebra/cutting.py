@@ -28,15 +28,15 @@ from .core import joint
 from .deviation import Shortening, call_named, deviation
 from .edit import (
     Edited,
-    changeable,
+    check_changeable,
+    check_has_adapter,
+    check_path_free,
     check_savable,
-    free,
-    own,
+    mark_fitting,
     put_adapter,
     stale_notes,
-    still_fits,
 )
-from .sums import added_up, less
+from .sums import added_up, difference_terms
 
 __all__ = ["split", "squash"]
 
@@ -79,8 +79,8 @@ def squash(
     """
     check_tree(tree)
     # Refuse a name that is taken before any adapter is read.
-    free(tree, to)
-    terms = less(tree, blend, to.rpartition("/")[0], base=base)
+    check_path_free(tree, to)
+    terms = difference_terms(tree, blend, to.rpartition("/")[0], base=base)
     # Weights per module may switch off every module of a node, and leave an empty adapter.
     if not any(adapter for _, _, adapter in terms):
         raise SpecError(
@@ -121,20 +121,20 @@ def split(
         SpecError: not one of ``rank`` and ``modules`` was given; or nothing would move, or all.
     """
     check_tree(tree)
-    own(tree, path)
+    check_has_adapter(tree, path)
     check_path(to)
     if to.rpartition("/")[0] != path:
         raise PathError(f"{to} is no child of {path}", f"name it {path}/NAME")
-    free(tree, to)
+    check_path_free(tree, to)
     if (rank is None) == (modules is None):
         raise SpecError("split by rank= (--rank) or by modules= (--module), one of the two")
     below = tree.paths(path)
     renamed = {old: to + old[len(path) :] for old in below}
     for new in renamed.values():
         check_path(new)  # the tree may grow too deep
-    changeable(tree, [path, *below])
+    check_changeable(tree, [path, *below])
     whole = tree.adapter(path)
-    assert whole is not None  # `own` has refused a node without one
+    assert whole is not None  # `check_has_adapter` has refused a node without one
     stays, moves = _by_rank(whole, rank) if rank is not None else _by_name(whole, modules or ())
     if not moves.modules:
         raise SpecError(
@@ -152,7 +152,7 @@ def split(
     for child in children:
         tree.move(child, to + child[len(path) :])
     put_adapter(tree, path, stays)
-    still_fits(tree, renamed.values())
+    mark_fitting(tree, renamed.values())
     return Edited((to,), (path,), renamed, {to: error}, notes)
 
 
@@ -166,7 +166,7 @@ def _by_rank(whole: Adapter, rank: int) -> tuple[Adapter, Adapter]:
             stays[name] = value
         else:
             stays[name], moves[name] = call_named(name, _parts, value, rank)
-    return replace(whole, modules=stays, errors={}), _only(whole, moves)
+    return replace(whole, modules=stays, errors={}), _take_modules(whole, moves)
 
 
 def _parts(value: LowRank, rank: int) -> tuple[LowRank, LowRank]:
@@ -203,10 +203,10 @@ def _by_name(whole: Adapter, modules: Iterable[str]) -> tuple[Adapter, Adapter]:
             )
         moves |= hits
     stays = {name: value for name, value in whole.modules.items() if name not in moves}
-    return replace(whole, modules=stays, errors={}), _only(whole, moves)
+    return replace(whole, modules=stays, errors={}), _take_modules(whole, moves)
 
 
-def _only(whole: Adapter, modules: dict[str, LowRank]) -> Adapter:
+def _take_modules(whole: Adapter, modules: dict[str, LowRank]) -> Adapter:
     """Return an adapter of these modules alone; the part that stays keeps the carried tensors."""
     # Overrides stay in the node. The new child lies below it, so its increments still add to them.
     return replace(whole, modules=modules, unchanged={}, errors={}, overrides={})

@@ -30,7 +30,7 @@ from .aligning import aligned
 from .arguments import check_tree
 from .core import angles, effective_rank, joint, spectrum
 from .deviation import call_named, length, minus
-from .sums import Term, added_up, check_spelling, read_terms, replaces
+from .sums import Term, added_up, check_spelling, has_overrides, read_terms
 
 __all__ = ["Diff", "ModuleDiff", "TreeDiff", "diff", "diff_paths", "diff_trees"]
 
@@ -249,7 +249,7 @@ def diff_paths(tree: AdapterTree, a: Blend, b: Blend, *, base: nn.Module | None 
     # Nodes with the same coefficient on both sides cancel, so they need not be read.
     shared = {node for node, c in coefficients_a.items() if coefficients_b.get(node) == c}
     own_terms = (_terms_without(tree, blend, shared, base) for blend in (a, b))
-    if any(replaces(tree, node) for node in {*coefficients_a, *coefficients_b}):
+    if any(has_overrides(tree, node) for node in {*coefficients_a, *coefficients_b}):
         # An override may drop some increments of a shared node on one side only. Such a node does
         # not cancel; only shared nodes with the same modules left on both sides do.
         both = tree.terms(a, base=base), tree.terms(b, base=base)

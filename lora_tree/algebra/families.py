@@ -50,7 +50,7 @@ class Families:
             shared = self.above[shared]
         return found[::-1]
 
-    def at_home(self, shared: int) -> list[int]:
+    def direct_leaves(self, shared: int) -> list[int]:
         """The leaves directly below a shared node."""
         return [leaf for leaf, home in enumerate(self.homes) if home == shared]
 

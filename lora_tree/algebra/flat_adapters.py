@@ -27,7 +27,7 @@ from .families import Families
 from .moments import moments_of
 from .shared_fit import SharedProblem
 from .stack import stack_of
-from .sums import read_apart
+from .sums import read_uncached
 
 __all__ = ["FlatAdapters", "FlatModule", "smallest_module"]
 
@@ -163,7 +163,7 @@ class FlatAdapters:
         values: dict[str, list[LowRank | None]] = {module: [] for module in group}
         self._kept = {}  # free the last group first, so that two are never in memory
         for name, outline in zip(self.names, self.outlines, strict=True):
-            adapter = read_apart(self.tree, name).weighed(self.tree[name].weight)
+            adapter = read_uncached(self.tree, name).weighed(self.tree[name].weight)
             adapter = adapter.renested(outline.nesting)
             for module in group:
                 value = adapter.modules.get(module)

@@ -215,7 +215,7 @@ def _check(names: Sequence[str], adapters: Iterable[Adapter]) -> None:
 def _sketched(
     names: Sequence[str], read: Callable[[str], Adapter], places: Mapping[str, tuple[int, ...]]
 ) -> Gram:
-    side = _side(len(names), len(places))
+    side = _sketch_rows(len(names), len(places))
     maps: dict[str, tuple[Tensor, Tensor]] = {}
     starts: dict[str, int] = {}
     width = 0
@@ -234,7 +234,7 @@ def _sketched(
         _check([name], [adapter])
         made: dict[str, tuple[Tensor, float, float]] = {}
         for module, value in adapter.modules.items():
-            made[module] = call_named(f"{name}: {module}", _small, value, *maps[module])
+            made[module] = call_named(f"{name}: {module}", _sketch_value, value, *maps[module])
             if value.bias is not None:
                 biases.setdefault(module, {})[i] = _bias(value)
         unit = max((size for _, _, size in made.values()), default=0.0)
@@ -268,7 +268,7 @@ def _standard_error(sketched: Tensor, known: Tensor) -> float:
     return float((sketched[there] / known[there] - 1.0).square().mean().sqrt())
 
 
-def _side(adapters: int, modules: int) -> int:
+def _sketch_rows(adapters: int, modules: int) -> int:
     """Return the number of rows of one module's sketch, so that all sketches fit into memory."""
     room = _SKETCH_NUMBERS / max(1, adapters * modules)
     return max(4, min(_MOST_SIDE, int(math.sqrt(room))))
@@ -293,7 +293,7 @@ def _map(name: str, shape: tuple[int, ...], side: int) -> tuple[Tensor, Tensor]:
     return maps[0], maps[1]
 
 
-def _small(value: LowRank, S: Tensor, T: Tensor) -> tuple[Tensor, float, float]:
+def _sketch_value(value: LowRank, S: Tensor, T: Tensor) -> tuple[Tensor, float, float]:
     """Return S ΔW Tᵀ / u (k, k), ‖ΔW / u‖² without the bias, and the unit u.
 
     Raises:

@@ -34,7 +34,7 @@ from ..node_names import check_path
 from ..tree import AdapterTree
 from .arguments import check_factor_dtype, check_tree
 from .deviation import Deviation, call_named, gap_of
-from .edit import Edited, changeable, check_savable, own, stale_notes
+from .edit import Edited, check_changeable, check_has_adapter, check_savable, stale_notes
 from .families import Families, families_of
 from .flat_adapters import FlatAdapters, smallest_module
 from .likeness import similar
@@ -42,7 +42,7 @@ from .moments import weighted_square
 from .price_search import Goal, PricedFit, PriceSearch, Progress, goal_of, relative_error
 from .shared_fit import Pair
 from .stack import Stack
-from .sums import read_apart
+from .sums import read_uncached
 
 __all__ = ["Grown", "grow"]
 
@@ -162,7 +162,7 @@ def grow(
     found = PriceSearch(flat, goal, progress).found()
     made = _nodes(flat, found)
     _check_room(made, goal)
-    edited = _installed(tree, names, families, made)
+    edited = _install(tree, names, families, made)
     # Computed from the measured errors, which include the rounding of the factors.
     lost = torch.tensor([each.error for each in made.errors], dtype=torch.float64).square()
     if moments:
@@ -191,7 +191,7 @@ def _chosen(tree: AdapterTree, paths: Iterable[str] | None) -> list[str]:
             "grow takes flat adapters: squash each path to a node there first (lora-tree squash)",
         )
     for path in chosen:
-        own(tree, path)
+        check_has_adapter(tree, path)
         if tree.children(path):
             raise TreeError(f"{path}: has children, so it is no flat adapter", "leave it out")
         if tree[path].weight == 0.0:
@@ -204,7 +204,7 @@ def _chosen(tree: AdapterTree, paths: Iterable[str] | None) -> list[str]:
             )
     if len(chosen) < 2:
         raise SpecError(f"grow needs at least two flat adapters, got {listing(chosen) or 'none'}")
-    changeable(tree, chosen)
+    check_changeable(tree, chosen)
     return chosen
 
 
@@ -244,7 +244,7 @@ def _nodes(flat: FlatAdapters, priced: PricedFit) -> _Nodes:
     energies = torch.zeros_like(lost)
     for module in flat.modules():
         name, stack = module.name, module.problem.stack
-        fit = module.problem.whole(priced.fits[name])
+        fit = module.problem.with_leaves(priced.fits[name])
         energies += stack.energies
         moment = flat.moments.get(name)
         assert fit.leaves is not None
@@ -274,8 +274,8 @@ def _nodes(flat: FlatAdapters, priced: PricedFit) -> _Nodes:
         carries = outline.unchanged or outline.overrides
         source = outline
         if carries:
-            source = read_apart(flat.tree, name).weighed(flat.tree[name].weight)
-        modules = modules or _nothing(outline, flat.dtype)
+            source = read_uncached(flat.tree, name).weighed(flat.tree[name].weight)
+        modules = modules or _zero_module(outline, flat.dtype)
         own_nesting = {module: nesting[module] for module in modules if module in nesting}
         bottoms.append(
             replace(source, modules=modules, nesting=own_nesting, errors={}, rounded=frozenset())
@@ -307,7 +307,7 @@ def _put(
     modules[name] = call_named(name, cast, value, None, dtype)
 
 
-def _nothing(outline: Adapter, dtype: torch.dtype) -> dict[str, LowRank]:
+def _zero_module(outline: Adapter, dtype: torch.dtype) -> dict[str, LowRank]:
     """Return one module of zeros, for a leaf that would be empty: PEFT's files need a module."""
     name = smallest_module(outline)
     value = outline.modules[name]
@@ -338,7 +338,7 @@ def _check_room(made: _Nodes, goal: Goal) -> None:
 
 
 # ---------------------------------------------------------------------- the tree
-def _installed(tree: AdapterTree, names: Sequence[str], families: Families, made: _Nodes) -> Edited:
+def _install(tree: AdapterTree, names: Sequence[str], families: Families, made: _Nodes) -> Edited:
     """Change the tree. Only the names can still be refused, so they are checked first."""
     places = _places(tree, names, families, made)
     moved: dict[str, str] = {}

@@ -23,7 +23,7 @@ from .aligning import aligned
 from .clusters import Join, average_linkage, groups, leaf_order
 from .gram import gram
 from .picture import heat_map
-from .sums import check_spelling, read_apart
+from .sums import check_spelling, read_uncached
 
 __all__ = ["Likeness", "similar"]
 
@@ -160,7 +160,7 @@ def _of_tree(
         # A group has nothing of its own to compare; its lineage may have.
         chosen = [path for path in chosen if tree[path].has_adapter]
         return _compare(
-            chosen, lambda path: read_apart(tree, path), lambda path: _outline(tree, path), exact
+            chosen, lambda path: read_uncached(tree, path), lambda path: _outline(tree, path), exact
         )
     # A lineage has the modules of all its nodes, which their headers state.
     return _compare(chosen, tree.flatten, lambda path: _lineage_outline(tree, path), exact)

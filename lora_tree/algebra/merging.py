@@ -33,12 +33,12 @@ from .aligning import aligned
 from .arguments import check_tree
 from .core import Joint, joint
 from .deviation import Deviation, Shortening, call_named, deviation
-from .edit import Edited, check_savable, free, stale_notes
+from .edit import Edited, check_path_free, check_savable, stale_notes
 from .elementwise import Method, check_method, merged
 from .replacing import refuse_overrides
-from .sums import added_up, check_spelling, less
+from .sums import added_up, check_spelling, difference_terms
 
-__all__ = ["Merged", "Recipe", "Space", "merge", "merge_paths", "spread", "widest"]
+__all__ = ["Merged", "Recipe", "Space", "cores_and_biases", "merge", "merge_paths", "widest_dtype"]
 
 Space: TypeAlias = Literal["core", "knots", "dense"]
 SPACES = ("core", "knots", "dense")
@@ -121,7 +121,7 @@ def merge(
         numbers = [weight_at(weight, name) for weight in given]
         values[name] = call_named(name, recipe.module, name, parts, numbers)
     full = replace(plain_sum, modules=values, errors={}, rounded=frozenset())
-    short, error = Shortening(rank, max_error, widest(plain_sum)).of(full)
+    short, error = Shortening(rank, max_error, widest_dtype(plain_sum)).of(full)
     # The merge ran in float64, so none of the caller's own factors was rounded.
     short = replace(short, rounded=frozenset())
     distances = tuple(deviation(adapter, short).relative_error for adapter in aligned_adapters)
@@ -159,10 +159,10 @@ def merge_paths(
     """
     check_tree(tree)
     check_iterable(paths, "paths: expected a list of paths")
-    free(tree, to)
+    check_path_free(tree, to)
     parent = to.rpartition("/")[0]
     # Each path less the new node's parent, because the new node inherits that.
-    several = [added_up(less(tree, path, parent)) for path in paths]
+    several = [added_up(difference_terms(tree, path, parent)) for path in paths]
     found = merge(
         several,
         weights,
@@ -215,7 +215,7 @@ class Recipe:
         digest = hashlib.sha256(f"{self.seed} {name}".encode()).digest()
         draw = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
         both = joint([part for part in parts if part is not None])
-        cores, biases = spread(both, parts)
+        cores, biases = cores_and_biases(both, parts)
         # The bias draws its random numbers first, so they are the same in every space.
         bias = None
         if any(own is not None for own in both.biases):
@@ -258,7 +258,7 @@ class Recipe:
         return LowRank(Vh.contiguous(), B.contiguous(), 1.0, bias, both.like.layout)
 
 
-def spread(both: Joint, parts: Sequence[LowRank | None]) -> tuple[Tensor, Tensor]:
+def cores_and_biases(both: Joint, parts: Sequence[LowRank | None]) -> tuple[Tensor, Tensor]:
     """Return all parts' cores (n, \\*batch, k, l) and biases (n, out); None is zero in both."""
     cores = both.Q_B.new_zeros(len(parts), *both.cores[0].shape)
     biases = both.Q_B.new_zeros(len(parts), math.prod(both.Q_B.shape[:-1]))
@@ -273,7 +273,7 @@ def spread(both: Joint, parts: Sequence[LowRank | None]) -> tuple[Tensor, Tensor
     return cores, biases
 
 
-def widest(adapter: Adapter) -> torch.dtype:
+def widest_dtype(adapter: Adapter) -> torch.dtype:
     """Return the dtype that holds the numbers of all modules, at least fp32."""
     dtype = torch.float32
     for value in adapter.modules.values():

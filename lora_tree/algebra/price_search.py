@@ -62,7 +62,7 @@ class Goal:
         """Return whether a fit is within the bound."""
         return self.figure(tried) <= self.bound
 
-    def close(self, tried: PricedFit) -> bool:
+    def is_close(self, tried: PricedFit) -> bool:
         """Return whether a fit within the bound uses nearly all of it."""
         return self.figure(tried) >= _CLOSE * self.bound
 
@@ -153,7 +153,7 @@ class PriceSearch:
                 "give more bytes, or fewer adapters",
             )
         if high is None or low is None:
-            return self._settled(within)
+            return self._converge(within)
         return self._between(high, low, within)
 
     def _bracket(self) -> tuple[PricedFit | None, PricedFit | None]:
@@ -181,7 +181,7 @@ class PriceSearch:
         settled = False
         for _ in range(_MOST_CUTS):
             # With equal bytes at both ends, the prices between them give the same ranks.
-            if (settled and self.goal.close(within)) or high.nbytes == low.nbytes:
+            if (settled and self.goal.is_close(within)) or high.nbytes == low.nbytes:
                 break
             # Each fit starts from the one at the higher price, so that the price only falls.
             for tried in self._try(self._prices_between(high, low), high, _ROUNDS_NEAR):
@@ -191,7 +191,7 @@ class PriceSearch:
                     low = tried
                     break
                 high = tried
-        return within if settled else self._settled(within)
+        return within if settled else self._converge(within)
 
     def _prices_between(self, high: PricedFit, low: PricedFit) -> list[float]:
         """Return the prices to try next, by linear interpolation in the logarithms.
@@ -208,7 +208,7 @@ class PriceSearch:
             part = math.log(_AIM * bound / above) / math.log(below / above)
         return [high.price * fall ** min(max(part, 0.05), 0.95)]
 
-    def _settled(self, rough: PricedFit) -> PricedFit:
+    def _converge(self, rough: PricedFit) -> PricedFit:
         """Return the converged fit at the same price; the rough one if that exceeds the bound."""
         tried = self._try([rough.price], rough, _ROUNDS_NEAR)[0]
         return tried if self.goal.met(tried) else rough

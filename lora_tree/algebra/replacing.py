@@ -16,7 +16,7 @@ from ..errors import SpecError, listing
 from ..lowrank import LowRank
 from ..override import Override, counted, tensor_owner
 
-__all__ = ["check_kept", "refuse_overrides", "under", "without_overrides"]
+__all__ = ["check_kept", "increments_under", "refuse_overrides", "without_overrides"]
 
 
 def refuse_overrides(adapters: Iterable[tuple[str, Adapter]], verb: str) -> None:
@@ -44,7 +44,9 @@ def without_overrides(adapter: Adapter) -> Adapter:
     return replace(adapter, overrides={}) if adapter.overrides else adapter
 
 
-def under(overrides: Mapping[str, Override], modules: Mapping[str, LowRank]) -> dict[str, LowRank]:
+def increments_under(
+    overrides: Mapping[str, Override], modules: Mapping[str, LowRank]
+) -> dict[str, LowRank]:
     """Return the parts of increments above a node that its overrides don't drop."""
     replacing = {tensor: (("above/node", override),) for tensor, override in overrides.items()}
     found = {}

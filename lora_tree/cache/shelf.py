@@ -92,7 +92,7 @@ class Shelf:
             # back, to stay within the budget.
             self._drop_to(self._ready_bytes - (size - held))
         if held < size:
-            address = _grown(address, held, size)
+            address = _grow_range(address, held, size)
         if not address:
             # The system has no memory. torch may find some, or else raises an error that says so.
             return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
@@ -194,7 +194,7 @@ def paged(nbytes: int) -> int:
     return -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
-def _grown(address: int, held: int, size: int) -> int:
+def _grow_range(address: int, held: int, size: int) -> int:
     """Grow a range, moving its pages if need be, and return its address; 0 if there is no memory.
 
     Args:

@@ -37,7 +37,10 @@ def tell_comparison(
         path: the path or blend; None: it was given as the only argument.
         merged, base: as the user gave them.
     """
-    tree, path = (_here(folder, merged), str(folder)) if path is None else (load(folder), path)
+    if path is None:
+        tree, path = _load_working_tree(folder, merged), str(folder)
+    else:
+        tree = load(folder)
     with Bar() as bar:
         task = bar.add_task("comparing", total=None)
         found = check_merged(
@@ -56,7 +59,7 @@ def tell_comparison(
         raise typer.Exit(1)
 
 
-def _here(path: Path, merged: str) -> AdapterTree:
+def _load_working_tree(path: Path, merged: str) -> AdapterTree:
     """Return the working directory's tree, for a user who gave a path and no folder."""
     try:
         tree = load(".")

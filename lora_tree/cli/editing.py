@@ -44,7 +44,9 @@ class Work:
         # The copy shares the adapters and costs next to nothing. The command changes `tree` only.
         self._before = copy.copy(tree)
 
-    def done(self, edited: Edited, *, as_json: bool, copy_files: bool = False, **more: Any) -> None:
+    def finish(
+        self, edited: Edited, *, as_json: bool, copy_files: bool = False, **more: Any
+    ) -> None:
         """Save the tree, and say what happened to it.
 
         Args:

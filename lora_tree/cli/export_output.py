@@ -19,7 +19,7 @@ def tell_portable(one: Portable, where: str, *, per_module: bool) -> None:
     """Print the line of a portable adapter, and with ``per_module`` a line for each module."""
     zeros = f" ({len(one.added)} of them zeros)" if one.added else ""
     modules = f"{plural(len(one.adapter), 'module')}{zeros}"
-    _say(f"{one.path} → {where}: {modules}, r={one.rank}, {_cost(one)}{_left(one)}")
+    _say(f"{one.path} → {where}: {modules}, r={one.rank}, {_cost(one)}{_incomplete_note(one)}")
     if per_module:
         for name, error in one.errors.items():
             _say(f"  {error:.2e}  {name}")
@@ -101,7 +101,7 @@ def _say(line: str) -> None:
     out().print(line, soft_wrap=True)
 
 
-def _left(one: Portable) -> str:
+def _incomplete_note(one: Portable) -> str:
     """Return a note about the members of q/k/v and gate/up that no node changes."""
     if not one.incomplete:
         return ""

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..algebra import Likeness, similar
-from ..algebra.sums import read_apart
+from ..algebra.sums import read_uncached
 from ..drawn.node_lines import NodeLine, lines_of
 from ..drawn.stale_words import stale_words
 from ..errors import FormatError, LoraTreeError, plural
@@ -90,7 +90,7 @@ class ExploreFacts:
         """Return the facts as plain data, for JSON; numbers that are not finite become None."""
         reasons = {problem.node: problem for problem in reversed(self.problems) if problem.node}
         nodes = [self._node(line, reasons.get(line.path)) for line in self.lines]
-        norms = {path: [_short(number) for number in row] for path, row in self.norms.items()}
+        norms = {path: [_rounded(number) for number in row] for path, row in self.norms.items()}
         problems = []
         for problem in self.problems:
             problems.append({"node": problem.node, "kind": problem.kind, "text": problem.text})
@@ -127,8 +127,8 @@ class ExploreFacts:
             "bytes": line.bytes,
             "stale": None if line.stale is None else stale_words(line.path, line.stale),
             "overrides": list(line.overrides),
-            "norm": _short(math.hypot(*row)) if row else None,
-            "loss": None if losses is None else _short(losses[1]),
+            "norm": _rounded(math.hypot(*row)) if row else None,
+            "loss": None if losses is None else _rounded(losses[1]),
             "made": None if made is None else {"when": made.when, "by": made.by},
             "problem": None if problem is None else problem.kind,
         }
@@ -231,7 +231,7 @@ def _measured(
     for done, path in enumerate(readable):
         progress(done, len(readable))
         try:
-            adapter = read_apart(tree, path).weighed(tree[path].weight)
+            adapter = read_uncached(tree, path).weighed(tree[path].weight)
             measured[path] = {name: value.norm() for name, value in adapter.modules.items()}
         except LoraTreeError as error:
             notes.append(f"{path} was not measured: {str(error).splitlines()[0]}")
@@ -281,6 +281,6 @@ def _plain_likeness(likeness: Likeness) -> dict[str, Any]:
     }
 
 
-def _short(number: float) -> float | None:
+def _rounded(number: float) -> float | None:
     """Round to the four digits that a page shows, which take a third of the bytes."""
     return float(f"{number:.4g}") if math.isfinite(number) else None

@@ -114,12 +114,12 @@ def export_leaves(
             if isinstance(error, LoraTreeError):
                 # Only now is the list complete: other threads may have written leaves after this
                 # one failed.
-                raise error.advised(_written_words(written, leaves, out)) from error
+                raise error.advised(_written_text(written, leaves, out)) from error
             raise
     return done
 
 
-def _written_words(written: Sequence[str], leaves: Sequence[str], out: Path) -> str:
+def _written_text(written: Sequence[str], leaves: Sequence[str], out: Path) -> str:
     """Say which leaves are on the disk although the export failed."""
     if not written:
         return f"nothing was written in {out}"

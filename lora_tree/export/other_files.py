@@ -22,7 +22,7 @@ from pathlib import Path
 from ..errors import FolderError
 from ..folder import disk
 from ..system.reading import Inside
-from .shards import INDEX, SINGLE, Checkpoint, leads_outside, own_files
+from .shards import INDEX, SINGLE, Checkpoint, outside_link_error, own_files
 
 __all__ = ["OtherFiles", "sort_other_files"]
 
@@ -111,7 +111,7 @@ def _check_inside(file: Path, inside: Inside) -> None:
     # Check the real path: a link to another file inside the folder is fine.
     real = os.path.realpath(file)
     if not inside(real):
-        raise leads_outside(file)
+        raise outside_link_error(file)
     try:
         plain = stat.S_ISREG(os.stat(real).st_mode)
     except OSError as error:

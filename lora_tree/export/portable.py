@@ -152,7 +152,7 @@ def portable(
             "name a path with an adapter on it: lora-tree show FOLDER lists them",
         )
     try:
-        _check_sayable(flat, terms, known)
+        _check_expressible(flat, terms, known)
         # Not computed from `flat`, whose factors may be bf16 and whose scales are already rounded.
         exact = exact_sum(terms)
         rank_written = rank_to_write(exact, rank, max_error, ceil_rank=ceil_rank)
@@ -199,7 +199,7 @@ def _of_rank(flat: LowRank, exact: LowRank, rank: int) -> LowRank:
     return flat.folded()
 
 
-def _check_sayable(flat: Adapter, terms: list[tuple[str, float, Adapter]], base: Base) -> None:
+def _check_expressible(flat: Adapter, terms: list[tuple[str, float, Adapter]], base: Base) -> None:
     """Check that the portable form can hold every module.
 
     Raises:

@@ -37,9 +37,9 @@ __all__ = [
     "SINGLE",
     "Checkpoint",
     "Stored",
-    "leads_outside",
     "missing_files",
     "open_checkpoint",
+    "outside_link_error",
     "own_files",
     "raw",
 ]
@@ -184,7 +184,7 @@ def own_files(folder: Path) -> Inside:
     return lambda file: any(os.path.commonpath((file, each)) == each for each in own)
 
 
-def leads_outside(file: Path) -> FolderError:
+def outside_link_error(file: Path) -> FolderError:
     """Return the error for a file of a base that is a link out of the base's folder."""
     return FolderError(
         f"{file}: is a link to {os.path.realpath(file)}, which lies outside the base, and would be "
@@ -251,7 +251,7 @@ def missing_files(folder: Path, *, inside: Inside | None = None) -> list[str]:
 def _reading(file: Path, inside: Inside | None) -> BinaryIO:
     """Open a file of a base to read; a file outside of the base is not even opened."""
     if inside is not None and not inside(os.path.realpath(file)):
-        raise leads_outside(file)
+        raise outside_link_error(file)
     # A link may change between this check and the opening, so the open file is checked too.
     return open_stream(file, inside=inside)
 
@@ -265,7 +265,7 @@ def _naming(file: Path) -> Iterator[None]:
         raise
     except OSError as error:
         if error.errno == errno.EXDEV:  # from `open_stream`: the open file lies outside
-            raise leads_outside(file) from error
+            raise outside_link_error(file) from error
         raise FormatError(
             f"{file}: can't be read: {error.strerror or error}", "download it again"
         ) from error

@@ -115,11 +115,11 @@ class NamePattern:
         """Return whether the steps can end here, and the steps after the character at ``at``."""
         self._work.spend(1, self.text)
         if not self._looks_near:
-            return self._moved(steps, now, name, at)[:2]
+            return self._compute_move(steps, now, name, at)[:2]
         key = (now, name[max(at - 1, 0) : at + 2], at == 0)
         known = self._moves.get(key)
         if known is None:
-            accepted, after, visited = self._moved(steps, now, name, at)
+            accepted, after, visited = self._compute_move(steps, now, name, at)
             self._remembered += visited
             if self._remembered > _MAX_REMEMBERED:
                 # Hostile names may all differ: bound the memory of the cache too.
@@ -128,7 +128,7 @@ class NamePattern:
             known = self._moves[key] = accepted, after
         return known
 
-    def _moved(
+    def _compute_move(
         self, steps: tuple[Instruction, ...], now: frozenset[int], name: str, at: int
     ) -> tuple[bool, frozenset[int], int]:
         """Compute a move: whether the steps can end here, the steps that follow, and the cost."""

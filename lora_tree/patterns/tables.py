@@ -71,7 +71,7 @@ class ByPattern(Generic[T]):
                 if pattern.ends(name):
                     return value
             return default
-        found = self._looked_up(name)
+        found = self._plain_index(name)
         for at, pattern in self._patterns:
             if at > found:
                 break  # a plain name with a smaller index matches
@@ -80,7 +80,7 @@ class ByPattern(Generic[T]):
                 break
         return self._values[found] if found < len(self._values) else default
 
-    def _looked_up(self, name: str) -> int:
+    def _plain_index(self, name: str) -> int:
         """Return the index of the first plain name that matches; the number of entries if none."""
         found = len(self._values)
         ends = [name[start:] for start in starts(name)]  # the first is the whole name

@@ -31,7 +31,14 @@ from ..training.node_factors import path_of
 from ..training.sharded import full
 from ..tree import AdapterTree
 
-__all__ = ["FACTORS", "NODES", "ancestors_now", "ancestors_then", "load_factors", "save_factors"]
+__all__ = [
+    "FACTORS",
+    "NODES",
+    "current_ancestors",
+    "load_factors",
+    "recorded_ancestors",
+    "save_factors",
+]
 
 FACTORS = "factors.safetensors"
 NODES = "nodes"
@@ -123,7 +130,7 @@ def load_factors(model: TreeModel, folder: Path) -> None:
             own.copy_(new)
 
 
-def ancestors_then(folder: Path, path: str) -> dict[str, str]:
+def recorded_ancestors(folder: Path, path: str) -> dict[str, str]:
     """Return the ancestors that a checkpoint's node was trained on, each as its weight and hash.
 
     They are in the order of the lineage, from the root down.
@@ -151,7 +158,7 @@ def ancestors_then(folder: Path, path: str) -> dict[str, str]:
     return found
 
 
-def ancestors_now(tree: AdapterTree, path: str) -> dict[str, str]:
+def current_ancestors(tree: AdapterTree, path: str) -> dict[str, str]:
     """Return the nodes with an adapter above a place in a tree, each as its weight and hash."""
     found = {}
     for node in tree.lineage(path.rpartition("/")[0]):

@@ -24,13 +24,15 @@ from ..folder import disk
 from ..folder.whole import REPLACED, publish, restore_replaced
 from ..system.reading import is_folder, stat_of
 
-__all__ = ["UNFINISHED", "appearing", "locate_checkpoint", "put_back", "retire"]
+__all__ = ["UNFINISHED", "locate_checkpoint", "put_back", "retire", "staged_checkpoint"]
 
 UNFINISHED = ".unfinished"
 
 
 @contextmanager
-def appearing(parent: Path, name: str, *, writes: bool, meet: Callable[[], None]) -> Iterator[Path]:
+def staged_checkpoint(
+    parent: Path, name: str, *, writes: bool, meet: Callable[[], None]
+) -> Iterator[Path]:
     """Yield a folder in which to fill ``name``; when the block ends it is ``parent/name``.
 
     Args:

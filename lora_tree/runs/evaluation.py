@@ -228,7 +228,7 @@ def inputs_of(model: TreeModel, rows: Sequence[Row]) -> tuple[dict[str, Any], Te
     """
     device = next(model.base.parameters()).device
     if getattr(getattr(model.base, "config", None), "is_encoder_decoder", False):
-        inputs: dict[str, Any] = _read_and_written(rows, device)
+        inputs: dict[str, Any] = _split_for_encoder(rows, device)
         # The base shifts these labels itself: its decoder begins with a start token.
         return inputs, inputs["labels"]
     inputs = padded(rows, device=device)
@@ -236,7 +236,7 @@ def inputs_of(model: TreeModel, rows: Sequence[Row]) -> tuple[dict[str, Any], Te
     return inputs, inputs.pop("labels")[:, 1:]
 
 
-def _read_and_written(rows: Sequence[Row], device: torch.device) -> dict[str, Tensor]:
+def _split_for_encoder(rows: Sequence[Row], device: torch.device) -> dict[str, Tensor]:
     """Split rows for an encoder, which reads the prompt, and a decoder, which writes the rest.
 
     Raises:

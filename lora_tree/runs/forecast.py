@@ -23,7 +23,7 @@ __all__ = [
     "NodeForecast",
     "becoming_stale",
     "chosen",
-    "what_trains",
+    "forecast_nodes",
     "why_not_fresh",
 ]
 
@@ -94,7 +94,9 @@ def chosen(
     return [path for path in tree.paths() if path in found]
 
 
-def what_trains(tree: AdapterTree, nodes: Sequence[str], rows: Sequence[Row]) -> list[NodeForecast]:
+def forecast_nodes(
+    tree: AdapterTree, nodes: Sequence[str], rows: Sequence[Row]
+) -> list[NodeForecast]:
     """Return the forecast of each node, made before the first step."""
     forecasts = []
     counts = Counter(row.path for row in rows)

@@ -19,7 +19,7 @@ from .place import LastCheckpoint
 from .rows import Row
 from .settings import Settings
 
-__all__ = ["differing", "digest_of_rows", "refuse_other", "run_identity"]
+__all__ = ["digest_of_rows", "first_difference", "refuse_other_run", "run_identity"]
 
 
 def run_identity(
@@ -67,13 +67,13 @@ def digest_of_rows(rows: Sequence[Row]) -> str:
     return hashed.hexdigest()
 
 
-def refuse_other(before: LastCheckpoint, identity: Mapping[str, Any]) -> None:
+def refuse_other_run(before: LastCheckpoint, identity: Mapping[str, Any]) -> None:
     """Refuse to begin a run where another one is unfinished.
 
     Raises:
         SpecError: the two differ; the error says in which key.
     """
-    what = differing(before.about, identity)
+    what = first_difference(before.about, identity)
     if what is not None:
         raise SpecError(
             f"{before.folder}: of a run with other {what}: "
@@ -85,7 +85,7 @@ def refuse_other(before: LastCheckpoint, identity: Mapping[str, Any]) -> None:
         )
 
 
-def differing(about: Mapping[str, Any], identity: Mapping[str, Any]) -> str | None:
+def first_difference(about: Mapping[str, Any], identity: Mapping[str, Any]) -> str | None:
     """Return the first key of a run.json that differs from ``identity``; None if it is the same."""
     for what, value in identity.items():
         if about.get(what) != value:

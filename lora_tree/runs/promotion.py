@@ -17,7 +17,7 @@ from ..provenance import SaveNote, TrainedWith
 from ..storage import as_path
 from ..system.reading import is_file, is_folder
 from ..tree import AdapterTree, Node
-from .checkpoint_factors import NODES, ancestors_now, ancestors_then
+from .checkpoint_factors import NODES, current_ancestors, recorded_ancestors
 from .checkpoint_place import locate_checkpoint
 from .place import ABOUT
 from .run_losses import read_losses
@@ -67,7 +67,7 @@ def promote(
             f"{checkpoint}: {name}: {listing(broken)}: the factors are not finite",
             "promote an earlier checkpoint",
         )
-    then, now = ancestors_then(folder.parent, name), ancestors_now(tree, path)
+    then, now = recorded_ancestors(folder.parent, name), current_ancestors(tree, path)
     # Compared by content: a parent that was renamed since is the same model.
     if list(then.values()) != list(now.values()):
         warnings.warn(_other_ancestors(path, name, then, now), StaleWarning, stacklevel=2)

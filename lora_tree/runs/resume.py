@@ -15,10 +15,10 @@ from torch import Tensor
 
 from ..formats.safetensors import read_tensors, render_tensors
 from ..model import TreeModel
-from .checkpoint_factors import FACTORS, ancestors_now, ancestors_then, load_factors
+from .checkpoint_factors import FACTORS, current_ancestors, load_factors, recorded_ancestors
 from .place import LastCheckpoint
 
-__all__ = ["STATE", "is_what_it_left", "render_state", "take_over"]
+__all__ = ["STATE", "is_unchanged_since", "load_state", "render_state"]
 
 STATE = "optimizer.safetensors"
 
@@ -34,7 +34,7 @@ def render_state(optimizer: torch.optim.Optimizer) -> bytes:
     return render_tensors(tensors, {"format": "pt"})
 
 
-def take_over(model: TreeModel, optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
+def load_state(model: TreeModel, optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
     """Put a checkpoint's numbers into the factors and into the optimiser.
 
     Raises:
@@ -54,7 +54,7 @@ def take_over(model: TreeModel, optimizer: torch.optim.Optimizer, checkpoint: Pa
     model.follow(optimizer)
 
 
-def is_what_it_left(model: TreeModel, nodes: Sequence[str], before: LastCheckpoint) -> bool:
+def is_unchanged_since(model: TreeModel, nodes: Sequence[str], before: LastCheckpoint) -> bool:
     """Tell whether the nodes, and those above them, are still what a finished run saved."""
     file = before.folder / FACTORS
     left, _ = read_tensors(file, str(file))
@@ -70,7 +70,7 @@ def is_what_it_left(model: TreeModel, nodes: Sequence[str], before: LastCheckpoi
             return False
     for node in nodes:
         # Compared by content, not by name: a parent that was renamed is the same model.
-        then, above = ancestors_then(before.folder, node), ancestors_now(model.tree, node)
+        then, above = recorded_ancestors(before.folder, node), current_ancestors(model.tree, node)
         if list(then.values()) != list(above.values()):
             return False
     return True

@@ -56,7 +56,7 @@ class RunNotes:
             data=list(self.data),
             settings=self.settings.plain(),
             max_length=self.max_length,
-            run=self.seen_folder,
+            run=self.relative_folder,
             held_out=self.watched,
         )
 
@@ -81,7 +81,7 @@ class RunNotes:
         }
 
     @property
-    def seen_folder(self) -> str:
+    def relative_folder(self) -> str:
         """The folder of the checkpoints as seen from the tree, as the paths of its data are."""
         # Computed at each call: the tree has no home before it is first saved.
         home = self.tree.home

@@ -45,4 +45,4 @@ def absorb_adapter(
     nearest = list(found.left.items())[:_MOST_SHOWN]
     notes = [f"below {path or 'the root'}, {part:.0%} of it remains" for path, part in nearest]
     edited = replace(found.edited, notes=(*notes, *found.edited.notes))
-    work.done(edited, as_json=as_json, parent=found.parent, left=dict(found.left))
+    work.finish(edited, as_json=as_json, parent=found.parent, left=dict(found.left))

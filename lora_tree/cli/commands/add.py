@@ -55,7 +55,7 @@ def add_node(
         edited = Edited(added=(path,))
     else:
         edited = _from_files(work.tree, path, adapter, node_weight)
-    work.done(edited, as_json=as_json, copy_files=copy)
+    work.finish(edited, as_json=as_json, copy_files=copy)
 
 
 def _from_files(tree: AdapterTree, path: str, adapter: Path, weight: Weight) -> Edited:

@@ -45,4 +45,4 @@ def compress_nodes(
     edited = replace(found.edited, notes=(note, *found.edited.notes))
     figures: dict[str, Any] = found.as_dict()
     whole = ("bytes_before", "bytes_after", "ranks", "error", "relative_error")
-    work.done(edited, as_json=as_json, **{name: figures[name] for name in whole})
+    work.finish(edited, as_json=as_json, **{name: figures[name] for name in whole})

@@ -55,4 +55,4 @@ def grow_tree(
     edited = replace(found.edited, notes=(note, *found.edited.notes))
     figures: dict[str, Any] = found.as_dict()
     whole = ("bytes_before", "bytes_after", "relative_error")
-    work.done(edited, as_json=as_json, **{name: figures[name] for name in whole})
+    work.finish(edited, as_json=as_json, **{name: figures[name] for name in whole})

@@ -79,4 +79,4 @@ def merge_nodes(
     for path, distance in distances.items():
         notes.append(f"{path}: the merge differs by {distance:.2g} of its norm")
     with_notes = Edited(edited.added, errors=edited.errors, notes=(*edited.notes, *notes))
-    work.done(with_notes, as_json=as_json, distances=distances)
+    work.finish(with_notes, as_json=as_json, distances=distances)

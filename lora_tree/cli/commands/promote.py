@@ -84,7 +84,9 @@ def promotion(
         # Rows are read when the tree has the promoted node, since they may be for a new node.
         rows = open_rows(data, tree, tokenizer, max_length=max_length, slice_by=slice_by)
         model = open_model(name, trust_remote_code=trust_remote_code)
-        found = compare_trees(_as_it_is(folder), tree, path, model, rows, batch=batch, beta=beta)
+        found = compare_trees(
+            _load_unchanged(folder), tree, path, model, rows, batch=batch, beta=beta
+        )
     refused = found is not None and if_better and not found.is_better
     if not refused:
         note = promotion_note(command_note().by, path, checkpoint, node=node)
@@ -104,7 +106,7 @@ def promotion(
         raise typer.Exit(1)
 
 
-def _as_it_is(folder: Path) -> AdapterTree:
+def _load_unchanged(folder: Path) -> AdapterTree:
     # A second tree is opened: the first one has the promoted node already.
     return load(folder)
 

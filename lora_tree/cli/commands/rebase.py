@@ -40,4 +40,4 @@ def rebase_children(
     old = None if was is None else Adapter.load(was)
     own = given_weight(None if was_weight is None else [was_weight], "--was-weight")
     edited = rebase_all(work.tree, path, was=old, was_weight=own, rank=rank, max_error=max_error)
-    work.done(edited, as_json=as_json)
+    work.finish(edited, as_json=as_json)

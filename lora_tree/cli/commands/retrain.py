@@ -24,7 +24,7 @@ from ..open_rows import open_rows
 from ..outcome_table import outcome_table
 from ..run_training import run_to_the_end
 from ..train_options import run_folder
-from ..train_output import foretell
+from ..train_output import tell_plan
 from ..typed import command_note
 
 __all__ = ["train_again"]
@@ -181,10 +181,10 @@ def _train(
             by=command_note().by,
             fresh=fresh,
         )
-        foretell(running, len(rows))
+        tell_plan(running, len(rows))
         run_to_the_end(running, folder, save_every=save_every)
         if running.was_over:
-            # `foretell` has said that this run is finished, and so the tree is not saved again.
+            # `tell_plan` has said that this run is finished, and so the tree is not saved again.
             other = "" if fresh else "; --fresh trains from new factors"
             note(f"left as it is: {', '.join(job.nodes)}{other}")
             return {}

@@ -60,7 +60,7 @@ def set_node(
     else:
         work.tree.update(path, adapter=adapter, weight=own)
         edited = Edited(changed=(path,))
-    work.done(edited, as_json=as_json)
+    work.finish(edited, as_json=as_json)
 
 
 def _numbers(text: str) -> list[float]:

@@ -232,11 +232,11 @@ def _order(sort: Sort, lines: Mapping[str, NodeLine]) -> Callable[[str], Any] | 
     if sort is Sort.rank:
         return lambda path: -max(lines[path].ranks, default=0)
     if sort is Sort.weight:
-        return lambda path: -_most(lines[path].weight)
+        return lambda path: -_largest_number(lines[path].weight)
     return lambda path: -getattr(lines[path], sort.value)
 
 
-def _most(weight: Weight) -> float:
+def _largest_number(weight: Weight) -> float:
     """Return the largest number of a weight."""
     numbers = [weight] if isinstance(weight, float) else plain_weight(weight).values()
     return max(numbers)

@@ -19,7 +19,7 @@ from ..open_rows import open_rows
 from ..picture_place import check_picture_place
 from ..run_training import run_to_the_end
 from ..train_options import given_held_out, numbers, numbers_by_depth, run_folder
-from ..train_output import draw_run, foretell, tell_outcome
+from ..train_output import draw_run, tell_outcome, tell_plan
 from ..typed import command_note
 
 __all__ = ["train"]
@@ -238,7 +238,7 @@ def train(
         records=folder,
         by=command_note().by,
     )
-    foretell(running, len(rows))
+    tell_plan(running, len(rows))
     resumed = running.done
     kept, verdicts = run_to_the_end(running, folder, save_every=save_every, trackers=trackers)
     if picture is not None:

@@ -25,7 +25,7 @@ from .checkpoint_pair import CheckpointPair
 from .merge_guess import Fit
 from .writes import Write
 
-__all__ = ["Looking", "ground_of", "sides_of"]
+__all__ = ["NodeSearch", "ground_of", "sides_of"]
 
 MOST_SAMPLES = 4
 MOST_ADDED = 3
@@ -34,7 +34,7 @@ LEAST_SHARE = 0.2
 
 
 @dataclass
-class Looking:
+class NodeSearch:
     """The state of a search.
 
     Args:
@@ -54,7 +54,7 @@ class Looking:
         writes: Mapping[str, Write],
         fits: Sequence[Fit],
         multiples: Mapping[str, float],
-    ) -> Looking:
+    ) -> NodeSearch:
         """Take the parameters with the largest unexplained parts."""
 
         def left(fit: Fit) -> float:

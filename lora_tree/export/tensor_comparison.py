@@ -17,17 +17,24 @@ import torch
 from torch import Tensor
 
 from .merge_guess import Fit
-from .merge_looking import sides_of
+from .node_search import sides_of
 from .writes import Write
 
-__all__ = ["NARROW", "TensorLook", "WeightPart", "look_at", "rounding_unit", "same_bits"]
+__all__ = [
+    "NARROW",
+    "TensorComparison",
+    "WeightPart",
+    "compare_tensor",
+    "rounding_unit",
+    "same_bits",
+]
 
 BLOCK_NUMBERS = 1 << 21
 NARROW = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
-class TensorLook:
+class TensorComparison:
     """The comparison of one weight.
 
     Args:
@@ -51,9 +58,9 @@ class WeightPart:
     rank: int
 
 
-def look_at(
+def compare_tensor(
     write: Write, own: Sequence[WeightPart], name: str, old: Tensor, new: Tensor
-) -> TensorLook:
+) -> TensorComparison:
     """Compare a weight with its sum, one block of rows at a time, in fp64."""
     before, after = write.site.rows(old), write.site.rows(new)
     sides = [sides_of(write, value) for value in write.values]
@@ -101,7 +108,7 @@ def look_at(
         found,
         noise,
     )
-    return TensorLook(fit, math.sqrt(off) / (math.sqrt(fit.expected) or 1.0), worst)
+    return TensorComparison(fit, math.sqrt(off) / (math.sqrt(fit.expected) or 1.0), worst)
 
 
 def _blocks(rows: Tensor) -> Iterator[tuple[int, slice]]:
