@@ -64,7 +64,7 @@ def test_what_is_held_keeps_its_numbers_whatever_comes_and_goes(
             elif what == "drop" and held:
                 del held[number % len(held)]
             elif what == "at most":
-                shelf.at_most(number)
+                shelf.trim_to(number)
                 assert shelf.ready_bytes <= max(number, 0)
             assert shelf.ready_bytes <= 50 * PAGE
             assert all(bool((piece == of).all()) for of, piece in held)

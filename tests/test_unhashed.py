@@ -205,7 +205,7 @@ def test_what_came_back_to_the_device_is_vacated_again_if_the_file_has_changed(
     model.deactivate()
     assert is_vacated(first) or model.cache.stats().tiers[1].nodes == 2
     model.cache._loader.tiers[0].clear()
-    model.cache._loader.top.let_go(model.tree["e"].source.key)  # type: ignore[union-attr]
+    model.cache._loader.top.discard_unpinned(model.tree["e"].source.key)  # type: ignore[union-attr]
     damage(weights(folder, "e"))
     with pytest.raises(UnlockedError):
         model.activate("e", mode="unmerged")

@@ -209,7 +209,7 @@ class Cache:
             with self._lock:
                 churns = self._loader.link is None and nbytes < PAGED
                 self._loader.tiers[-1].lay_out(owner, nbytes, churns=churns)
-        return self._lent if self._loader.link is None else ordinary
+        return self._allocate_lent if self._loader.link is None else ordinary
 
     def stats(self) -> CacheStats:
         """Return what the cache holds now, and what it has done since the model was attached."""
@@ -369,7 +369,7 @@ class Cache:
             for source in unread.values():
                 # The tree has it now. If another thread has it pinned, that
                 # thread discards it here later.
-                host.let_go(cache_key(source))
+                host.discard_unpinned(cache_key(source))
         return absent
 
     def _needed(self, nodes: Iterable[Node]) -> dict[str, Source]:
@@ -389,7 +389,7 @@ class Cache:
                 needed[node.path] = source
         return needed
 
-    def _lent(self, nbytes: int, device: torch.device) -> Tensor:
+    def _allocate_lent(self, nbytes: int, device: torch.device) -> Tensor:
         return self._shelf.take(nbytes) if device.type == "cpu" else ordinary(nbytes, device)
 
     def _try(self, path: str, source: Source) -> None:

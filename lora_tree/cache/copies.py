@@ -101,7 +101,7 @@ class TreeCopies:
         """Discard the copies of collected adapters; try those in use again at the next call."""
         for _ in range(len(self._collected)):
             key = self._collected.popleft()
-            if not tier.let_go(key):
+            if not tier.discard_unpinned(key):
                 self._collected.append(key)
 
     def clear(self) -> None:

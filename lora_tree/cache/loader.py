@@ -123,7 +123,7 @@ class Loader:
 
     def follow(self, tiers: list[Tier], link: Link | None, memory: Shelf | PageLocked) -> None:
         """Load into other tiers from now on, over another link; called with the lock held."""
-        self.tiers[-1].leave()
+        self.tiers[-1].free_all()
         self.tiers, self.link, self.memory = tiers, link, memory
         self._sent.clear()
 
@@ -142,7 +142,7 @@ class Loader:
         claimed = False
         try:
             with self.lock:
-                found = self._awaited(tier, level, key)
+                found = self._wait_for_other(tier, level, key)
                 if found is not None:
                     _use(tier, key, pinned)
                     return found
@@ -180,11 +180,11 @@ class Loader:
                         tier.failures += 1
                         reservation.close()
                     self._loading.discard((level, key))
-                    # Wake the threads in `_awaited`: they find the adapter, or load it themselves
+                    # Wake the threads in `_wait_for_other`: they find the adapter, or load it themselves
                     # and meet the error in their own call.
                     self.lock.notify_all()
 
-    def _awaited(self, tier: Tier, level: int, key: Hashable) -> Resident | None:
+    def _wait_for_other(self, tier: Tier, level: int, key: Hashable) -> Resident | None:
         """Wait while another thread loads the adapter; return it, or None to load it here."""
         found = tier.find(key)
         while found is None and (level, key) in self._loading:
@@ -251,7 +251,7 @@ class Loader:
 
         def unhashed(here: Arrived) -> None:
             drop_early()  # the files were read a second time
-            if not reservation.at_once(packed_bytes(here.adapter)):
+            if not reservation.try_resize(packed_bytes(here.adapter)):
                 return
             arrived = early[here.adapter] = self._sent_over(link, here.adapter, source)
             self._set_origin(arrived.adapter, here.adapter)
@@ -313,7 +313,7 @@ class Loader:
         arrived = link.send(adapter, again)
         memory, buffer = self.memory, buffer_of(adapter)
         if isinstance(memory, PageLocked) and buffer is not None:
-            memory.sent(buffer, arrived.event)
+            memory.note_copy(buffer, arrived.event)
         if comes_back:
             self._sent[key] = arrived.adapter
         return arrived

@@ -7,7 +7,7 @@ the page first. That takes as long as reading and hashing what goes into the pag
 would keep freed memory too, but in pieces between others that are in use, and outside of every
 budget.
 
-Law: ready memory is within the budget. It is at most what the budget leaves over (`at_most`), and
+Law: ready memory is within the budget. It is at most what the budget leaves over (`trim_to`), and
 a new piece for which no ready range is large enough takes the place of as many ready bytes.
 """
 
@@ -87,7 +87,7 @@ class Shelf:
         size = paged(nbytes)
         with self._lock:
             self._collect()
-            address, held = self._nearest(size)
+            address, held = self._take_best_fit(size)
             # The range grows by size - held bytes; as many ready bytes go
             # back, to stay within the budget.
             self._drop_to(self._ready_bytes - (size - held))
@@ -96,7 +96,7 @@ class Shelf:
         if not address:
             # The system has no memory. torch may find some, or else raises an error that says so.
             return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
-        return tensor_at(address, nbytes, partial(self._come_back, address, size))
+        return tensor_at(address, nbytes, partial(self._note_free, address, size))
 
     @property
     def ready_bytes(self) -> int:
@@ -105,7 +105,7 @@ class Shelf:
             self._collect()
             return self._ready_bytes
 
-    def at_most(self, nbytes: int) -> None:
+    def trim_to(self, nbytes: int) -> None:
         """Keep at most ``nbytes`` ready; give the rest back to the system."""
         with self._lock:
             self._collect()
@@ -114,10 +114,10 @@ class Shelf:
     def close(self) -> None:
         """Give ready memory back to the system, and from now on each piece that comes back."""
         self._closed = True
-        self.at_most(0)
+        self.trim_to(0)
 
     # ------------------------------------------------------------------ private
-    def _come_back(self, address: int, size: int) -> None:
+    def _note_free(self, address: int, size: int) -> None:
         """Note that a range is free; runs as a finalizer, without the lock."""
         waiting = sum(each for _, each in list(self._back))
         # If no thread takes anything for a while, `_back` is never emptied: it is bounded here.
@@ -132,7 +132,7 @@ class Shelf:
             self._put(*self._back.popleft())
         self._drop_to(self._most)
 
-    def _nearest(self, size: int) -> tuple[int, int]:
+    def _take_best_fit(self, size: int) -> tuple[int, int]:
         """Take ``size`` bytes from the smallest ready range that fits; return its address and size.
 
         If none fits, return the largest range and its size, for the caller to grow; (0, 0) if

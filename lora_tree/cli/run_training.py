@@ -72,7 +72,7 @@ def run_to_the_end(
     kept = running.save()
     # After the checkpoint: this ends the training of all nodes, and a checkpoint is made of the
     # factors that train. Before the tree is saved, because it changes weights in the tree.
-    verdicts = running.keep_what_helps()
+    verdicts = running.reweigh_leaves()
     running.model.tree.save(folder, note=running.note(command_note().by))
     # Last: a run counts as finished only once its tree is on the disk.
     running.finish()

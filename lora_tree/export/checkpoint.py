@@ -170,7 +170,7 @@ def _check_finite(changes: Sequence[GroupWrites], names: CheckpointNames) -> Non
     def parameter(group: TensorGroup, name: str) -> Tensor:
         if group.converter is None:
             return group.stored[0].read()
-        return names.together(group, Stored.read)[name].contiguous()
+        return names.make_parameters(group, Stored.read)[name].contiguous()
 
     with exact_mode(torch.device("cpu")):
         for group, found in changes:

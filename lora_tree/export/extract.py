@@ -168,7 +168,7 @@ def _check_left(left: Mapping[str, str], tuned: object, *, ignore: bool) -> None
 
 def _change(pair: CheckpointPair, parameter: str) -> Tensor | None:
     """Return the difference of a parameter, in fp32 or wider; None if nothing changed."""
-    both = pair.both(parameter)
+    both = pair.read_both(parameter)
     if both is None:
         return None
     old, new = both

@@ -177,7 +177,7 @@ class _Comparing:
         if reason is not None:
             self.checks.append(TensorCheck(name, "other", 1.0, reason))
             return
-        both = self._pair.both(name)
+        both = self._pair.read_both(name)
         if both is None:
             return  # tied to another parameter, which is compared
         old, new = both

@@ -102,7 +102,7 @@ class CheckpointNames:
         self._by_parameter: dict[str, TensorGroup] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         for group in self._groups.values():
-            for name, shape in self._made_of(group).items():
+            for name, shape in self._parameter_shapes(group).items():
                 self._by_parameter[name] = group
                 if shape is not None:
                     self._shapes[name] = shape
@@ -136,10 +136,12 @@ class CheckpointNames:
                 group.check_whole()
             except LoraTreeError as error:
                 raise error.within(parameter) from error
-            self.together(group, _without_numbers)
+            self.make_parameters(group, _without_numbers)
         return self._shapes[parameter]
 
-    def together(self, group: TensorGroup, read: Callable[[Stored], Tensor]) -> dict[str, Tensor]:
+    def make_parameters(
+        self, group: TensorGroup, read: Callable[[Stored], Tensor]
+    ) -> dict[str, Tensor]:
         """Make the parameters of a group from what ``read`` gives for each tensor: name → values.
 
         Raises:
@@ -158,7 +160,7 @@ class CheckpointNames:
             found[name] = value[0] if isinstance(value, list) else value
         return found
 
-    def apart(self, group: TensorGroup, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def take_apart(self, group: TensorGroup, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the tensors that a group's parameters are made of, by their names on the disk.
 
         Raises:
@@ -199,7 +201,7 @@ class CheckpointNames:
         Raises:
             BaseMismatch, SpecError: it gives other tensors, or fails.
         """
-        parts = self.apart(group, parameters)
+        parts = self.take_apart(group, parameters)
         for stored in group.stored:
             # As bytes: a NaN is not equal to itself, and −0.0 is equal to 0.0.
             again, own = parts[stored.name].view(torch.uint8), stored.read().view(torch.uint8)
@@ -211,7 +213,7 @@ class CheckpointNames:
                     "that",
                 )
 
-    def _made_of(self, group: TensorGroup) -> dict[str, tuple[int, ...] | None]:
+    def _parameter_shapes(self, group: TensorGroup) -> dict[str, tuple[int, ...] | None]:
         """Return the parameters that a group makes, name → shape, by a run on the meta device.
 
         If they can't be made, the shape is None: `shape` raises the reason for the parameters that
@@ -221,7 +223,7 @@ class CheckpointNames:
             group.check_whole()
             if group.converter is None:
                 return {group.first: group.stored[0].shape}
-            made = self.together(group, _without_numbers)
+            made = self.make_parameters(group, _without_numbers)
         except LoraTreeError:
             return {group.first: None}
         return {name: tuple(value.shape) for name, value in made.items()}

@@ -65,7 +65,7 @@ class NodeSearch:
         rests: dict[str, Tensor] = {}
         for fit in sorted(fits, key=left, reverse=True)[:MOST_SAMPLES]:
             write = sampled[fit.name] = writes[fit.name]
-            both = pair.both(fit.name)
+            both = pair.read_both(fit.name)
             assert both is not None, "it was read before"
             rows = write.site.rows(both[1]).double()
             rows = rows - write.site.rows(ground_of(write, both[0])).double()

@@ -38,10 +38,10 @@ __all__ = [
     "at_part",
     "hold_back",
     "judge",
-    "keep_what_helps",
     "loss_of_rows",
     "losses_of_rows",
     "places_held_back",
+    "reweigh_leaves",
 ]
 
 PARTS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -120,7 +120,7 @@ def places_held_back(paths: Sequence[str], share: float) -> list[int]:
     return sorted(held)
 
 
-def keep_what_helps(
+def reweigh_leaves(
     model: TreeModel,
     rows: Sequence[Row],
     nodes: Sequence[str],

@@ -35,7 +35,7 @@ from ..training.levels import weight_decays
 from ..training.sampling import PathSampler
 from ..tree import AdapterTree
 from .forecast import NodeForecast, becoming_stale, chosen, forecast_nodes
-from .held_back import Verdict, hold_back, keep_what_helps, loss_of_rows
+from .held_back import Verdict, hold_back, loss_of_rows, reweigh_leaves
 from .identity import first_difference, refuse_other_run, run_identity
 from .place import ABOUT, LastCheckpoint, find_last_checkpoint, set_aside
 from .preferences import are_preferences
@@ -276,7 +276,7 @@ class Run:
         if self._recorder is not None:
             self._recorder.end("finished", self.taken, self.outcomes(), self.outdated)
 
-    def keep_what_helps(self) -> list[Verdict]:
+    def reweigh_leaves(self) -> list[Verdict]:
         """Give each leaf that does worse than its parent on held-back rows the best smaller weight.
 
         Call it after the last step, before the tree is saved. Nothing trains any more after it.
@@ -284,7 +284,7 @@ class Run:
         self._check_sound()
         self.model.trainable()
         settings = self.settings
-        return keep_what_helps(
+        return reweigh_leaves(
             self.model, self.held_back, self.nodes, batch=settings.batch, beta=settings.beta
         )
 
