@@ -151,7 +151,7 @@ class _Candidate:
 
 
 def _cheapest(
-    tree: AdapterTree, name: str, adapter: Adapter, parents: Sequence[str], how: Shortening
+    tree: AdapterTree, name: str, adapter: Adapter, parents: Sequence[str], shortening: Shortening
 ) -> tuple[_Candidate, Mapping[str, FormatError]]:
     """Find the best of the nearest nodes below which the remainder of an adapter can be saved.
 
@@ -171,8 +171,8 @@ def _cheapest(
     for parent in parents:
         # The remainder: the terms of the parent's lineage with a minus sign, plus the adapter.
         above = difference_terms(tree, "", parent, kept=adapter.overrides)
-        left = added_up([*above, (name, 1.0, adapter)])
-        error = savable_error(_below(parent, name), left, [name, *tree.lineage(parent)])
+        remainder = added_up([*above, (name, 1.0, adapter)])
+        error = savable_error(_below(parent, name), remainder, [name, *tree.lineage(parent)])
         if error is not None:
             if is_strict is None:
                 # If the tree itself can't be saved, it is used in memory alone, and the remainder
@@ -181,12 +181,12 @@ def _cheapest(
             if is_strict:
                 refused[parent] = error
                 continue
-        short, lost = call_named(name, how.of, left)
-        found = _Candidate(parent, short, lost)
+        short, lost = call_named(name, shortening.of, remainder)
+        candidate = _Candidate(parent, short, lost)
         # With max_error=, every candidate is within it, so the one with the fewest bytes wins.
-        by_size = how.max_error is not None
-        if best is None or found.key(by_size) < best.key(by_size):
-            best = found
+        by_size = shortening.max_error is not None
+        if best is None or candidate.key(by_size) < best.key(by_size):
+            best = candidate
         tried += 1
         if tried == _TRIED:
             break
@@ -232,8 +232,8 @@ def _measure_remainders(
     own_squares: list[float] = []
     for module, value in adapter.modules.items():
         own_squares.append(call_named(f"{name}: {module}", norm, value) ** 2)
-    whole = math.fsum(own_squares)
-    if whole == 0.0:
+    norm_square = math.fsum(own_squares)
+    if norm_square == 0.0:
         raise SpecError(
             f"{name}: the adapter adds nothing, so no parent is better than another",
             "add it by hand: tree.add(path, adapter=…), or lora-tree add FOLDER PATH ADAPTER",
@@ -254,9 +254,9 @@ def _measure_remainders(
             held[path] = node_adapter
         if path == under or not under or path.startswith(f"{under}/"):
             product, square = sums[path]
-            squares[path] = max(whole - 2.0 * product + square, 0.0)
+            squares[path] = max(norm_square - 2.0 * product + square, 0.0)
     order = sorted(squares, key=lambda path: (squares[path], path))
-    return {path: math.sqrt(squares[path] / whole) for path in order}
+    return {path: math.sqrt(squares[path] / norm_square) for path in order}
 
 
 def _add_own_products(

@@ -161,7 +161,7 @@ def _exact(names: Sequence[str], read: Callable[[str], Adapter]) -> Gram:
 def _products(values: Sequence[LowRank]) -> Tensor:
     """(n, n): all inner products of one module's increments."""
     batch = values[0].shape[:-2]
-    found = torch.zeros(len(values), len(values), dtype=torch.float64)
+    products = torch.zeros(len(values), len(values), dtype=torch.float64)
     left = torch.cat([_flat(v.B, batch) * v.scale for v in values], dim=-1)  # (batch, out, Σr)
     right = torch.cat([_flat(v.A, batch) for v in values], dim=-2)  # (batch, Σr, in)
     ranks = torch.tensor([value.rank for value in values])
@@ -170,19 +170,19 @@ def _products(values: Sequence[LowRank]) -> Tensor:
     whose = torch.repeat_interleave(torch.arange(len(values)), ranks)
     for first in range(0, len(values), _CHUNK):
         last = min(first + _CHUNK, len(values))
-        some = slice(ends[first - 1] if first else 0, ends[last - 1])
+        chunk = slice(ends[first - 1] if first else 0, ends[last - 1])
         # The upper triangle is enough: the matrix is symmetric.
-        rest = slice(some.start, None)
-        both = left[..., some].mT @ left[..., rest]
-        both *= right[..., some, :] @ right[..., rest, :].mT
-        both = both.sum(0)  # (ranks of some, ranks of the rest)
-        rows = both.new_zeros(last - first, both.shape[1])
-        rows.index_add_(0, whose[some] - first, both)
+        upper = slice(chunk.start, None)
+        overlap = left[..., chunk].mT @ left[..., upper]
+        overlap *= right[..., chunk, :] @ right[..., upper, :].mT
+        overlap = overlap.sum(0)  # (ranks of the chunk, ranks of the rest)
+        rows = overlap.new_zeros(last - first, overlap.shape[1])
+        rows.index_add_(0, whose[chunk] - first, overlap)
         sums = rows.new_zeros(last - first, len(values) - first)
-        sums.index_add_(1, whose[rest] - first, rows)
-        found[first:last, first:] = sums.cpu()
-        found[first:, first:last] = sums.mT.cpu()
-    return found + _biases(values)
+        sums.index_add_(1, whose[upper] - first, rows)
+        products[first:last, first:] = sums.cpu()
+        products[first:, first:last] = sums.mT.cpu()
+    return products + _biases(values)
 
 
 def _flat(factor: Tensor, batch: tuple[int, ...]) -> Tensor:

@@ -148,8 +148,8 @@ def grow(
     names = [names[i] for i in families.order]
     squares = likeness.norms[list(families.order)].double().square()
     # An adapter that is zero gets the weight 1: its norm can't be divided by.
-    some = squares.mean().clamp(min=1e-300) if by_norm else squares.clamp(min=1e-300)
-    weights = torch.where(squares > 0, 1.0 / some, 1.0)
+    divisor = squares.mean().clamp(min=1e-300) if by_norm else squares.clamp(min=1e-300)
+    weights = torch.where(squares > 0, 1.0 / divisor, 1.0)
     flat = FlatAdapters(
         tree,
         names,
@@ -159,12 +159,14 @@ def grow(
         working_bytes=parse_bytes(working_bytes),
         dtype=dtype,
     )
-    found = PriceSearch(flat, goal, progress).found()
-    made = _nodes(flat, found)
+    priced = PriceSearch(flat, goal, progress).found()
+    made = _nodes(flat, priced)
     _check_room(made, goal)
     edited = _install(tree, names, families, made)
     # Computed from the measured errors, which include the rounding of the factors.
-    lost = torch.tensor([each.error for each in made.errors], dtype=torch.float64).square()
+    lost = torch.tensor(
+        [deviation.error for deviation in made.errors], dtype=torch.float64
+    ).square()
     if moments:
         lost, squares = made.lost, made.energies
     error = relative_error(weights, lost, squares)
@@ -280,7 +282,7 @@ def _nodes(flat: FlatAdapters, priced: PricedFit) -> _Nodes:
         bottoms.append(
             replace(source, modules=modules, nesting=own_nesting, errors={}, rounded=frozenset())
         )
-    deviations = [Deviation(far, norm) for far, norm in zip(errors, norms, strict=True)]
+    deviations = [Deviation(distances, norm) for distances, norm in zip(errors, norms, strict=True)]
     return _Nodes(tuple(tops), tuple(bottoms), tuple(deviations), lost, energies)
 
 

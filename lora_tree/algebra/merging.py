@@ -162,9 +162,9 @@ def merge_paths(
     check_path_free(tree, to)
     parent = to.rpartition("/")[0]
     # Each path less the new node's parent, because the new node inherits that.
-    several = [added_up(difference_terms(tree, path, parent)) for path in paths]
-    found = merge(
-        several,
+    adapters = [added_up(difference_terms(tree, path, parent)) for path in paths]
+    result = merge(
+        adapters,
         weights,
         method=method,
         density=density,
@@ -174,15 +174,15 @@ def merge_paths(
         seed=seed,
         names=paths,
     )
-    if not found.adapter.modules:
+    if not result.adapter.modules:
         raise SpecError(
             f"{listing(paths)}: they add nothing to the nodes above {to}",
             "add a group instead: tree.add(path, group=True), or lora-tree add FOLDER PATH --group",
         )
-    check_savable(tree, {to: found.adapter}, paths)
-    tree.add(to, adapter=found.adapter)
+    check_savable(tree, {to: result.adapter}, paths)
+    tree.add(to, adapter=result.adapter)
     notes = stale_notes(tree, paths)
-    return Edited(added=(to,), errors={to: found.cut}, notes=notes), found
+    return Edited(added=(to,), errors={to: result.cut}, notes=notes), result
 
 
 @dataclass(frozen=True)

@@ -233,21 +233,21 @@ def rebase_all(
         as_term(f"{path} (new)", scaled_weight(after[0], -1.0), without_overrides(after[1])),
     ]
     children, notes = _nearest(tree, path)
-    found: dict[str, Adapter] = {}
+    adapters: dict[str, Adapter] = {}
     errors: dict[str, Deviation] = {}
     short = Shortening(rank, max_error, dtype)
     for child in children:
         made_up, errors[child] = _add_gap(tree, child, gap, short, base)
-        found[child] = made_up or Adapter({})
-    check_savable(tree, found, [path, *found])
+        adapters[child] = made_up or Adapter({})
+    check_savable(tree, adapters, [path, *adapters])
     # Everything is computed. Now change the tree: the node, its children, the records below them.
-    changed = list(found)
+    changed = list(adapters)
     if adapter is not None or weight is not None:
         tree.update(path, adapter=adapter, weight=weight)
         changed.insert(0, path)
-    for child, made_up in found.items():
+    for child, made_up in adapters.items():
         put_adapter(tree, child, made_up)
-    deeper = [node for node in below if node not in found]
+    deeper = [node for node in below if node not in adapters]
     mark_fitting(tree, deeper)
     notes += stale_notes(tree, deeper)
     return Edited(changed=tuple(changed), errors=errors, notes=notes)

@@ -117,29 +117,31 @@ def hoist(
     # The plain sum refuses siblings that don't fit together, and has all that a new adapter needs
     # besides its modules (base, config, …).
     _refuse_replaced(terms)
-    whole = added_up([(path, c, without_overrides(adapter)) for path, c, adapter in terms])
-    dtype = widest_dtype(whole)
+    plain_sum = added_up([(path, c, without_overrides(adapter)) for path, c, adapter in terms])
+    dtype = widest_dtype(plain_sum)
     adapters = aligned([adapter for _, _, adapter in terms])
     weighted = [a.weighed(weight) for a, weight in zip(adapters, weights, strict=True)]
     for path, weight in (*zip(names, weights, strict=True), *_weight_of(tree, parent, into)):
-        _refuse_zero(path, weight, whole.modules)
+        _refuse_zero(path, weight, plain_sum.modules)
     shared: dict[str, LowRank] = {}
     rests: dict[str, dict[str, LowRank]] = {path: {} for path in names}
-    for module in whole.modules:
+    for module in plain_sum.modules:
         parts = [adapter.modules.get(module) for adapter in weighted]
-        S, left = call_named(module, _Fitting(module, parts, rank, leaf_rank, recipe).fitted)
+        S, module_rests = call_named(
+            module, _Fitting(module, parts, rank, leaf_rank, recipe).fitted
+        )
         shared[module] = call_named(module, cast, S, None, dtype)
-        for path, value in zip(names, left, strict=True):
+        for path, value in zip(names, module_rests, strict=True):
             if value is not None:
                 rests[path][module] = call_named(module, cast, value, None, dtype)
-    top = replace(whole, modules=shared, errors={})
+    top = replace(plain_sum, modules=shared, errors={})
     children: dict[str, Adapter] = {}
     errors: dict[str, Deviation] = {}
-    for path, weight, adapter, wanted in zip(names, weights, adapters, weighted, strict=True):
+    for path, weight, adapter, expected in zip(names, weights, adapters, weighted, strict=True):
         children[path] = _child(weight, adapter, rests[path])
         # Measured on the factors to be saved, so that their rounding is a part of the error.
-        now = added_up([("shared", 1.0, top), as_term(path, weight, children[path])])
-        errors[path] = deviation(wanted, now)
+        got = added_up([("shared", 1.0, top), as_term(path, weight, children[path])])
+        errors[path] = deviation(expected, got)
     return _install(tree, parent, into, top, children, errors)
 
 

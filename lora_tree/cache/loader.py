@@ -180,8 +180,8 @@ class Loader:
                         tier.failures += 1
                         reservation.close()
                     self._loading.discard((level, key))
-                    # Wake the threads in `_wait_for_other`: they find the adapter, or load it themselves
-                    # and meet the error in their own call.
+                    # Wake the threads in `_wait_for_other`: they find the adapter, or load it
+                    # themselves and meet the error in their own call.
                     self.lock.notify_all()
 
     def _wait_for_other(self, tier: Tier, level: int, key: Hashable) -> Resident | None:

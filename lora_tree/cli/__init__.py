@@ -96,13 +96,13 @@ def _signals_clean_up(codes: list[int]) -> Iterator[None]:
     }
     # Any handler but Python's own is the caller's decision: a shell, for example, ignores Ctrl-C
     # for what it runs in the background.
-    ours = [number for number in handlers if signal.getsignal(number) is usual[number]]
-    for number in ours:
+    replaced = [number for number in handlers if signal.getsignal(number) is usual[number]]
+    for number in replaced:
         signal.signal(number, handlers[number])
     try:
         yield
     finally:
-        for number in ours:
+        for number in replaced:
             signal.signal(number, usual[number])
 
 

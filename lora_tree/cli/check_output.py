@@ -43,7 +43,7 @@ def tell_comparison(
         tree = load(folder)
     with Bar() as bar:
         task = bar.add_task("comparing", total=None)
-        found = check_merged(
+        check = check_merged(
             tree,
             path,
             merged,
@@ -52,10 +52,10 @@ def tell_comparison(
             trust_remote_code=trust_remote_code,
         )
     if as_json:
-        print_json({"merged": merged, "is_that_path": found.is_that_path, **asdict(found)})
+        print_json({"merged": merged, "is_that_path": check.is_that_path, **asdict(check)})
     else:
-        _print(found, merged)
-    if not found.is_that_path:
+        _print(check, merged)
+    if not check.is_that_path:
         raise typer.Exit(1)
 
 
@@ -72,12 +72,12 @@ def _load_working_tree(path: Path, merged: str) -> AdapterTree:
     return tree
 
 
-def _print(found: MergedCheck, merged: str) -> None:
-    for tensor in found.tensors:
+def _print(check: MergedCheck, merged: str) -> None:
+    for tensor in check.tensors:
         if tensor.verdict == "other":
             text = f"other: {tensor.name}: {tensor.said} (error {tensor.error:.2g})"
             out().print(text, soft_wrap=True)
-    out().print(f"{merged}: {found.guess}", soft_wrap=True)
-    text = f"{plural(len(found.tensors), 'tensor')}: {found.count('equal')} bit-equal, "
-    text += f"{found.count('rounding')} a rounding off, {found.count('other')} another sum"
+    out().print(f"{merged}: {check.guess}", soft_wrap=True)
+    text = f"{plural(len(check.tensors), 'tensor')}: {check.count('equal')} bit-equal, "
+    text += f"{check.count('rounding')} a rounding off, {check.count('other')} another sum"
     out().print(text, soft_wrap=True)

@@ -95,9 +95,10 @@ class ExploreFacts:
         for problem in self.problems:
             problems.append({"node": problem.node, "kind": problem.kind, "text": problem.text})
         versions = {}
-        for path, found in self.versions.items():
+        for path, node_versions in self.versions.items():
             versions[path] = [
-                {**version.as_dict(), "content": version.content[:DIGITS]} for version in found
+                {**version.as_dict(), "content": version.content[:DIGITS]}
+                for version in node_versions
             ]
         return {
             "folder": self.folder,
@@ -177,9 +178,9 @@ def explore_facts(
     likeness = _likeness(tree, lines, alike, notes) if norms else None
     # `check` reads every adapter, too. Without norms only the headers and the lock are looked at.
     problems = check(folder) if norms else survey_problems
-    found = history(folder)
-    versions = {path: own for path, own in found.items() if len(own) > 1}
-    made = {path: own[-1] for path, own in found.items() if own and own[-1].is_present}
+    versions_by_node = history(folder)
+    versions = {path: own for path, own in versions_by_node.items() if len(own) > 1}
+    made = {path: own[-1] for path, own in versions_by_node.items() if own and own[-1].is_present}
     records = run_records(folder)
     if len(records) > RUNS:
         notes.append(f"the last {RUNS} of {plural(len(records), 'run')} are shown")

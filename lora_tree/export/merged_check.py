@@ -131,7 +131,7 @@ def check_merged(
     source = base_folder(tree, base)
     model = skeleton(source, what="check --merged", trust_remote_code=trust_remote_code)
     pair = CheckpointPair(model, open_own(source), open_own(merged))
-    by_parameter = {each.parameter: each for each in writes(tree, blend, model, pair.old_names)}
+    by_parameter = {write.parameter: write for write in writes(tree, blend, model, pair.old_names)}
     comparing = _Comparing(pair, by_parameter, tree, tree.coefficients(blend))
     for name, reason in sorted(pair.unmatched().items()):
         comparing.checks.append(TensorCheck(name, "other", 1.0, reason))

@@ -98,7 +98,9 @@ class CheckpointNames:
                     group.numbers.setdefault(pattern, []).append(number)
         # transformers' revert_weight_conversion reads this attribute, which from_pretrained sets:
         # the conversions that renamed something.
-        model._weight_conversions = [each for each in loading.conversions if each.was_used()]
+        model._weight_conversions = [
+            conversion for conversion in loading.conversions if conversion.was_used()
+        ]
         self._by_parameter: dict[str, TensorGroup] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         for group in self._groups.values():
@@ -172,7 +174,7 @@ class CheckpointNames:
             f"{group.first}: transformers can't take it apart into the tensors of the checkpoint"
         ):
             parts = loading.revert_weight_conversion(self._model, dict(parameters))
-        wanted = {stored.name: stored for stored in group.stored}
+        expected = {stored.name: stored for stored in group.stored}
         # transformers loads a checkpoint of the bare model into a model with a head, and the other
         # way round. So names on the disk may have the prefix or lack it.
         prefix = f"{self._model.base_model_prefix}."
@@ -183,13 +185,13 @@ class CheckpointNames:
         )
         for spelled in spellings:
             named = {spelled(name): value for name, value in parts.items()}
-            if named.keys() != wanted.keys():
+            if named.keys() != expected.keys():
                 continue
-            if all(named[name].shape == wanted[name].shape for name in wanted):
+            if all(named[name].shape == expected[name].shape for name in expected):
                 return {name: value.contiguous() for name, value in named.items()}
         raise BaseMismatch(
-            f"{group.first}: transformers loads it from {plural(len(wanted), 'tensor')}, like "
-            f"{next(iter(wanted))}, and would save it as {len(parts)}, like "
+            f"{group.first}: transformers loads it from {plural(len(expected), 'tensor')}, like "
+            f"{next(iter(expected))}, and would save it as {len(parts)}, like "
             f"{next(iter(parts), 'none')}: its conversion can't be inverted",
             "save the base again with the transformers installed here, and export from that: "
             "save_pretrained(folder)",

@@ -114,18 +114,18 @@ class Stored:
         if memory is None:
             memory = torch.empty(self.nbytes, dtype=torch.uint8, device="cpu")
         tensor = memory[: self.nbytes].view(self.dtype).reshape(self.shape)
-        rest = raw(tensor)
+        unread = raw(tensor)
         try:
             with self.open() as stream:
                 stream.seek(self.begin)
-                while rest:  # an unbuffered stream may give less than was asked for
-                    got = stream.readinto(rest)  # type: ignore[attr-defined]
-                    if not got:
+                while unread:  # an unbuffered stream may give less than was asked for
+                    count = stream.readinto(unread)  # type: ignore[attr-defined]
+                    if not count:
                         raise FormatError(
                             f"{self.file}: {self.name}: the file was cut short while it was read",
                             "another program writes to it: try again when that is done",
                         )
-                    rest = rest[got:]
+                    unread = unread[count:]
         except OSError as error:
             raise FormatError(
                 f"{self.file}: can't be read: {error.strerror or error}", "download it again"

@@ -59,7 +59,7 @@ class WeightPart:
 
 
 def compare_tensor(
-    write: Write, own: Sequence[WeightPart], name: str, old: Tensor, new: Tensor
+    write: Write, parts: Sequence[WeightPart], name: str, old: Tensor, new: Tensor
 ) -> TensorComparison:
     """Compare a weight with its sum, one block of rows at a time, in fp64."""
     before, after = write.site.rows(old), write.site.rows(new)
@@ -76,7 +76,7 @@ def compare_tensor(
         if torch.finfo(dtype).eps > torch.finfo(stored).eps:
             worst[dtype] = 0.0
     along = torch.zeros(count, dtype=torch.float64)
-    found = noise = off = 0.0
+    change_square = noise = rest_square = 0.0
     for batch, part in _blocks(before):
         base, got = before[batch, part].double(), after[batch, part].double()
         change = got - base
@@ -87,8 +87,8 @@ def compare_tensor(
             want += top @ side
             size += top.abs() @ side.abs()
         rest = change - want
-        found += float(change.square().sum())
-        off += float(rest.square().sum())
+        change_square += float(change.square().sum())
+        rest_square += float(rest.square().sum())
         for dtype in worst:
             unit = rounding_unit(dtype)
             # Every partial sum may have been rounded, and so may the factors and the products.
@@ -100,15 +100,15 @@ def compare_tensor(
     fit = Fit(
         name,
         tuple(write.nodes),
-        tuple(part.scale for part in own),
-        tuple(part.weight for part in own),
-        tuple(part.rank for part in own),
+        tuple(part.scale for part in parts),
+        tuple(part.weight for part in parts),
+        tuple(part.rank for part in parts),
         gram,
         along,
-        found,
+        change_square,
         noise,
     )
-    return TensorComparison(fit, math.sqrt(off) / (math.sqrt(fit.expected) or 1.0), worst)
+    return TensorComparison(fit, math.sqrt(rest_square) / (math.sqrt(fit.expected) or 1.0), worst)
 
 
 def _blocks(rows: Tensor) -> Iterator[tuple[int, slice]]:

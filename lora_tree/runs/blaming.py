@@ -168,11 +168,11 @@ def blame(
     if not variants:
         raise SpecError(f"{path or 'the root'}: no node of its lineage has an adapter to blame")
     blends = [path, *variants.values()]
-    losses, apart, tokens = _measured(model, rows, blends, batch=batch, tick=tick)
+    losses, divergences, tokens = _measured(model, rows, blends, batch=batch, tick=tick)
     parts = []
     for at, (node, part) in enumerate(variants, 1):
-        parts.append(Part(node, part, losses[at], losses[at] - losses[0], apart[at]))
-    parts.sort(key=lambda each: (*_order(each, losses[0]), each.node, each.part))
+        parts.append(Part(node, part, losses[at], losses[at] - losses[0], divergences[at]))
+    parts.sort(key=lambda part: (*_order(part, losses[0]), part.node, part.part))
     return Blame(path, losses[0], tokens, tuple(parts))
 
 
@@ -291,12 +291,12 @@ def _measured(
     was_training = model.training
     model.eval()
     try:
-        for some in _groups(rows, len(blends), batch):
+        for group in _groups(rows, len(blends), batch):
             reference: Tensor | None = None
-            pairs = [(place, at) for at in range(len(blends)) for place in range(len(some))]
+            pairs = [(place, at) for at in range(len(blends)) for place in range(len(group))]
             for first in range(0, len(pairs), batch):
                 chunk = pairs[first : first + batch]
-                inputs, labels = inputs_of(model, [some[place] for place, _ in chunk])
+                inputs, labels = inputs_of(model, [group[place] for place, _ in chunk])
                 with model.route([blends[at] for _, at in chunk]):
                     logits = model(**inputs).logits[:, : labels.shape[1]]
                 # In fp32 at least, as losses are.
@@ -305,7 +305,7 @@ def _measured(
                 losses, _ = row_losses(chances, labels, shift=False)
                 # The rows under the first blend come first, and one chunk has all of them.
                 if reference is None:
-                    reference = chances[: len(some)]
+                    reference = chances[: len(group)]
                 for i, (place, at) in enumerate(chunk):
                     sums[at].append(float(losses[i]))
                     # Another chunk may be padded less, and always at the end.
@@ -315,8 +315,8 @@ def _measured(
     finally:
         model.train(was_training)
     tokens = sum(row.learnt for row in rows)
-    mean = [math.fsum(each) / tokens for each in sums]
-    return mean, [math.fsum(each) / tokens for each in divergences], tokens
+    mean = [math.fsum(values) / tokens for values in sums]
+    return mean, [math.fsum(values) / tokens for values in divergences], tokens
 
 
 def _groups(rows: Sequence[Row], blends: int, batch: int) -> Iterator[list[Row]]:

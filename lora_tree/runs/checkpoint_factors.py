@@ -90,30 +90,31 @@ def load_factors(model: TreeModel, folder: Path) -> None:
         )
     saved, metadata = read_tensors(file, str(file))
     model.factors.refresh(model.tree, model)
-    now = _trained(model)
-    if saved.keys() != now.keys():
-        there = {path_of(name) for name in saved}
-        here = {path_of(name) for name in now}
-        if there != here:
-            train = agreeing(len(here), "trains", "train")
-            what = f"it holds {listing(sorted(there))}, and {listing(sorted(here))} {train} now"
+    current = _trained(model)
+    if saved.keys() != current.keys():
+        saved_nodes = {path_of(name) for name in saved}
+        current_nodes = {path_of(name) for name in current}
+        if saved_nodes != current_nodes:
+            train = agreeing(len(current_nodes), "trains", "train")
+            listed = listing(sorted(current_nodes))
+            what = f"it holds {listing(sorted(saved_nodes))}, and {listed} {train} now"
         else:
-            what = f"with other modules: {listing(sorted(saved.keys() ^ now.keys()))}"
+            what = f"with other modules: {listing(sorted(saved.keys() ^ current.keys()))}"
         raise FormatError(
             f"{file}: {what}", "resume with the nodes that trained then: model.trainable(…)"
         )
     # Shapes, dtypes and ancestors are all checked before the first number is copied, so that an
     # error leaves every node as it was.
     for name, new in saved.items():
-        own = now[name]
-        if new.shape != own.shape or new.dtype != own.dtype:
+        parameter = current[name]
+        if new.shape != parameter.shape or new.dtype != parameter.dtype:
             raise FormatError(
                 f"{file}: {name}: {tuple(new.shape)} {new.dtype}, "
-                f"the node has {tuple(own.shape)} {own.dtype}",
+                f"the node has {tuple(parameter.shape)} {parameter.dtype}",
                 "resume with the rank and dtype that the run began with",
             )
-    then = _recorded(metadata, file)
-    changed = [path for path, on in _describe_lineages(model).items() if then.get(path) != on]
+    recorded = _recorded(metadata, file)
+    changed = [path for path, on in _describe_lineages(model).items() if recorded.get(path) != on]
     if changed:
         raise FormatError(
             f"{file}: {listing(changed)}: a frozen ancestor, or a weight, has changed since",
@@ -123,11 +124,11 @@ def load_factors(model: TreeModel, folder: Path) -> None:
     with torch.no_grad():
         # In the model's order, which all ranks share: distributing a tensor is a collective
         # operation.
-        for name, own in now.items():
+        for name, parameter in current.items():
             new = saved[name]
-            if is_sharded(own):
-                new = distribute_tensor(new, own.device_mesh, own.placements)
-            own.copy_(new)
+            if is_sharded(parameter):
+                new = distribute_tensor(new, parameter.device_mesh, parameter.placements)
+            parameter.copy_(new)
 
 
 def recorded_ancestors(folder: Path, path: str) -> dict[str, str]:

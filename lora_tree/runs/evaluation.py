@@ -107,16 +107,16 @@ def evaluate(
     model.eval()
     try:
         measures = []
-        for path, own in domains.items():
+        for path, domain_rows in domains.items():
             reference = reference_of(path) if prefers else None
-            measures.append(_Measure(model, own, batch, reference, beta, mode))
+            measures.append(_Measure(model, domain_rows, batch, reference, beta, mode))
         for path in paths:
             with model.using(path, mode=mode):
                 losses.append(tuple(measure.mean() for measure in measures))
             tick()
     finally:
         model.train(was_training)
-    tokens = tuple(_learnt(own) for own in domains.values())
+    tokens = tuple(_learnt(domain_rows) for domain_rows in domains.values())
     unit = "nats per preference" if prefers else "nats per token"
     return LossMatrix(paths, tuple(domains), tuple(losses), tokens, unit)
 

@@ -74,14 +74,14 @@ def chosen(
     if nodes:
         # A group that was named is kept here, so that `trainable` refuses it with its reason.
         named = set(tree.matching(nodes))
-        found = set(named)
+        trainable = set(named)
     else:
         named = {row.path for row in rows if row.path}
-        found = {path for path in named if _can_train(tree, path)}
+        trainable = {path for path in named if _can_train(tree, path)}
     if with_ancestors:
         for path in named:
-            found.update(above for above in tree.lineage(path) if _can_train(tree, above))
-    if not found:
+            trainable.update(above for above in tree.lineage(path) if _can_train(tree, above))
+    if not trainable:
         if named:
             have = agreeing(len(named), "has none of its own", "have none of their own")
             reason = f"{listing(sorted(named))} {have}"
@@ -91,7 +91,7 @@ def chosen(
             f"the rows name no node with an adapter: {reason}",
             'give rows the path of one: "path": "fr"; or name nodes to train',
         )
-    return [path for path in tree.paths() if path in found]
+    return [path for path in tree.paths() if path in trainable]
 
 
 def forecast_nodes(

@@ -141,18 +141,18 @@ def reweigh_leaves(
     Returns:
         A verdict on each leaf that was judged, in the order of ``nodes``.
     """
-    own_of: dict[str, list[Row]] = {}
+    rows_by_path: dict[str, list[Row]] = {}
     for row in rows:
-        own_of.setdefault(row.path, []).append(row)
+        rows_by_path.setdefault(row.path, []).append(row)
 
     def measure(part: float, leaves: Sequence[str]) -> dict[str, float]:
         losses = {}
         for leaf in leaves:
             at = at_part(leaf, part)
-            losses[leaf] = evaluate_at(model, own_of[leaf], at, batch=batch, beta=beta)
+            losses[leaf] = evaluate_at(model, rows_by_path[leaf], at, batch=batch, beta=beta)
         return losses
 
-    counts = {path: len(own) for path, own in own_of.items()}
+    counts = {path: len(leaf_rows) for path, leaf_rows in rows_by_path.items()}
     verdicts = judge(model.tree, nodes, counts, measure)
     for verdict in verdicts:
         if verdict.is_reweighed:
@@ -200,11 +200,20 @@ def judge(
             losses[leaf][part] = loss
     verdicts = []
     for leaf in leaves:
-        own = losses[leaf]
+        losses_by_part = losses[leaf]
         # A tie goes to the larger weight: an untrained node, which adds nothing, keeps its own.
-        best = min(sorted(own, reverse=True), key=own.__getitem__)
+        best = min(sorted(losses_by_part, reverse=True), key=losses_by_part.__getitem__)
         weight = scaled_weight(tree[leaf].weight, best)
-        verdicts.append(Verdict(leaf, counts[leaf], own[0.0], own[1.0], own[best], weight))
+        verdicts.append(
+            Verdict(
+                leaf,
+                counts[leaf],
+                losses_by_part[0.0],
+                losses_by_part[1.0],
+                losses_by_part[best],
+                weight,
+            )
+        )
     return verdicts
 
 

@@ -218,7 +218,7 @@ class Run:
                 if self._recorder is not None:
                     self._recorder.note(step.nodes)
                 if self._watch is not None:
-                    self._watch.patience.note_moved(one.node for one in step.nodes)
+                    self._watch.patience.note_moved(metric.node for metric in step.nodes)
                     if self._watch.is_due(self.done):
                         measured += self._evaluate(self._watch)
                 if self._all_stopped_at is not None:

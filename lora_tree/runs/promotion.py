@@ -52,11 +52,11 @@ def promote(
         raise FolderError(
             f"{checkpoint}: no folder {NODES}/ in it", "name a checkpoint-N of a run over a tree"
         )
-    found = _nodes_in(folder)
-    if name not in found:
+    names = _nodes_in(folder)
+    if name not in names:
         raise PathError(
-            f"{checkpoint}: no node {name!r} in it{suggest_path(name, found)}",
-            f"it has: {listing(found)}",
+            f"{checkpoint}: no node {name!r} in it{suggest_path(name, names)}",
+            f"it has: {listing(names)}",
         )
     adapter = Adapter.load(folder / name)
     # A diverged run may have left such a checkpoint before it was noticed.
@@ -67,10 +67,10 @@ def promote(
             f"{checkpoint}: {name}: {listing(broken)}: the factors are not finite",
             "promote an earlier checkpoint",
         )
-    then, now = recorded_ancestors(folder.parent, name), current_ancestors(tree, path)
+    recorded, current = recorded_ancestors(folder.parent, name), current_ancestors(tree, path)
     # Compared by content: a parent that was renamed since is the same model.
-    if list(then.values()) != list(now.values()):
-        warnings.warn(_other_ancestors(path, name, then, now), StaleWarning, stacklevel=2)
+    if list(recorded.values()) != list(current.values()):
+        warnings.warn(_other_ancestors(path, name, recorded, current), StaleWarning, stacklevel=2)
     if path in tree:
         return tree.update(path, adapter=adapter)
     return tree.add(path, adapter=adapter)

@@ -57,20 +57,23 @@ def load_state(model: TreeModel, optimizer: torch.optim.Optimizer, checkpoint: P
 def is_unchanged_since(model: TreeModel, nodes: Sequence[str], before: LastCheckpoint) -> bool:
     """Tell whether the nodes, and those above them, are still what a finished run saved."""
     file = before.folder / FACTORS
-    left, _ = read_tensors(file, str(file))
+    saved, _ = read_tensors(file, str(file))
     # The user may have trained the node elsewhere since, or replaced its files.
-    now: dict[str, Tensor] = {}
+    current: dict[str, Tensor] = {}
     for name, parameter in model.factors.named_parameters():
         if parameter.requires_grad:
-            now[name] = parameter.detach().cpu()
-    if left.keys() != now.keys():
+            current[name] = parameter.detach().cpu()
+    if saved.keys() != current.keys():
         return False
-    for name, tensor in left.items():
-        if not torch.equal(tensor, now[name]):
+    for name, tensor in saved.items():
+        if not torch.equal(tensor, current[name]):
             return False
     for node in nodes:
         # Compared by content, not by name: a parent that was renamed is the same model.
-        then, above = recorded_ancestors(before.folder, node), current_ancestors(model.tree, node)
-        if list(then.values()) != list(above.values()):
+        recorded, ancestors = (
+            recorded_ancestors(before.folder, node),
+            current_ancestors(model.tree, node),
+        )
+        if list(recorded.values()) != list(ancestors.values()):
             return False
     return True

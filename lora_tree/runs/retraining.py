@@ -99,17 +99,17 @@ def plan_retraining(
             "the tree was not opened from a folder, so how it was trained is unknown",
             "open a saved tree: lora_tree.load('zoo/')",
         )
-    first = [path for path in tree.paths() if tree[path].stale]
+    named = [path for path in tree.paths() if tree[path].stale]
     if nodes is not None:
-        first = tree.matching(nodes)
-    wanted: set[str] = set()
-    for path in first:
-        wanted.update(below for below in (path, *tree.paths(path)) if tree[below].has_adapter)
+        named = tree.matching(nodes)
+    selected: set[str] = set()
+    for path in named:
+        selected.update(below for below in (path, *tree.paths(path)) if tree[below].has_adapter)
     files = _DataFiles(tree.home.parent)
     left: dict[str, str] = {}
     able: dict[str, TrainedWith] = {}
     for path in tree.paths():  # parents first, so that a reason reaches all below
-        if path not in wanted:
+        if path not in selected:
             continue
         training = _training_of(tree, path)
         reason = _why_not(tree, path, training, left, files)

@@ -103,9 +103,9 @@ def take_step(
     # state of it is restored afterwards.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(_seed_of(settings.seed, done))
-        for some in batches:
+        for micro_batch in batches:
             run = _prefer if prefers else _learn
-            for path, part in run(model, some, settings, shares).by_path.items():
+            for path, part in run(model, micro_batch, settings, shares).by_path.items():
                 losses[path] = losses.get(path, 0.0) + float(part)
         for group in optimizer.param_groups:
             if group["name"] in frozen:
@@ -133,8 +133,8 @@ def take_step(
         if count == 0:
             continue
         loss = sum(losses[path] * counts[path] for path in through) / count
-        own = [row for row in answers_of(rows) if row.path in through]
-        tokens = sum(row.learnt for row in own)
+        answers = [row for row in answers_of(rows) if row.path in through]
+        tokens = sum(row.learnt for row in answers)
         metrics.append(
             NodeMetric(done + 1, node, loss, tokens, norms[node], float(group["lr"]), time_s)
         )

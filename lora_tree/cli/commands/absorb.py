@@ -33,7 +33,7 @@ def absorb_adapter(
 ) -> None:
     """Add a flat adapter below the node that has most of it already; store only the rest."""
     work = Work(load(folder), folder, dry_run=dry_run)
-    found = absorb(
+    absorbed = absorb(
         work.tree,
         name,
         Adapter.load(adapter),
@@ -42,7 +42,7 @@ def absorb_adapter(
         max_error=max_error,
         dtype=DTYPES[dtype] if dtype else None,
     )
-    nearest = list(found.left.items())[:_MOST_SHOWN]
+    nearest = list(absorbed.left.items())[:_MOST_SHOWN]
     notes = [f"below {path or 'the root'}, {part:.0%} of it remains" for path, part in nearest]
-    edited = replace(found.edited, notes=(*notes, *found.edited.notes))
-    work.finish(edited, as_json=as_json, parent=found.parent, left=dict(found.left))
+    edited = replace(absorbed.edited, notes=(*notes, *absorbed.edited.notes))
+    work.finish(edited, as_json=as_json, parent=absorbed.parent, left=dict(absorbed.left))

@@ -73,9 +73,9 @@ def train_again(
         rows = [_rows(job, job.data, tree, tokenizer) for job in plan.jobs]
         held_out = [_held_out(job, tree, tokenizer) for job in plan.jobs]
         model = open_model(name, trust_remote_code=trust_remote_code)
-        for job, own, watch in zip(plan.jobs, rows, held_out, strict=True):
+        for job, own_rows, watch in zip(plan.jobs, rows, held_out, strict=True):
             trained.update(
-                _train(job, own, watch, folder, model, save_every=save_every, fresh=fresh)
+                _train(job, own_rows, watch, folder, model, save_every=save_every, fresh=fresh)
             )
         tree = _opened(folder)
     still = [path for path in tree.paths() if tree[path].stale]
@@ -214,7 +214,9 @@ def _plain(
                 "settings": job.settings.plain(),
             }
         )
-    losses = {node: {"first": one.first, "last": one.last} for node, one in trained.items()}
+    losses = {
+        node: {"first": outcome.first, "last": outcome.last} for node, outcome in trained.items()
+    }
     return {
         "folder": str(folder),
         "dry_run": dry_run,
@@ -222,6 +224,6 @@ def _plain(
         "jobs": jobs,
         "left": plan.left,
         "losses": losses,
-        "outcomes": {node: vars(one) for node, one in trained.items()},
+        "outcomes": {node: vars(outcome) for node, outcome in trained.items()},
         "stale": still,
     }

@@ -90,8 +90,8 @@ def show(
     tree, problems, error = _opened(folder, versions)
     if node is not None:
         node = node.partition("@")[0]
-    whole, broken = lines_of(tree, problems)
-    lines = whole if node is None else below(whole, node)
+    all_lines, broken = lines_of(tree, problems)
+    lines = all_lines if node is None else below(all_lines, node)
     matched = lines if pattern is None else matching_lines(lines, pattern)
     remarks = notes(folder)
     known = {line.path: line for line in lines}
@@ -109,7 +109,7 @@ def show(
             always=[path for path in broken if path in paths],
         )
 
-    total = _total(tree, matched, whole, broken)
+    total = _total(tree, matched, all_lines, broken)
     if svg is not None:
         # Written before the table is printed, so that an error is the only output, and before the
         # terminal's limit is set, which does not apply to a picture.
@@ -147,10 +147,10 @@ def show(
             )
         if is_terminal:
             _print_reasons(drawn, broken, str(error))
-        for each in drawn:
-            weight = known[each.path].weight
+        for line in drawn:
+            weight = known[line.path].weight
             if not isinstance(weight, float):
-                out().print(f"weight of {each.path}: {weight:g}", soft_wrap=True)
+                out().print(f"weight of {line.path}: {weight:g}", soft_wrap=True)
         for note in remarks:
             out().print(f"note: {note}", soft_wrap=True)
     if error is not None:
