@@ -48,8 +48,8 @@ class Deviation:
         errors: module → ‖ΔW − ΔW'‖; modules without an error may be left out.
         norms: module → ‖ΔW‖ of the wanted adapter.
 
-    >>> told = Deviation({"q": 3.0}, {"q": 5.0, "v": 12.0})
-    >>> told.error, told.norm, round(told.relative_error, 4), told.relative
+    >>> error = Deviation({"q": 3.0}, {"q": 5.0, "v": 12.0})
+    >>> error.error, error.norm, round(error.relative_error, 4), error.relative
     (3.0, 13.0, 0.2308, {'q': 0.6, 'v': 0.0})
     """
 

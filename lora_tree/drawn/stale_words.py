@@ -25,10 +25,10 @@ def stale_words(path: str, reason: str) -> str:
         path: the node.
         reason: as `Node.stale` says it.
 
-    >>> told = "fr/a: the lineage of fr has changed since it was trained: "
-    >>> stale_words("fr/a", told + "the content of fr (was 1f…, now 2e…)")
+    >>> reason = "fr/a: the lineage of fr has changed since it was trained: "
+    >>> stale_words("fr/a", reason + "the content of fr (was 1f…, now 2e…)")
     'parent fr changed (weights)'
-    >>> stale_words("fr/a", told + "the weight of fr (was 0.8, now 0.5)")
+    >>> stale_words("fr/a", reason + "the weight of fr (was 0.8, now 0.5)")
     'parent fr changed (weight 0.8 → 0.5)'
     """
     text = reason.removeprefix(f"{path}: ")

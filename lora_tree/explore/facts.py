@@ -241,11 +241,11 @@ def _measured(
 
 
 def _likeness(
-    tree: AdapterTree, lines: Sequence[NodeLine], alike: Sequence[str] | None, notes: list[str]
+    tree: AdapterTree, lines: Sequence[NodeLine], patterns: Sequence[str] | None, notes: list[str]
 ) -> Likeness | None:
     chosen = [line.path for line in lines if line.kind == "adapter"]
-    if alike is not None:
-        named = set(tree.matching(alike))
+    if patterns is not None:
+        named = set(tree.matching(patterns))
         chosen = [path for path in chosen if path in named]
     elif len(chosen) > MOST_ALIKE:
         notes.append(
