@@ -160,7 +160,7 @@ def grow(
         dtype=dtype,
     )
     priced = PriceSearch(flat, goal, progress).found()
-    made = _nodes(flat, priced)
+    made = _make_nodes(flat, priced)
     _check_room(made, goal)
     edited = _install(tree, names, families, made)
     # Computed from the measured errors, which include the rounding of the factors.
@@ -235,7 +235,7 @@ class _Nodes:
         return sum(adapter.nbytes for adapter in adapters)
 
 
-def _nodes(flat: FlatAdapters, priced: PricedFit) -> _Nodes:
+def _make_nodes(flat: FlatAdapters, priced: PricedFit) -> _Nodes:
     """Make the nodes' adapters from the fits, and measure the errors in the factors' dtype."""
     families = flat.families
     shared: list[dict[str, LowRank]] = [{} for _ in families.above]
@@ -251,9 +251,9 @@ def _nodes(flat: FlatAdapters, priced: PricedFit) -> _Nodes:
         moment = flat.moments.get(name)
         assert fit.leaves is not None
         for modules, pair in zip(shared, fit.shared, strict=True):
-            _put(modules, name, pair, stack, None, flat.dtype)
+            _add_module(modules, name, pair, stack, None, flat.dtype)
         for i, (value, pair) in enumerate(zip(module.values, fit.leaves, strict=True)):
-            _put(leaves[i], name, pair, stack, value, flat.dtype)
+            _add_module(leaves[i], name, pair, stack, value, flat.dtype)
             above = [shared[n].get(name) for n in families.lineage(families.homes[i])]
             parts = [part for part in (*above, leaves[i].get(name)) if part is not None]
             total = concat(parts) if parts else None
@@ -286,7 +286,7 @@ def _nodes(flat: FlatAdapters, priced: PricedFit) -> _Nodes:
     return _Nodes(tuple(tops), tuple(bottoms), tuple(deviations), lost, energies)
 
 
-def _put(
+def _add_module(
     modules: dict[str, LowRank],
     name: str,
     pair: Pair,

@@ -123,7 +123,7 @@ class PriceSearch:
             # The factors are rounded to their dtype afterwards, so a smaller error gains nothing.
             self.rounding = max(_ROUNDING, torch.finfo(flat.dtype).eps / 2)
         # If every pass reads the files again, it tries several prices.
-        self.at_once = 1 if flat.are_kept else _PER_READ
+        self.prices_per_pass = 1 if flat.are_kept else _PER_READ
 
     def found(self) -> PricedFit:
         """Return the best fit within the bound.
@@ -161,7 +161,7 @@ class PriceSearch:
         high: PricedFit | None = None
         price, rounds = self._first_price(), _ROUNDS_DOWN
         for _ in range(_MOST_FALLS):
-            prices = [price / _FALL**step for step in range(self.at_once)]
+            prices = [price / _FALL**step for step in range(self.prices_per_pass)]
             for tried in self._try(prices, high, rounds):
                 # Bytes rise while the price falls, and errors fall.
                 if self.goal.met(tried) != self.by_bytes:
@@ -199,8 +199,8 @@ class PriceSearch:
         If a pass can try several prices, they divide the interval evenly instead.
         """
         fall = low.price / high.price
-        if self.at_once > 1:
-            parts = [(i + 1) / (self.at_once + 1) for i in range(self.at_once)]
+        if self.prices_per_pass > 1:
+            parts = [(i + 1) / (self.prices_per_pass + 1) for i in range(self.prices_per_pass)]
             return [high.price * fall**part for part in parts]
         part = 0.5
         above, below, bound = self.goal.figure(high), self.goal.figure(low), self.goal.bound

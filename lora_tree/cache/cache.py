@@ -40,7 +40,7 @@ from .loader import Loader
 from .page_locked import PageLocked
 from .policy import Frequency, Policy
 from .shelf import PAGED, Shelf, trim
-from .shortage import explained
+from .shortage import explain_shortage
 from .stats import CacheStats
 from .tier import Resident, Tier
 
@@ -109,7 +109,7 @@ class Cache:
         unread = {n.path: n.source for n in nodes if n.loaded is None and n.source is not None}
         waited = False
         if not self.bounded and unread:
-            waited = self._into_tree(unread, {node.path: node for node in nodes})
+            waited = self._load_into_tree(unread, {node.path: node for node in nodes})
             # The tree has new node values for these now.
             nodes = [self._tree[path] for path in paths]
         adapters = {node.path: node.loaded for node in nodes if node.loaded is not None}
@@ -304,7 +304,7 @@ class Cache:
                 tier.used(pinned)
             self._unpin(tier, pinned)
             if isinstance(error, BudgetError):
-                raise explained(error, needed, self._loader.tiers, self._lock) from error
+                raise explain_shortage(error, needed, self._loader.tiers, self._lock) from error
             raise
         return bool(missing)
 
@@ -342,7 +342,7 @@ class Cache:
             for key in keys:
                 tier.unpin(key)
 
-    def _into_tree(self, unread: Mapping[str, Source], nodes: Mapping[str, Node]) -> bool:
+    def _load_into_tree(self, unread: Mapping[str, Source], nodes: Mapping[str, Node]) -> bool:
         """Read some nodes and give them to the tree: all of them, or on an error none.
 
         Return whether any had to be read; a prefetch may have read them before.

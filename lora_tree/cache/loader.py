@@ -253,7 +253,7 @@ class Loader:
             drop_early()  # the files were read a second time
             if not reservation.try_resize(packed_bytes(here.adapter)):
                 return
-            arrived = early[here.adapter] = self._sent_over(link, here.adapter, source)
+            arrived = early[here.adapter] = self._start_transfer(link, here.adapter, source)
             self._set_origin(arrived.adapter, here.adapter)
             if ahead is not None:
                 ahead(arrived)
@@ -272,7 +272,7 @@ class Loader:
         try:
             reservation.resize(resident.nbytes)
             sent = early.pop(resident.arrived.adapter, None)
-            arrived = sent or self._sent_over(link, resident.arrived.adapter, source)
+            arrived = sent or self._start_transfer(link, resident.arrived.adapter, source)
         finally:
             drop_early()
             with self.lock:
@@ -297,11 +297,11 @@ class Loader:
         adapter = source.load()
         reservation.resize(packed_bytes(adapter))
         with torch.inference_mode(False), torch.no_grad():
-            arrived = self._sent_over(link, adapter, source)
+            arrived = self._start_transfer(link, adapter, source)
         self._origins[arrived.adapter] = self.origin(source.adapter)
         return arrived
 
-    def _sent_over(self, link: Link, adapter: Adapter, source: Source) -> Arrived:
+    def _start_transfer(self, link: Link, adapter: Adapter, source: Source) -> Arrived:
         """Start an adapter's transfer, into the adapter sent before if that was vacated."""
         key, again = cache_key(source), None
         # Without a key from the lock, its files may have another content by now.

@@ -23,7 +23,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from .shelf import LIBC, PAGED, map_pages, paged, tensor_at, unmap_pages
+from .shelf import LIBC, PAGED, map_pages, round_to_pages, tensor_at, unmap_pages
 
 __all__ = ["Locks", "PageLocked"]
 
@@ -97,10 +97,10 @@ class PageLocked:
         """Return uninitialised memory, (nbytes,) uint8; `lock` it when it is filled."""
         if LIBC is None or nbytes < PAGED:
             return self._locks.allocate(nbytes)
-        size = paged(nbytes)
+        size = round_to_pages(nbytes)
         piece = self._take_ready(size)
         if piece is None:
-            piece = _mapped(size)
+            piece = _map_memory(size)
         if piece is None:
             # The system has no memory. torch may find some, or else raises an error that says so.
             return self._locks.allocate(nbytes)
@@ -192,7 +192,7 @@ class PageLocked:
         unmap_pages(*piece.mapped)
 
 
-def _mapped(size: int) -> _Piece | None:
+def _map_memory(size: int) -> _Piece | None:
     """Map new memory, in huge pages where the system has them; None if there is no memory.
 
     No page is made yet: the read that fills them makes them, beside the hash.

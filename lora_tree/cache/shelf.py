@@ -25,7 +25,16 @@ from functools import partial
 import torch
 from torch import Tensor
 
-__all__ = ["LIBC", "PAGED", "Shelf", "map_pages", "paged", "tensor_at", "trim", "unmap_pages"]
+__all__ = [
+    "LIBC",
+    "PAGED",
+    "Shelf",
+    "map_pages",
+    "round_to_pages",
+    "tensor_at",
+    "trim",
+    "unmap_pages",
+]
 
 MOST_BYTES = 256 << 20
 """The most bytes that stay ready, if the budget has room for them: a few stacks of routed batches
@@ -84,7 +93,7 @@ class Shelf:
         """Return uninitialised memory, (nbytes,) uint8."""
         if LIBC is None or nbytes < PAGED:
             return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
-        size = paged(nbytes)
+        size = round_to_pages(nbytes)
         with self._lock:
             self._collect()
             address, held = self._take_best_fit(size)
@@ -176,7 +185,7 @@ class Shelf:
             over = self._ready_bytes - target
             address = min(self._ready, key=lambda address: self._ready[address])
             size = self._remove(address)
-            dropped = min(size, paged(over))
+            dropped = min(size, round_to_pages(over))
             unmap_pages(address + size - dropped, dropped)
             if size > dropped:
                 self._put(address, size - dropped)
@@ -189,7 +198,7 @@ def trim() -> None:
         give_back(0)
 
 
-def paged(nbytes: int) -> int:
+def round_to_pages(nbytes: int) -> int:
     """Round up to whole pages."""
     return -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
 

@@ -12,10 +12,10 @@ from .copies import TreeSource, cache_key
 from .pack import tensors
 from .tier import Tier
 
-__all__ = ["explained"]
+__all__ = ["explain_shortage"]
 
 
-def explained(
+def explain_shortage(
     error: BudgetError,
     needed: Mapping[str, Source],
     tiers: Sequence[Tier],

@@ -37,16 +37,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _run(given: list[str], *, own_process: bool) -> None:
     with _interrupts_end_it() if own_process else nullcontext():
-        from .console import any_encoding, print_error, warnings_in_one_line
+        from .console import escape_unencodable, print_error, warnings_in_one_line
 
         # Before the commands are imported: an import may warn already.
-        any_encoding()
+        escape_unencodable()
         warnings_in_one_line()
     codes: list[int] = []
     try:
         with _interrupts_end_it() if own_process else nullcontext():
             from .application import application
-            from .typed import noted_command
+            from .command_notes import noted_command
 
             # Imports torch for most commands, which takes seconds in which Ctrl-C must work.
             app = application(given)

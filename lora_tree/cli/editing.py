@@ -12,8 +12,8 @@ import typer
 from ..algebra import Edited, made_stale
 from ..errors import listing, plural
 from ..tree import AdapterTree
+from .command_notes import command_note
 from .console import out, print_json
-from .typed import command_note
 
 __all__ = ["DryRun", "MaxError", "Rank", "Work", "adapter_text"]
 

@@ -14,10 +14,10 @@ import typer
 from ..errors import FolderError, plural
 from ..runs import Run, StepLosses, Verdict
 from ..training.diverged import BASE_LABEL
+from .command_notes import command_note
 from .console import err
 from .interrupts import noted_interrupts
 from .progress import steps_done
-from .typed import command_note
 
 __all__ = ["run_to_the_end"]
 

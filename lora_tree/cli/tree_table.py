@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..drawn.drawing import DrawnNode
-from ..drawn.node_lines import NodeLine, remark_words
+from ..drawn.node_lines import NodeLine, remark_text
 from ..errors import printable
 from ..folder import Problem
 
@@ -117,4 +117,4 @@ def _remark(line: NodeLine, problem: Problem | None) -> Text:
         style = "red"
     elif line.stale:
         style = "yellow"
-    return Text(printable(remark_words(line, problem)), style)
+    return Text(printable(remark_text(line, problem)), style)

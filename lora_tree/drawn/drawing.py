@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["DrawnNode", "arranged"]
+__all__ = ["DrawnNode", "arrange_nodes"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class DrawnNode:
         return above + ("└── " if self.is_last[-1] else "├── ")
 
 
-def arranged(
+def arrange_nodes(
     paths: Iterable[str],
     *,
     key: Callable[[str], Any] | None = None,
@@ -122,7 +122,7 @@ def _depth_within(levels: Iterable[int], limit: int | None) -> int:
     levels = list(levels)
     depth = max(levels, default=1)
     # One level is left even if it has more nodes than lines: an empty drawing says nothing, and
-    # `arranged` cuts this level by lines.
+    # `arrange_nodes` cuts this level by lines.
     while limit is not None and depth > 1:
         if sum(level <= depth for level in levels) <= limit:
             break

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["stale_words"]
+__all__ = ["short_stale_text"]
 
-# `stale_text` and `_changes` in folder/trained.py write these forms. If their words change, a
+# `short_stale_text` and `_changes` in folder/trained.py write these forms. If their words change, a
 # pattern here matches nothing and the whole reason is shown: too long for a cell, but still right.
 _CONTENT = re.compile(r"the content of (\S+) \(was .*\)\Z")
 _WEIGHT = re.compile(r"the weight of (\S+) \(was (\S+), now (\S+)\)\Z")
@@ -18,7 +18,7 @@ _ADDED = re.compile(r"(\S+) is above it now\Z")
 _REMOVED = re.compile(r"(\S+) is no longer above it\Z")
 
 
-def stale_words(path: str, reason: str) -> str:
+def short_stale_text(path: str, reason: str) -> str:
     """Return a node's reason in a few words; the whole reason if it has none of the known forms.
 
     Args:

@@ -10,7 +10,7 @@ from ..errors import printable
 from ..folder import Problem
 from ..svg import Picture
 from .drawing import DrawnNode
-from .node_lines import NodeLine, remark_words
+from .node_lines import NodeLine, remark_text
 
 __all__ = ["tree_picture"]
 
@@ -85,7 +85,7 @@ def _guides(picture: Picture, node: DrawnNode, row: int, drawn: Sequence[DrawnNo
 
 def _note(line: NodeLine, problem: Problem | None) -> tuple[str, str, str]:
     """Return the words beside a name, their colour, and their tooltip."""
-    remark = printable(remark_words(line, problem))
+    remark = printable(remark_text(line, problem))
     ink = QUIET
     if problem is not None:
         ink = BROKEN

@@ -20,7 +20,7 @@ from typing import Any
 from ..algebra import Likeness, similar
 from ..algebra.sums import read_uncached
 from ..drawn.node_lines import NodeLine, lines_of
-from ..drawn.stale_words import stale_words
+from ..drawn.stale_words import short_stale_text
 from ..errors import FormatError, LoraTreeError, plural
 from ..folder import (
     Problem,
@@ -126,7 +126,7 @@ class ExploreFacts:
             "ranks": line.ranks,
             "parameters": line.parameters,
             "bytes": line.bytes,
-            "stale": None if line.stale is None else stale_words(line.path, line.stale),
+            "stale": None if line.stale is None else short_stale_text(line.path, line.stale),
             "overrides": list(line.overrides),
             "norm": _rounded(math.hypot(*row)) if row else None,
             "loss": None if losses is None else _rounded(losses[1]),

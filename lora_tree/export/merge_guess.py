@@ -29,7 +29,7 @@ __all__ = [
     "best_guess",
     "hypotheses",
     "multiples_text",
-    "solved",
+    "solve_multiples",
 ]
 
 NEAR = 0.02
@@ -172,7 +172,7 @@ def best_guess(fits: Sequence[Fit], tried: Sequence[Hypothesis]) -> tuple[Hypoth
     return (best if explains else None), share
 
 
-def solved(fits: Sequence[Fit], nodes: Sequence[str]) -> tuple[dict[str, float], float]:
+def solve_multiples(fits: Sequence[Fit], nodes: Sequence[str]) -> tuple[dict[str, float], float]:
     """Return node → its multiple by least squares, and ‖rest‖² under these.
 
     Args:

@@ -42,9 +42,9 @@ from .merge_guess import (
     best_guess,
     hypotheses,
     multiples_text,
-    solved,
+    solve_multiples,
 )
-from .node_search import NodeSearch, ground_of
+from .node_search import NodeSearch, base_with_overrides
 from .tensor_comparison import NARROW, WeightPart, compare_tensor, rounding_unit, same_bits
 from .unloaded_base import skeleton
 from .writes import Write, writes
@@ -182,7 +182,7 @@ class _Comparing:
             return  # tied to another parameter, which is compared
         old, new = both
         write = self._writes.get(name)
-        base, old = old, ground_of(write, old)
+        base, old = old, base_with_overrides(write, old)
         if not new.isfinite().all():
             check = TensorCheck(name, "other", math.inf, "not finite")
         elif not old.isfinite().all():
@@ -275,7 +275,7 @@ class _Comparing:
             return Guess(f"merged from another model, or into another base{outside_text}")
         nodes = list(self._coefficients)
         nodes = [node for node in nodes if any(node in fit.nodes for fit in self._fits)]
-        multiples, unexplained = solved(self._fits, nodes)
+        multiples, unexplained = solve_multiples(self._fits, nodes)
         best, _ = best_guess(self._fits, self._tried)
         if best is EXPECTED:
             wrong = [check.name for check in others if check.name not in outside]

@@ -25,7 +25,7 @@ from .checkpoint_pair import CheckpointPair
 from .merge_guess import Fit
 from .writes import Write
 
-__all__ = ["NodeSearch", "ground_of", "sides_of"]
+__all__ = ["NodeSearch", "base_with_overrides", "sides_of"]
 
 MOST_SAMPLES = 4
 MOST_ADDED = 3
@@ -68,7 +68,7 @@ class NodeSearch:
             both = pair.read_both(fit.name)
             assert both is not None, "it was read before"
             rows = write.site.rows(both[1]).double()
-            rows = rows - write.site.rows(ground_of(write, both[0])).double()
+            rows = rows - write.site.rows(base_with_overrides(write, both[0])).double()
             for node, value in zip(write.nodes, write.values, strict=True):
                 rows = rows - multiples[node] * _product(write, value)
             rests[fit.name] = rows
@@ -146,7 +146,7 @@ class NodeSearch:
                 self.rests[name] = self.rests[name] - times * _product(write, value)
 
 
-def ground_of(write: Write | None, own: Tensor) -> Tensor:
+def base_with_overrides(write: Write | None, own: Tensor) -> Tensor:
     """Return the tensor to which a path's increments are added: the base's, with its overrides."""
     if write is None or not write.overrides:
         return own

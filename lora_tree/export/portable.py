@@ -36,7 +36,7 @@ from ..override import check_none
 from ..tree import AdapterTree
 from .form_errors import FormErrors, exact_sum
 from .portable_rank import groups_of, rank_to_write
-from .siblings import Shapes, completed, missing, stated
+from .siblings import Shapes, add_missing, missing, shape_lookup
 from .unloaded_base import Base
 
 __all__ = ["Portable", "portable"]
@@ -135,7 +135,7 @@ def portable(
         )
     if shapes is not None and not isinstance(unchecked(shapes), Mapping):
         raise SpecError(f"shapes: expected module → (out, in), got {shapes!r:.80}")
-    shape_of = stated(shapes or {})
+    shape_of = shape_lookup(shapes or {})
     # The base that a tree names may be a stranger's choice, so it is never fetched from the hub.
     known = Base(tree.base if base is None else base, named_by_caller=base is not None)
     names: list[str] = []
@@ -166,7 +166,7 @@ def portable(
         errors.check_within(max_error, dtype)
         full = rounded
         if complete:
-            full = completed(rounded, lambda name: _shape(name, known, shape_of))
+            full = add_missing(rounded, lambda name: _shape(name, known, shape_of))
     except LoraTreeError as wrong:
         # an export of all leaves has many paths: say which one failed
         raise wrong.within(path) from wrong

@@ -148,7 +148,7 @@ class Base:
             self._folder = as_path(self._name)
 
     @property
-    def known(self) -> bool:
+    def has_shapes(self) -> bool:
         """Return whether its shapes can be found: from a model, a folder, or a named hub id."""
         is_at_hand = self._model is not None or self._folder is not None
         return is_at_hand or (self._named_by_caller and self._name is not None)
@@ -156,7 +156,7 @@ class Base:
     @cached_property
     def model(self) -> Any:
         """The model itself, or its skeleton; None if the base is not known."""
-        if self._model is not None or not self.known:
+        if self._model is not None or not self.has_shapes:
             return self._model
         return skeleton(self._name or "", what="the shapes of a base")
 
@@ -177,7 +177,7 @@ class Base:
         stored = self._stored.get(f"{module}.weight")
         if self._model is None and stored is not None and len(stored.shape) == 2:
             return stored.shape[0], stored.shape[1]
-        if not self.known:
+        if not self.has_shapes:
             return None
         # A folder without a config.json is no mistake here, but `skeleton` would raise for it.
         if self._folder is not None and not is_file(self._folder / "config.json"):
@@ -203,7 +203,7 @@ class Base:
         twice = spelled_twice(names) is not None
         if self._model is not None:
             return self._model
-        if not self.known or not (twice or self._named_by_caller):
+        if not self.has_shapes or not (twice or self._named_by_caller):
             return None
         # The cheap case: if these are the checkpoint's own names, no model is needed.
         if not twice and all(f"{name}.weight" in self._stored for name in names):

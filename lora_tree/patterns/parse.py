@@ -98,7 +98,7 @@ def check_pattern(text: str) -> tuple[Instruction, ...]:
         warnings.simplefilter("ignore")  # "possible nested set" is not the caller's concern
         # re decides what is a valid pattern. Without wide sets, compiling takes linear time.
         re.compile(text)
-    return tuple(_Parser(text).whole())
+    return tuple(_Parser(text).parse())
 
 
 @dataclass
@@ -117,7 +117,7 @@ class _Parser:
     depth: int = 0
     flags: int = 0
 
-    def whole(self) -> list[Instruction]:
+    def parse(self) -> list[Instruction]:
         """Parse all of the text.
 
         Raises:

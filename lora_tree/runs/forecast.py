@@ -22,7 +22,7 @@ from .rows import Row
 __all__ = [
     "NodeForecast",
     "becoming_stale",
-    "chosen",
+    "choose_nodes",
     "forecast_nodes",
     "why_not_fresh",
 ]
@@ -55,7 +55,7 @@ class NodeForecast:
         return f"{self.node}: {start}, on {ground}; {plural(self.rows, 'row')}"
 
 
-def chosen(
+def choose_nodes(
     model: TreeModel, rows: Sequence[Row], nodes: Sequence[str], *, with_ancestors: bool
 ) -> list[str]:
     """Return the nodes that train, in the tree's order.

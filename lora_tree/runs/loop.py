@@ -34,7 +34,7 @@ from ..training.diverged import Start
 from ..training.levels import weight_decays
 from ..training.sampling import PathSampler
 from ..tree import AdapterTree
-from .forecast import NodeForecast, becoming_stale, chosen, forecast_nodes
+from .forecast import NodeForecast, becoming_stale, choose_nodes, forecast_nodes
 from .held_back import Verdict, hold_back, loss_of_rows, reweigh_leaves
 from .identity import first_difference, refuse_other_run, run_identity
 from .place import ABOUT, LastCheckpoint, find_last_checkpoint, set_aside
@@ -121,7 +121,7 @@ class Run:
         self._checkpoints = RunCheckpoints(self.folder, keep)
         tree = model.tree
         refuse_encoder(model)
-        self.nodes = chosen(model, rows, nodes, with_ancestors=with_ancestors)
+        self.nodes = choose_nodes(model, rows, nodes, with_ancestors=with_ancestors)
         check_names(settings, self.nodes, tree)
         check_weights(tree, self.nodes)
         if fresh:
@@ -351,7 +351,7 @@ class Run:
         # A run that was over has its record already, and takes no step.
         if self._records is None or self.was_over:
             return
-        about = {**self._identity, "checkpoints": self._notes.seen_folder}
+        about = {**self._identity, "checkpoints": self._notes.relative_folder}
         self._recorder = Recorder(
             self._records, about, self._notes.facts, by=self._by, done=self.done
         )

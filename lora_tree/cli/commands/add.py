@@ -16,7 +16,7 @@ from ...formats.peft import WEIGHTS, adapter_name_of
 from ...formats.recognise import recognise
 from ...tree import AdapterTree
 from ...weights import Weight
-from ..arguments import AsJson, Folder, WeightText, given_weight
+from ..arguments import AsJson, Folder, WeightText, parse_weight_option
 from ..editing import DryRun, Work
 
 __all__ = ["add_node"]
@@ -43,7 +43,7 @@ def add_node(
     as_json: AsJson = False,
 ) -> None:
     """Add a node: an adapter of any known format, a group, a fresh one, or another tree."""
-    parsed_weight = given_weight(weight)
+    parsed_weight = parse_weight_option(weight)
     node_weight = 1.0 if parsed_weight is None else parsed_weight
     work = Work(load(folder), folder, dry_run=dry_run)
     given = {"r": r, "lora_alpha": lora_alpha, "target_modules": target or None}

@@ -1,6 +1,6 @@
 """``lora-tree check``: all problems of a folder, of its nodes together, and with a base.
 
-With ``--merged`` it checks a merged checkpoint instead (`check_told`).
+With ``--merged`` it checks a merged checkpoint instead (`check_output`).
 
 Only the base's modules are needed. The base is built without memory for its weights, so a model of
 any size is checked at once.

@@ -25,7 +25,7 @@ from ...export import (
 )
 from ...folder import load_versions
 from ...tree import AdapterTree
-from ..arguments import AsJson, Folder, On, Quiet, SkipBroken, TrustRemoteCode, offered_skip
+from ..arguments import AsJson, Folder, On, Quiet, SkipBroken, TrustRemoteCode, advise_skip
 from ..console import print_json
 from ..export_output import plain_portable, tell_files, tell_flat, tell_merged, tell_portable
 from ..export_place import Replace, check_free, check_place
@@ -237,7 +237,7 @@ def export(
         made.save(to)
         written = {to: made}
     else:
-        with offered_skip(folder, skips=skip_broken):
+        with advise_skip(folder, skips=skip_broken):
             leaves = _leaves(tree, to, workers, form)
         written = {str(Path(to, leaf.path)): leaf for leaf in leaves}
     if as_json:

@@ -15,10 +15,10 @@ from ...folder import load
 from ...runs import Comparison, SliceLosses, compare_trees, promote, promotion_note
 from ...tree import AdapterTree
 from ..arguments import AsJson, Base, Folder, Length, Quiet, TrustRemoteCode
+from ..command_notes import command_note
 from ..console import err, out, print_json
 from ..open_base import open_model, open_tokenizer
 from ..open_rows import open_rows
-from ..typed import command_note
 
 __all__ = ["promotion"]
 

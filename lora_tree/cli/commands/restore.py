@@ -9,8 +9,8 @@ import typer
 from ...errors import listing
 from ...folder import restore
 from ..arguments import AsJson, Folder
+from ..command_notes import command_note
 from ..console import out, print_json
-from ..typed import command_note
 
 __all__ = ["bring_back"]
 

@@ -18,6 +18,7 @@ from ...provenance import data_files
 from ...runs import HeldOut, Retraining, RetrainJob, Row, Run, plan_retraining
 from ...tree import AdapterTree
 from ..arguments import AsJson, Base, Folder, Nodes, Quiet, TrustRemoteCode
+from ..command_notes import command_note
 from ..console import note, out, print_json
 from ..open_base import open_model, open_tokenizer
 from ..open_rows import open_rows
@@ -25,7 +26,6 @@ from ..outcome_table import outcome_table
 from ..run_training import run_to_the_end
 from ..train_options import run_folder
 from ..train_output import tell_plan
-from ..typed import command_note
 
 __all__ = ["train_again"]
 

@@ -13,7 +13,7 @@ from ...errors import SpecError
 from ...folder import load
 from ...formats.block_weights import block_weights
 from ...weights import as_weight
-from ..arguments import AsJson, Folder, WeightText, given_weight
+from ..arguments import AsJson, Folder, WeightText, parse_weight_option
 from ..editing import DryRun, MaxError, Rank, Work
 
 __all__ = ["set_node"]
@@ -47,7 +47,7 @@ def set_node(
         raise SpecError("--weight and --blocks both say the weight", "leave one of them out")
     if not keep_effective and (rank, max_error) != (None, None):
         raise SpecError("--rank and --max-error are for --keep-effective")
-    node_weight = given_weight(weight)
+    node_weight = parse_weight_option(weight)
     work = Work(load(folder), folder, dry_run=dry_run)
     if blocks is not None:
         # Weights by block need module names: those of the new adapter, or of the node's own.

@@ -17,8 +17,8 @@ from typing import Annotated, Any
 import typer
 from rich.filesize import decimal
 
-from ...drawn.drawing import DrawnNode, arranged
-from ...drawn.node_lines import NodeLine, below, lines_of, matching_lines
+from ...drawn.drawing import DrawnNode, arrange_nodes
+from ...drawn.node_lines import NodeLine, lines_below, lines_of, matching_lines
 from ...drawn.tree_picture import tree_picture
 from ...errors import LoraTreeError, plural
 from ...folder import Problem, StaleWarning, disk, load, load_versions, notes, survey
@@ -91,7 +91,7 @@ def show(
     if node is not None:
         node = node.partition("@")[0]
     all_lines, broken = lines_of(tree, problems)
-    lines = all_lines if node is None else below(all_lines, node)
+    lines = all_lines if node is None else lines_below(all_lines, node)
     matched = lines if pattern is None else matching_lines(lines, pattern)
     remarks = notes(folder)
     known = {line.path: line for line in lines}
@@ -100,7 +100,7 @@ def show(
     context = _ancestors(paths) & known.keys() - paths
 
     def drawing(most: int | None) -> list[DrawnNode]:
-        return arranged(
+        return arrange_nodes(
             paths | context,
             key=_order(sort, known),
             depth=depth,

@@ -11,7 +11,7 @@ import typer
 from ...algebra import similar
 from ...errors import plural
 from ...folder import disk, load
-from ..arguments import AsJson, Folder, Nodes, SkipBroken, offered_skip
+from ..arguments import AsJson, Folder, Nodes, SkipBroken, advise_skip
 from ..console import out, print_json
 from ..picture_place import check_picture_place
 
@@ -52,7 +52,7 @@ def similar_nodes(
     """Compare all pairs of nodes, from their factors: the nearest pairs and the clusters."""
     check_picture_place(picture)
     tree = load(folder, skip_broken=skip_broken)
-    with offered_skip(folder, skips=skip_broken):
+    with advise_skip(folder, skips=skip_broken):
         likeness = similar(tree, nodes or None, of=of.value, exact=exact)
     clusters = likeness.groups(cosine)
     if picture is not None:
