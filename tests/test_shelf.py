@@ -31,13 +31,13 @@ LESS = st.tuples(st.just("at most"), st.integers(-PAGE, 60 * PAGE))
 def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """What the system was asked for: (bytes that were there, bytes that are)."""
     asked: list[tuple[int, int]] = []
-    plain = module._grown
+    plain = module._grow_range
 
     def grown(address: int, held: int, size: int) -> int:
         asked.append((held, size))
         return plain(address, held, size)
 
-    monkeypatch.setattr(module, "_grown", grown)
+    monkeypatch.setattr(module, "_grow_range", grown)
     return asked
 
 
