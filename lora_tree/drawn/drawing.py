@@ -61,7 +61,7 @@ def arrange_nodes(
         limit: how many lines to draw at most; None: all.
         always: paths that are drawn however deep they lie.
 
-    >>> for node in arranged(["fr", "fr/legal", "fr/legal/eu", "de"], depth=2):
+    >>> for node in arrange_nodes(["fr", "fr/legal", "fr/legal/eu", "de"], depth=2):
     ...     print(f"{node.guide}{node.name} {node.hidden}")
     ├── de 0
     └── fr 0

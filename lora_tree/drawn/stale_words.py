@@ -26,9 +26,9 @@ def short_stale_text(path: str, reason: str) -> str:
         reason: as `Node.stale` says it.
 
     >>> reason = "fr/a: the lineage of fr has changed since it was trained: "
-    >>> stale_words("fr/a", reason + "the content of fr (was 1f…, now 2e…)")
+    >>> short_stale_text("fr/a", reason + "the content of fr (was 1f…, now 2e…)")
     'parent fr changed (weights)'
-    >>> stale_words("fr/a", reason + "the weight of fr (was 0.8, now 0.5)")
+    >>> short_stale_text("fr/a", reason + "the weight of fr (was 0.8, now 0.5)")
     'parent fr changed (weight 0.8 → 0.5)'
     """
     text = reason.removeprefix(f"{path}: ")

@@ -95,7 +95,7 @@ def shape_lookup(shapes: Mapping[str, tuple[int, int]]) -> Shapes:
     Raises:
         SpecError: a shape is no (out, in); names the module.
 
-    >>> of = stated({"k_proj": (2, 8), "layers.0.k_proj": (4, 8)})
+    >>> of = shape_lookup({"k_proj": (2, 8), "layers.0.k_proj": (4, 8)})
     >>> of("layers.0.k_proj"), of("layers.1.k_proj"), of("layers.1.v_proj")
     ((4, 8), (2, 8), None)
     """
