@@ -20,7 +20,7 @@ from ..lowrank import LowRank
 from ..lowrank.cast import cast
 from ..lowrank.promoting import promoted
 from ..node_names import check_path
-from ..patterns import glob_means
+from ..patterns import glob_matches
 from ..tree import AdapterTree
 from ..weights import weight_within
 from .arguments import check_tree
@@ -194,7 +194,7 @@ def _by_name(whole: Adapter, modules: Iterable[str]) -> tuple[Adapter, Adapter]:
     for pattern in patterns:
         if not isinstance(unchecked(pattern), str):
             raise SpecError(f"modules: expected names or patterns, got {pattern!r:.80}")
-        hits = {n: v for n, v in whole.modules.items() if glob_means(pattern, n)}
+        hits = {n: v for n, v in whole.modules.items() if glob_matches(pattern, n)}
         # A pattern that matches no module is a typo, not a request to move nothing.
         if not hits:
             raise SpecError(

@@ -275,12 +275,12 @@ def _less_shared(terms: list[Term], others: list[Term], shared: Set[str]) -> lis
     other_adapters = {node: adapter for node, _, adapter in others}
     found = []
     for node, coefficient, adapter in terms:
-        if node not in shared or not _holds_same(adapter, other_adapters[node]):
+        if node not in shared or not _have_same_names(adapter, other_adapters[node]):
             found.append((node, coefficient, adapter))
     return found
 
 
-def _holds_same(one: Adapter, other: Adapter) -> bool:
+def _have_same_names(one: Adapter, other: Adapter) -> bool:
     # Names suffice: the terms of one node on two paths differ only by what an override drops.
     same_modules = one.modules.keys() == other.modules.keys()
     return same_modules and one.overrides.keys() == other.overrides.keys()

@@ -159,7 +159,7 @@ def grow(
         working_bytes=parse_bytes(working_bytes),
         dtype=dtype,
     )
-    priced = PriceSearch(flat, goal, progress).found()
+    priced = PriceSearch(flat, goal, progress).search()
     made = _make_nodes(flat, priced)
     _check_room(made, goal)
     edited = _install(tree, names, families, made)

@@ -226,7 +226,7 @@ def rebase_all(
             f"{path}: neither its adapter nor its weight differs from before",
             "give the new ones, adapter= or weight=, or the former ones, was= or was_weight=",
         )
-    if not _same_overrides(_effective_overrides(*before), _effective_overrides(*after)):
+    if not _have_same_overrides(_effective_overrides(*before), _effective_overrides(*after)):
         refuse_overrides([(path, before[1]), (path, after[1])], "changed while its children stay")
     gap = [
         as_term(path, before[0], without_overrides(before[1])),
@@ -327,7 +327,7 @@ def _effective_overrides(weight: Weight, adapter: Adapter) -> dict[str, Override
     return found
 
 
-def _same_overrides(one: Mapping[str, Override], other: Mapping[str, Override]) -> bool:
+def _have_same_overrides(one: Mapping[str, Override], other: Mapping[str, Override]) -> bool:
     if one.keys() != other.keys():
         return False
     for name, override in one.items():

@@ -72,7 +72,7 @@ def export_leaves(
             f"workers must be at least 1, got {workers}", "leave workers out, or give a number"
         )
     out = as_path(folder)
-    leaves = [path for path in tree.leaves() if _has_something(tree, path)]
+    leaves = [path for path in tree.leaves() if _has_adapter(tree, path)]
     if not leaves:
         raise SpecError(
             "the tree has no leaf with something to export",
@@ -129,7 +129,7 @@ def _written_text(written: Sequence[str], leaves: Sequence[str], out: Path) -> s
     return f"{len(stay)} of {leaves_in_all} {were} written in {out}, and {stays}: {listing(stay)}"
 
 
-def _has_something(tree: AdapterTree, path: str) -> bool:
+def _has_adapter(tree: AdapterTree, path: str) -> bool:
     return any(tree[node].has_adapter for node in tree.lineage(path))
 
 

@@ -297,7 +297,7 @@ class _Comparing:
         parts = [weights_text] if weights_text else []
         parts += [f"{node} was merged as well, {times:.3g} times" for node, times in added.items()]
         if not added:
-            share = math.sqrt(unexplained / math.fsum(fit.found for fit in self._fits))
+            share = math.sqrt(unexplained / math.fsum(fit.change_square for fit in self._fits))
             parts.append(f"{share:.0%} of the change comes from no node of this tree")
         return Guess("; ".join(parts) + outside_text, {**search.multiples, **added})
 

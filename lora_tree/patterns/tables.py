@@ -68,14 +68,14 @@ class ByPattern(Generic[T]):
         # such a name is matched pattern by pattern.
         if "\n" in name:
             for value, pattern in zip(self._values, self._all, strict=True):
-                if pattern.ends(name):
+                if pattern.matches_end(name):
                     return value
             return default
         found = self._plain_index(name)
         for at, pattern in self._patterns:
             if at > found:
                 break  # a plain name with a smaller index matches
-            if pattern.ends(name):
+            if pattern.matches_end(name):
                 found = at
                 break
         return self._values[found] if found < len(self._values) else default
@@ -110,20 +110,20 @@ class Patterns:
         self._made: dict[str, NamePattern] = {}
         self._known: dict[tuple[str, str, str], bool | int | None] = {}
 
-    def whole(self, text: str, name: str) -> bool:
+    def matches(self, text: str, name: str) -> bool:
         """Return whether the pattern matches the whole name.
 
         Raises:
             SpecError: the budget of this tree is spent.
         """
-        return bool(self._look_up("whole", text, name))
+        return bool(self._look_up("matches", text, name))
 
-    def ends(self, text: str, name: str) -> bool:
-        """Return whether the pattern matches the name or an end of it; raises as `whole`."""
-        return bool(self._look_up("ends", text, name))
+    def matches_end(self, text: str, name: str) -> bool:
+        """Return whether the pattern matches the name or an end of it; raises as `matches`."""
+        return bool(self._look_up("matches_end", text, name))
 
     def layer(self, text: str, name: str) -> int | None:
-        """Return the number of the name's layer, as `NamePattern.layer`; raises as `whole`."""
+        """Return the number of the name's layer, as `NamePattern.layer`; raises as `matches`."""
         return self._look_up("layer", text, name)
 
     def _look_up(self, what: str, text: str, name: str) -> bool | int | None:

@@ -122,7 +122,7 @@ def becoming_stale(tree: AdapterTree, nodes: Iterable[str]) -> list[str]:
     for path in tree.paths():
         stays = path in below and path not in training
         # New factors fit any parent. A new override does not: it is a copy of the parent's tensor.
-        fits_any = _is_new(tree, path) and not _replaces(tree, path)
+        fits_any = _is_new(tree, path) and not _has_overrides(tree, path)
         if stays and tree[path].has_adapter and not fits_any:
             stale.append(path)
     return stale
@@ -157,7 +157,7 @@ def _is_new(tree: AdapterTree, path: str) -> bool:
     return bool(values) and not any(bool(value.B.any()) for value in values)
 
 
-def _replaces(tree: AdapterTree, path: str) -> bool:
+def _has_overrides(tree: AdapterTree, path: str) -> bool:
     """Tell whether a node's adapter has overrides; False if the adapter is not in memory."""
     adapter = tree[path].loaded
     return adapter is not None and bool(adapter.overrides)
