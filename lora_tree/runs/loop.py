@@ -47,7 +47,7 @@ from .refusals import (
     check_weights,
     refuse_encoder,
 )
-from .resume import is_unchanged_since, load_state
+from .resume import is_unchanged_since, resume_state
 from .rows import Row
 from .run_checkpoints import RunCheckpoints
 from .run_losses import RunLosses
@@ -446,7 +446,7 @@ class Run:
                 f"{before.folder / ABOUT}: step is {before.step}, "
                 f"expected a number up to {self.settings.steps}"
             )
-        load_state(self.model, self.optimizer, before.folder)
+        resume_state(self.model, self.optimizer, before.folder)
         self._resume_measures(before)
         return before.step
 

@@ -18,7 +18,7 @@ from ..model import TreeModel
 from .checkpoint_factors import FACTORS, current_ancestors, load_factors, recorded_ancestors
 from .place import LastCheckpoint
 
-__all__ = ["STATE", "is_unchanged_since", "load_state", "render_state"]
+__all__ = ["STATE", "is_unchanged_since", "render_state", "resume_state"]
 
 STATE = "optimizer.safetensors"
 
@@ -34,7 +34,7 @@ def render_state(optimizer: torch.optim.Optimizer) -> bytes:
     return render_tensors(tensors, {"format": "pt"})
 
 
-def load_state(model: TreeModel, optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
+def resume_state(model: TreeModel, optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
     """Put a checkpoint's numbers into the factors and into the optimiser.
 
     Raises:
