@@ -216,7 +216,7 @@ def test_without_room_for_it_beside_the_hash_it_is_sent_when_the_hash_is_known(
     folder: Path, link: Told, launched: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = outputs(folder, "e")
-    monkeypatch.setattr(Reservation, "at_once", lambda self, nbytes: False)
+    monkeypatch.setattr(Reservation, "try_resize", lambda self, nbytes: False)
     model = lt.attach(lt.load(folder), base(), host_budget="1MiB", device_budget="1MiB")
     del link.events[:]
     model.activate("e", mode="unmerged")
