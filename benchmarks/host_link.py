@@ -7,7 +7,7 @@ from torch import Tensor
 
 import lora_tree as lt
 from lora_tree.cache.link import Arrived
-from lora_tree.cache.pack import buffer_of, distinct, placed
+from lora_tree.cache.pack import buffer_of, packed_tensors, placed
 from lora_tree.cache.staging import send_staged
 from lora_tree.engine.slab import ALIGNED
 
@@ -52,7 +52,7 @@ class HostLink:
         sent, there = placed(adapter, torch.device("cpu"), again)
         if buffer is None:
             stages = [self.allocate(ALIGNED) for _ in range(2)]
-            send_staged(distinct(adapter), there, stages, self._copy)
+            send_staged(packed_tensors(adapter), there, stages, self._copy)
         else:
             there.copy_(buffer)
         return Arrived(sent, buffer=there)

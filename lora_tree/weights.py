@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from .errors import SpecError, listing, suggest
-from .patterns import check_glob, glob_means
+from .patterns import check_glob, glob_matches
 
 __all__ = [
     "BlendedWeight",
@@ -68,7 +68,7 @@ class ModuleWeights:
     def of(self, module: str) -> float:
         """Return the number for a module."""
         for pattern, number in self.patterns:
-            if glob_means(pattern, module):
+            if glob_matches(pattern, module):
                 return number
         return self.default
 
@@ -76,7 +76,7 @@ class ModuleWeights:
         """Return the patterns that match none of the given modules."""
         found = []
         for pattern, _ in self.patterns:
-            if not any(glob_means(pattern, module) for module in modules):
+            if not any(glob_matches(pattern, module) for module in modules):
                 found.append(pattern)
         return found
 

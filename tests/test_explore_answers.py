@@ -128,7 +128,7 @@ def test_whoever_leaves_early_leaves_the_model_free(
 # ---------------------------------------------------------------------- rows and refusals
 def test_parents_are_rows_once(answerer: Answerer) -> None:
     rows = rows_of(Question(PROMPT, ("fr/legal", "fr/medical", "fr")), answerer.model.tree)
-    assert [(row.blend, row.parent, row.asked) for row in rows] == [
+    assert [(row.blend, row.parent, row.is_requested) for row in rows] == [
         ("fr/legal", "fr", True),
         ("fr/medical", "fr", True),
         ("fr", "", True),

@@ -108,7 +108,7 @@ def survives(base: Path) -> None:
             stored.read()
     except LoraTreeError as error:
         str(error).encode()
-    known = Base(base, asked=False)
+    known = Base(base, named_by_caller=False)
     with contextlib.suppress(LoraTreeError):
         known.shape(Q)
         known.last_names()

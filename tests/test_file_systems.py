@@ -37,7 +37,7 @@ from lora_tree.folder import survey
 from lora_tree.folder.commit import writing
 from lora_tree.integrations.flatcache import FlatCache, FlatForm
 from lora_tree.runs.checkpoint_factors import load_factors, save_factors
-from lora_tree.runs.checkpoint_place import appearing, put_back
+from lora_tree.runs.checkpoint_place import put_back, staged_checkpoint
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*has no flock:RuntimeWarning"),
@@ -145,7 +145,7 @@ def _model(*seeds: int) -> lt.TreeModel:
 
 
 def _checkpoint(folder: Path, seed: int) -> None:
-    with appearing(folder / "run", "checkpoint-1", writes=True, meet=lambda: None) as stage:
+    with staged_checkpoint(folder / "run", "checkpoint-1", writes=True, meet=lambda: None) as stage:
         save_factors(_model(seed, 2), stage / "checkpoint-1")
 
 

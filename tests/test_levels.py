@@ -414,7 +414,7 @@ def test_a_leaf_that_learnt_the_wrong_thing_is_kept_at_the_weight_that_does_best
     run.rows, run.held_back = run.rows[:30], run.rows[30:]
     list(run.steps())
     tree = run.model.tree
-    (verdict,) = run.keep_what_helps()
+    (verdict,) = run.reweigh_leaves()
     assert not verdict.beats_parent
     assert verdict.trained > verdict.parent
     assert tree["fr/legal"].weight == verdict.weight < 1
@@ -432,7 +432,7 @@ def test_a_leaf_that_helps_keeps_its_weight(zoo: Path, base: Path, tmp_path: Pat
     texts = ["Le bail est nul."] * 40
     run = one_leaf(zoo, base, tmp_path / "run", texts, steps=20, lr=1e-2)
     list(run.steps())
-    (verdict,) = run.keep_what_helps()
+    (verdict,) = run.reweigh_leaves()
     assert verdict.beats_parent
     assert verdict.weight == run.model.tree["fr/legal"].weight == 1.0
 

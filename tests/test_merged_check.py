@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import lora_tree as lt
 from lora_tree.errors import FormatError, SpecError
-from lora_tree.export import tensor_look
+from lora_tree.export import tensor_comparison
 
 PATH = "a/b/c"
 
@@ -322,7 +322,7 @@ def test_memory_is_one_parameter_and_a_block(
     whole = place.check()
     place.spoil(lambda name, t: t + 1 if name == "model.layers.0.self_attn.q_proj.weight" else t)
     one = place.check()
-    monkeypatch.setattr(tensor_look, "BLOCK_NUMBERS", 40)  # a row or two at a time
+    monkeypatch.setattr(tensor_comparison, "BLOCK_NUMBERS", 40)  # a row or two at a time
     small = place.check()
     assert [t.verdict for t in small.tensors] == [t.verdict for t in one.tensors]
     assert [t.verdict for t in one.tensors] != [t.verdict for t in whole.tensors]

@@ -279,17 +279,17 @@ def test_a_conversion_that_loses_something_is_refused(
 ) -> None:
     base = saved("mixtral, experts", torch.float32, tmp_path / "base")
     tree = ARCHS["mixtral, experts"].tree(base, factors=torch.float32)
-    whole = CheckpointNames.apart
+    whole = CheckpointNames.take_apart
 
     def lossy(self: CheckpointNames, group: Any, parameters: Any) -> dict[str, torch.Tensor]:
         return {
             name: value.half().float() for name, value in whole(self, group, parameters).items()
         }
 
-    monkeypatch.setattr(CheckpointNames, "apart", lossy)
+    monkeypatch.setattr(CheckpointNames, "take_apart", lossy)
     with pytest.raises(BaseMismatch, match="has other values: its conversion loses something"):
         lt.export_model(tree, "a/b", tmp_path / "out", base=tmp_path / "base")
-    monkeypatch.setattr(CheckpointNames, "apart", whole)
+    monkeypatch.setattr(CheckpointNames, "take_apart", whole)
     loading = transformers.core_model_loading
     monkeypatch.setattr(loading, "revert_weight_conversion", lambda model, tensors: tensors)
     with pytest.raises(BaseMismatch, match="its conversion can't be inverted"):

@@ -80,13 +80,13 @@ def test_a_piece_waits_for_the_copy_from_it_before_it_is_used_again_or_freed() -
     memory = PageLocked(link)
     piece = memory.take(PAGED)
     address = piece.data_ptr()
-    memory.sent(piece, copies[0])
+    memory.note_copy(piece, copies[0])
     del piece
     assert copies[0].waited == 0, "the thread that lets go of it does not wait"
     piece = memory.take(PAGED)
     assert piece.data_ptr() == address
     assert copies[0].waited == 1
-    memory.sent(piece, copies[1])
+    memory.note_copy(piece, copies[1])
     memory.lock(piece)
     del piece
     memory.close()
@@ -108,7 +108,7 @@ def test_ready_memory_is_bounded_also_while_no_thread_takes_any() -> None:
     # Before the memory is asked: a question would release what is too much.
     assert sum(address in link.locked for address in addresses) == 2
     assert memory.ready_bytes == 2 * PAGED
-    memory.at_most(PAGED)
+    memory.trim_to(PAGED)
     assert memory.ready_bytes == PAGED
     held = memory.take(2 * PAGED)
     memory.lock(held)
@@ -131,7 +131,7 @@ def test_small_pieces_and_other_systems_take_the_memory_of_the_device_s_library(
     large = memory.take(PAGED)
     for piece in (small, large):
         memory.lock(piece)
-        memory.sent(piece, Event())
+        memory.note_copy(piece, Event())
     assert (small.numel(), large.numel()) == (PAGED - 1, PAGED)
     assert link.locked == {}
 

@@ -238,8 +238,8 @@ patterns = st.recursive(
 def test_a_pattern_matches_what_re_says(text: str, names: list[str]) -> None:
     pattern = NamePattern(text)
     for name in names:
-        assert pattern.ends(name) == bool(re.match(rf"(.*\.)?({text})$", name)), name
-        assert pattern.whole(name) == bool(re.fullmatch(text, name)), name
+        assert pattern.matches_end(name) == bool(re.match(rf"(.*\.)?({text})$", name)), name
+        assert pattern.matches(name) == bool(re.fullmatch(text, name)), name
 
 
 @settings(many, max_examples=1000)
@@ -255,7 +255,7 @@ def test_a_look_behind_matches_what_re_says(
     text = f".*({kind}{before}){after}"
     pattern = NamePattern(text)
     for name in names:
-        assert pattern.whole(name) == bool(re.fullmatch(text, name)), name
+        assert pattern.matches(name) == bool(re.fullmatch(text, name)), name
 
 
 layers = st.builds(
@@ -296,4 +296,4 @@ def test_a_pattern_of_any_kind_is_understood_as_re_does_or_refused(text: str, na
         return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert pattern.ends(name) == bool(re.match(rf"(.*\.)?({text})$", name))
+        assert pattern.matches_end(name) == bool(re.match(rf"(.*\.)?({text})$", name))

@@ -142,7 +142,7 @@ def test_after_a_move_of_the_base_adapters_go_where_it_is_now(
 
     monkeypatch.setattr("lora_tree.model.link_to", link_to)
     monkeypatch.setattr("lora_tree.cache.pinning.link_to", link_to)
-    monkeypatch.setattr("lora_tree.cache.pinning._home", lambda base: home[0])
+    monkeypatch.setattr("lora_tree.cache.pinning._device_of", lambda base: home[0])
     model = lt.attach(forest(), base())
     model.activate("a")
     home[0] = "there"

@@ -897,13 +897,13 @@ def test_a_new_batch_is_laid_out_in_the_memory_of_one_that_is_dropped(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked: list[int] = []
-    plain = shelf._grown
+    plain = shelf._grow_range
 
     def grown(address: int, held: int, size: int) -> int:
         asked.append(size - held)
         return plain(address, held, size)
 
-    monkeypatch.setattr(shelf, "_grown", grown)
+    monkeypatch.setattr(shelf, "_grow_range", grown)
     torch.manual_seed(0)
     linear = nn.Linear(512, 512).requires_grad_(False)
     tree = lt.AdapterTree()

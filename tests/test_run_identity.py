@@ -10,7 +10,7 @@ import pytest
 
 from lora_tree.errors import SpecError
 from lora_tree.runs import Row, Settings
-from lora_tree.runs.identity import differing, digest_of_rows, refuse_other, run_identity
+from lora_tree.runs.identity import digest_of_rows, first_difference, refuse_other_run, run_identity
 from lora_tree.runs.place import LastCheckpoint
 
 ROWS = [Row("fr", (1, 23), (1, 23), "rows.jsonl:1")]
@@ -35,8 +35,8 @@ def identity(**other: Any) -> dict[str, Any]:
     ],
 )
 def test_every_part_tells_two_runs_apart(what: str, other: dict[str, Any]) -> None:
-    assert differing(identity(), identity()) is None
-    assert differing(identity(), identity(**other)) == what
+    assert first_difference(identity(), identity()) is None
+    assert first_difference(identity(), identity(**other)) == what
 
 
 def test_rows_are_told_apart_by_where_their_tokens_end() -> None:
@@ -48,15 +48,15 @@ def test_rows_are_told_apart_by_where_their_tokens_end() -> None:
 def test_a_run_json_that_does_not_say_fresh_is_of_a_run_that_was_not() -> None:
     silent = LastCheckpoint(Path("checkpoint-2"), identity(), 2)
     told = LastCheckpoint(Path("checkpoint-2"), identity(fresh=True), 2)
-    assert differing(silent.about, identity(before=silent)) is None
-    assert differing(told.about, identity(before=told)) == "fresh"
+    assert first_difference(silent.about, identity(before=silent)) is None
+    assert first_difference(told.about, identity(before=told)) == "fresh"
 
 
 def test_another_unfinished_run_is_refused_with_what_differs() -> None:
     before = LastCheckpoint(Path("run/checkpoint-2"), identity(), 2)
-    refuse_other(before, identity())
+    refuse_other_run(before, identity())
     with pytest.raises(SpecError) as refused:
-        refuse_other(before, identity(settings=replace(SETTINGS, lr=0.5)))
+        refuse_other_run(before, identity(settings=replace(SETTINGS, lr=0.5)))
     assert str(refused.value).splitlines()[0] == (
         f"{Path('run/checkpoint-2')}: of a run with other settings: "
         f"lr was {SETTINGS.lr!r} and is 0.5"

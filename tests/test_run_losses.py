@@ -7,7 +7,7 @@ import json
 import pytest
 
 import lora_tree as lt
-from lora_tree.runs.run_losses import RunLosses, losses_told
+from lora_tree.runs.run_losses import RunLosses, read_losses
 
 
 def noted() -> RunLosses:
@@ -48,5 +48,5 @@ def test_a_run_that_goes_on_has_the_losses_that_it_had() -> None:
     "about", [{}, {"losses": 3}, {"losses": {"first": [1]}}, {"losses": {"first": {"fr": "low"}}}]
 )
 def test_what_is_no_loss_of_a_known_path_is_passed_over(about: dict[str, object]) -> None:
-    assert losses_told(about, "first", {"fr"}) == {}
-    assert losses_told({"losses": {"first": {"fr": 1, "es": 2.0}}}, "first", {"fr"}) == {"fr": 1.0}
+    assert read_losses(about, "first", {"fr"}) == {}
+    assert read_losses({"losses": {"first": {"fr": 1, "es": 2.0}}}, "first", {"fr"}) == {"fr": 1.0}

@@ -29,7 +29,7 @@ from lora_tree.cli import main
 from lora_tree.demo.bytelevel import new_base, save_base
 from lora_tree.errors import DivergedError, FolderError, FormatError, PathError, SpecError
 from lora_tree.runs import LossMatrix, Run, Settings, evaluate, loop, promote, read_rows
-from lora_tree.runs.checkpoint_place import appearing, put_back, retire
+from lora_tree.runs.checkpoint_place import put_back, retire, staged_checkpoint
 from lora_tree.runs.evaluation import evaluate_at
 from lora_tree.runs.forecast import becoming_stale
 
@@ -399,7 +399,7 @@ def test_a_checkpoint_that_is_replaced_is_the_old_or_the_new_one_wherever_it_is_
     name, outcomes = "checkpoint-1", []
 
     def write(parent: Path, text: str) -> None:
-        with appearing(parent, name, writes=True, meet=lambda: None) as stage:
+        with staged_checkpoint(parent, name, writes=True, meet=lambda: None) as stage:
             (stage / name).mkdir()
             for file in ("x", "y"):
                 (stage / name / file).write_text(text)
@@ -481,7 +481,7 @@ def test_a_checkpoint_that_is_deleted_has_no_name_from_the_first_file_on(
         assert there(parent / "checkpoint-2") == files
         assert there(parent / "checkpoint-1") in (set(), files)
         assert not (killed and at and (parent / "checkpoint-1").exists())
-        with appearing(parent, "checkpoint-3", writes=True, meet=lambda: None) as stage:
+        with staged_checkpoint(parent, "checkpoint-3", writes=True, meet=lambda: None) as stage:
             (stage / "checkpoint-3").mkdir()
         wanted = (
             ["checkpoint-2", "checkpoint-3"]

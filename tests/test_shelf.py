@@ -31,13 +31,13 @@ LESS = st.tuples(st.just("at most"), st.integers(-PAGE, 60 * PAGE))
 def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """What the system was asked for: (bytes that were there, bytes that are)."""
     asked: list[tuple[int, int]] = []
-    plain = module._grown
+    plain = module._grow_range
 
     def grown(address: int, held: int, size: int) -> int:
         asked.append((held, size))
         return plain(address, held, size)
 
-    monkeypatch.setattr(module, "_grown", grown)
+    monkeypatch.setattr(module, "_grow_range", grown)
     return asked
 
 
@@ -64,7 +64,7 @@ def test_what_is_held_keeps_its_numbers_whatever_comes_and_goes(
             elif what == "drop" and held:
                 del held[number % len(held)]
             elif what == "at most":
-                shelf.at_most(number)
+                shelf.trim_to(number)
                 assert shelf.ready_bytes <= max(number, 0)
             assert shelf.ready_bytes <= 50 * PAGE
             assert all(bool((piece == of).all()) for of, piece in held)

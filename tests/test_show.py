@@ -20,7 +20,7 @@ from sampling import sampled
 
 import lora_tree as lt
 from lora_tree.cli import main
-from lora_tree.drawn.drawing import arranged
+from lora_tree.drawn.drawing import arrange_nodes
 
 if sys.platform != "win32":
     import fcntl
@@ -179,13 +179,13 @@ def test_every_node_is_drawn_once_or_counted_once() -> None:
             name = draw.choice("abcde") + draw.choice("-x0")
             paths.add(f"{above}/{name}".lstrip("/"))
         for depth in range(1, 6):
-            drawn = arranged(paths, depth=depth)
+            drawn = arrange_nodes(paths, depth=depth)
             assert [(node.path, node.hidden) for node in drawn] == oracle(paths, depth)
             assert len(drawn) + sum(node.hidden for node in drawn) == len(paths)
 
 
 def test_guides_join_a_node_to_its_siblings() -> None:
-    drawn = arranged(["a", "a/b", "a/b/c", "a/d", "e", "lost/deep/x"])
+    drawn = arrange_nodes(["a", "a/b", "a/b/c", "a/d", "e", "lost/deep/x"])
     assert [node.guide + node.name for node in drawn] == [
         "├── a",
         "│   ├── b",
@@ -198,7 +198,7 @@ def test_guides_join_a_node_to_its_siblings() -> None:
 
 def test_what_must_be_seen_is_drawn_however_deep_it_lies() -> None:
     paths = [f"n{i}" for i in range(5)] + ["n4/a", "n4/a/b", "n1/a"]
-    drawn = arranged(paths, limit=6, always=["n4/a/b"])
+    drawn = arrange_nodes(paths, limit=6, always=["n4/a/b"])
     assert [node.path for node in drawn] == ["n0", "n1", "n2", "n4", "n4/a", "n4/a/b"]
 
 

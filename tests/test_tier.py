@@ -27,18 +27,18 @@ def test_an_adapter_is_discarded_only_after_its_last_pin() -> None:
     held.pin("a")
     held.pin("a")
     for _ in range(2):
-        assert not held.let_go("a")
+        assert not held.discard_unpinned("a")
         with pytest.raises(AssertionError, match="'a' is pinned"):
             held.discard("a")
         assert held.find("a") is not None
         assert (held.stats().nodes, held.stats().in_use_bytes) == (2, 8)
         held.unpin("a")
     assert held.stats().in_use_bytes == 0
-    assert held.let_go("a")
+    assert held.discard_unpinned("a")
     assert held.find("a") is None
     assert (held.stats().nodes, held.stats().held_bytes) == (1, 8)
     held.discard("a")
-    assert held.let_go("a")
+    assert held.discard_unpinned("a")
 
 
 def test_a_pin_that_is_taken_back_after_the_tier_was_cleared_counts_for_nothing() -> None:

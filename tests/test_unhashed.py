@@ -205,7 +205,7 @@ def test_what_came_back_to_the_device_is_vacated_again_if_the_file_has_changed(
     model.deactivate()
     assert is_vacated(first) or model.cache.stats().tiers[1].nodes == 2
     model.cache._loader.tiers[0].clear()
-    model.cache._loader.top.let_go(model.tree["e"].source.key)  # type: ignore[union-attr]
+    model.cache._loader.top.discard_unpinned(model.tree["e"].source.key)  # type: ignore[union-attr]
     damage(weights(folder, "e"))
     with pytest.raises(UnlockedError):
         model.activate("e", mode="unmerged")
@@ -216,7 +216,7 @@ def test_without_room_for_it_beside_the_hash_it_is_sent_when_the_hash_is_known(
     folder: Path, link: Told, launched: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = outputs(folder, "e")
-    monkeypatch.setattr(Reservation, "at_once", lambda self, nbytes: False)
+    monkeypatch.setattr(Reservation, "try_resize", lambda self, nbytes: False)
     model = lt.attach(lt.load(folder), base(), host_budget="1MiB", device_budget="1MiB")
     del link.events[:]
     model.activate("e", mode="unmerged")

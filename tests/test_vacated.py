@@ -176,7 +176,7 @@ def test_after_a_move_of_the_base_nothing_stays_where_it_was(
     home = ["here"]
     monkeypatch.setattr("lora_tree.model.link_to", lambda base: links[0])
     monkeypatch.setattr("lora_tree.cache.pinning.link_to", lambda base: links[1])
-    monkeypatch.setattr("lora_tree.cache.pinning._home", lambda base: home[0])
+    monkeypatch.setattr("lora_tree.cache.pinning._device_of", lambda base: home[0])
     base, x = net(), torch.randn(2, 20)
     model = lt.attach(forest(), base, device_budget="1MiB")
     with torch.no_grad():

@@ -32,7 +32,7 @@ import lora_tree as lt
 from lora_tree.demo.bytelevel import new_base
 from lora_tree.errors import FormatError
 from lora_tree.runs import Row, Run, Settings
-from lora_tree.runs.place import last_of
+from lora_tree.runs.place import find_last_checkpoint
 from lora_tree.spec import HistorySpec
 
 KILLS = int(os.environ.get("KILLS", "110"))
@@ -45,7 +45,7 @@ LONGEST_S = 1.5
 # ---------------------------------------------------------------------- the worker
 def train(zoo: Path, base: Any, draw: random.Random) -> None:
     """What ``lora-tree train`` does; a run that was cut off goes on."""
-    before = last_of(zoo / ".training")
+    before = find_last_checkpoint(zoo / ".training")
     seed, nodes = draw.randrange(10**6), [draw.choice(NODES)]
     if before is not None and not before.is_finished:
         seed, nodes = before.about["settings"]["seed"], before.about["nodes"]

@@ -25,8 +25,8 @@ from ..tree import AdapterTree
 from .aligning import aligned
 from .arguments import check_adapter, check_tree
 from .deviation import Deviation, Shortening, call_named, norm
-from .edit import Edited, check_savable, free, is_savable, savable_error
-from .sums import added_up, less, read_apart
+from .edit import Edited, check_path_free, check_savable, is_savable, savable_error
+from .sums import added_up, difference_terms, read_uncached
 
 __all__ = ["Absorbed", "absorb"]
 
@@ -34,7 +34,7 @@ _TRIED = 5
 """The number of nearest nodes that are tried as parents: after the cut to a rank, a node that was
 not the nearest may leave the smaller error."""
 
-_TOLD = 5
+_MOST_REASONS = 5
 """The number of unsuitable parents that a message names."""
 
 
@@ -108,25 +108,25 @@ def absorb(
         )
     if under and under not in tree:
         raise PathError(f"under: no node {under!r} in the tree")
-    left = _left(tree, name, adapter, under)
-    how = Shortening(rank, max_error, dtype)
+    left = _measure_remainders(tree, name, adapter, under)
+    shortening = Shortening(rank, max_error, dtype)
     # Below a lineage with an override that the adapter lacks, no increments restore the base's
     # tensor. Such parents are tried only if there is no other.
-    able = [parent for parent in left if _gives_back(tree, parent, adapter)]
-    found, refused = _cheapest(tree, name, adapter, able or list(left), how)
+    able = [parent for parent in left if _restores_overrides(tree, parent, adapter)]
+    found, refused = _cheapest(tree, name, adapter, able or list(left), shortening)
     parent, short = found.parent, found.adapter
     path = _below(parent, name)
-    free(tree, path)
+    check_path_free(tree, path)
     check_savable(tree, {path: short}, [name, *tree.lineage(parent)])
     tree.add(path, adapter=short)
     norms = {module: norm(value) for module, value in adapter.modules.items()}
-    told = Deviation(found.lost.errors, norms)
+    error = Deviation(found.lost.errors, norms)
     nearer = [error for place, error in refused.items() if left[place] < left[parent]]
     notes = tuple(
         f"a closer parent was passed over, for it can't be saved there: {e.what}"
-        for e in nearer[:_TOLD]
+        for e in nearer[:_MOST_REASONS]
     )
-    return Absorbed(Edited(added=(path,), errors={path: told}, notes=notes), parent, left)
+    return Absorbed(Edited(added=(path,), errors={path: error}, notes=notes), parent, left)
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ class _Candidate:
 
 
 def _cheapest(
-    tree: AdapterTree, name: str, adapter: Adapter, parents: Sequence[str], how: Shortening
+    tree: AdapterTree, name: str, adapter: Adapter, parents: Sequence[str], shortening: Shortening
 ) -> tuple[_Candidate, Mapping[str, FormatError]]:
     """Find the best of the nearest nodes below which the remainder of an adapter can be saved.
 
@@ -170,9 +170,9 @@ def _cheapest(
     tried = 0
     for parent in parents:
         # The remainder: the terms of the parent's lineage with a minus sign, plus the adapter.
-        above = less(tree, "", parent, kept=adapter.overrides)
-        left = added_up([*above, (name, 1.0, adapter)])
-        error = savable_error(_below(parent, name), left, [name, *tree.lineage(parent)])
+        above = difference_terms(tree, "", parent, kept=adapter.overrides)
+        remainder = added_up([*above, (name, 1.0, adapter)])
+        error = savable_error(_below(parent, name), remainder, [name, *tree.lineage(parent)])
         if error is not None:
             if is_strict is None:
                 # If the tree itself can't be saved, it is used in memory alone, and the remainder
@@ -181,27 +181,27 @@ def _cheapest(
             if is_strict:
                 refused[parent] = error
                 continue
-        short, lost = call_named(name, how.of, left)
-        found = _Candidate(parent, short, lost)
+        short, lost = call_named(name, shortening.of, remainder)
+        candidate = _Candidate(parent, short, lost)
         # With max_error=, every candidate is within it, so the one with the fewest bytes wins.
-        by_size = how.max_error is not None
-        if best is None or found.key(by_size) < best.key(by_size):
-            best = found
+        by_size = shortening.max_error is not None
+        if best is None or candidate.key(by_size) < best.key(by_size):
+            best = candidate
         tried += 1
         if tried == _TRIED:
             break
     if best is None:
-        raise _nowhere(name, list(refused.values()))
+        raise _no_parent_error(name, list(refused.values()))
     return best, refused
 
 
-def _nowhere(name: str, refused: Sequence[FormatError]) -> FormatError:
+def _no_parent_error(name: str, refused: Sequence[FormatError]) -> FormatError:
     """Return the error for an adapter that no node can take, from the error of each."""
     if len(refused) == 1:
         return refused[0]
-    why = [error.what for error in refused[:_TOLD]]
-    if len(refused) > _TOLD:
-        why.append(f"and {len(refused) - _TOLD} more")
+    why = [error.what for error in refused[:_MOST_REASONS]]
+    if len(refused) > _MOST_REASONS:
+        why.append(f"and {len(refused) - _MOST_REASONS} more")
     return FormatError(
         f"{name}: what remains of it can't be saved below any of {plural(len(refused), 'node')}",
         *why,
@@ -214,24 +214,26 @@ def _below(parent: str, name: str) -> str:
     return f"{parent}/{name}" if parent else name
 
 
-def _gives_back(tree: AdapterTree, parent: str, adapter: Adapter) -> bool:
+def _restores_overrides(tree: AdapterTree, parent: str, adapter: Adapter) -> bool:
     """Return whether the adapter replaces, as a whole, every tensor that the lineage replaces."""
     for node in tree.lineage(parent):
         outline = tree.outline(node)
         for tensor in outline.overrides if outline is not None else ():
-            mine = adapter.overrides.get(tensor)
-            if mine is None or mine.rows is not None:
+            override = adapter.overrides.get(tensor)
+            if override is None or override.rows is not None:
                 return False
     return True
 
 
-def _left(tree: AdapterTree, name: str, adapter: Adapter, under: str) -> dict[str, float]:
+def _measure_remainders(
+    tree: AdapterTree, name: str, adapter: Adapter, under: str
+) -> dict[str, float]:
     """Return node → ‖remainder‖ / ‖ΔW‖ if the node were the parent, nearest first."""
     own_squares: list[float] = []
     for module, value in adapter.modules.items():
         own_squares.append(call_named(f"{name}: {module}", norm, value) ** 2)
-    whole = math.fsum(own_squares)
-    if whole == 0.0:
+    norm_square = math.fsum(own_squares)
+    if norm_square == 0.0:
         raise SpecError(
             f"{name}: the adapter adds nothing, so no parent is better than another",
             "add it by hand: tree.add(path, adapter=…), or lora-tree add FOLDER PATH ADAPTER",
@@ -244,44 +246,48 @@ def _left(tree: AdapterTree, name: str, adapter: Adapter, under: str) -> dict[st
         if path:
             *above, _ = tree.lineage(path)
             held = {node: held[node] for node in above}
-            mine = read_apart(tree, path).weighed(tree[path].weight)
+            node_adapter = read_uncached(tree, path).weighed(tree[path].weight)
             above_sums = sums[tree.parent(path)]
-            sums[path] = call_named(name, _with_own, path, mine, adapter, held, above_sums)
-            held[path] = mine
+            sums[path] = call_named(
+                name, _add_own_products, path, node_adapter, adapter, held, above_sums
+            )
+            held[path] = node_adapter
         if path == under or not under or path.startswith(f"{under}/"):
             product, square = sums[path]
-            squares[path] = max(whole - 2.0 * product + square, 0.0)
+            squares[path] = max(norm_square - 2.0 * product + square, 0.0)
     order = sorted(squares, key=lambda path: (squares[path], path))
-    return {path: math.sqrt(squares[path] / whole) for path in order}
+    return {path: math.sqrt(squares[path] / norm_square) for path in order}
 
 
-def _with_own(
+def _add_own_products(
     path: str,
-    mine: Adapter,
+    node_adapter: Adapter,
     adapter: Adapter,
     above: Mapping[str, Adapter],
     sums: tuple[float, float],
 ) -> tuple[float, float]:
     """Return the two sums of a node's lineage, from its parent's sums and its own increments."""
     product, square = sums
-    own, new = aligned([mine, adapter])
+    own, new = aligned([node_adapter, adapter])
     product += _product(path, own, new)
     square += _product(path, own, own)
     for ancestor in above.values():
-        own, higher = aligned([mine, ancestor])
+        own, higher = aligned([node_adapter, ancestor])
         square += 2.0 * _product(path, own, higher)
     return product, square
 
 
 def _product(path: str, one: Adapter, other: Adapter) -> float:
     """⟨ΔW, ΔW'⟩ over all modules that both have, each with its bias as one more column."""
-    found: list[float] = []
+    products: list[float] = []
     for module, value in one.modules.items():
-        theirs = other.modules.get(module)
-        if theirs is None:
+        other_value = other.modules.get(module)
+        if other_value is None:
             continue
-        found.append(call_named(f"{path}: {module}", inner, value, theirs))
-        if value.bias is not None and theirs.bias is not None:
-            product = value.bias.detach().double() @ theirs.bias.detach().double().to(value.device)
-            found.append(float(product) * value.scale * theirs.scale)
-    return math.fsum(found)
+        products.append(call_named(f"{path}: {module}", inner, value, other_value))
+        if value.bias is not None and other_value.bias is not None:
+            product = value.bias.detach().double() @ other_value.bias.detach().double().to(
+                value.device
+            )
+            products.append(float(product) * value.scale * other_value.scale)
+    return math.fsum(products)

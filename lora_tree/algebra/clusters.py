@@ -52,7 +52,7 @@ def average_linkage(distances: Tensor) -> list[Join]:
     sizes = [1] * count
     alive = [True] * count
     walk: list[int] = []
-    found: list[tuple[float, int, int]] = []
+    joins: list[tuple[float, int, int]] = []
     for _ in range(count - 1):
         if not walk:
             walk.append(alive.index(True))
@@ -69,18 +69,18 @@ def average_linkage(distances: Tensor) -> list[Join]:
             walk.append(near)
         walk.pop()
         walk.pop()
-        keep, gone = min(here, near), max(here, near)
-        found.append((float(apart[here, near]), keep, gone))
-        whole = sizes[keep] + sizes[gone]
-        mixed = (apart[keep] * sizes[keep] + apart[gone] * sizes[gone]) / whole
+        keep, absorbed = min(here, near), max(here, near)
+        joins.append((float(apart[here, near]), keep, absorbed))
+        size = sizes[keep] + sizes[absorbed]
+        mixed = (apart[keep] * sizes[keep] + apart[absorbed] * sizes[absorbed]) / size
         # A mean of two is at least the smaller one, but may be rounded below it. Then a cluster
         # earlier on the walk would have another nearest one than the walk took.
-        mixed = torch.maximum(mixed, torch.minimum(apart[keep], apart[gone]))
+        mixed = torch.maximum(mixed, torch.minimum(apart[keep], apart[absorbed]))
         mixed[keep] = torch.inf
         apart[keep], apart[:, keep] = mixed, mixed
-        apart[gone], apart[:, gone] = torch.inf, torch.inf
-        sizes[keep], alive[gone] = whole, False
-    return _numbered(found, count)
+        apart[absorbed], apart[:, absorbed] = torch.inf, torch.inf
+        sizes[keep], alive[absorbed] = size, False
+    return _numbered(joins, count)
 
 
 def _checked(distances: Tensor) -> Tensor:
@@ -127,15 +127,15 @@ def leaf_order(joins: list[Join], count: int) -> list[int]:
     return list(chain.from_iterable(sorted(members.values())))
 
 
-def _numbered(found: list[tuple[float, int, int]], count: int) -> list[Join]:
+def _numbered(pairs: list[tuple[float, int, int]], count: int) -> list[Join]:
     """The joins sorted by distance, with the numbers of the clusters that they join."""
     joins: list[Join] = []
     cluster = list(range(count))  # item → the cluster that it is the first item of
     sizes = dict.fromkeys(range(count), 1)
     # The chain finds joins out of order. The sort is stable, so at equal distances a cluster still
     # comes after the ones that it is made of.
-    for distance, keep, gone in sorted(found, key=lambda each: each[0]):
-        one, other = sorted((_top(cluster, keep), _top(cluster, gone)))
+    for distance, keep, absorbed in sorted(pairs, key=lambda each: each[0]):
+        one, other = sorted((_find_cluster(cluster, keep), _find_cluster(cluster, absorbed)))
         made = count + len(joins)
         cluster.append(made)
         cluster[one] = cluster[other] = made
@@ -144,7 +144,7 @@ def _numbered(found: list[tuple[float, int, int]], count: int) -> list[Join]:
     return joins
 
 
-def _top(cluster: list[int], item: int) -> int:
+def _find_cluster(cluster: list[int], item: int) -> int:
     """Return the largest cluster so far that holds an item (union-find with path compression)."""
     way = [item]
     while cluster[way[-1]] != way[-1]:

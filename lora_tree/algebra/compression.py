@@ -34,7 +34,7 @@ from ..weights import weight_at
 from .arguments import check_factor_dtype, check_tree
 from .core import check_readable
 from .deviation import Deviation, call_named, gap_of
-from .edit import Edited, changeable, put_adapter
+from .edit import Edited, check_changeable, put_adapter
 from .moments import Moment, moments_of, weighted_square
 
 __all__ = ["Compressed", "compress"]
@@ -129,7 +129,7 @@ def compress(
     for path in tree.paths() if paths is None else tree.matching(paths):
         if tree[path].has_adapter:
             # A model that uses one of them would refuse the change: find out before the work.
-            changeable(tree, [path])
+            check_changeable(tree, [path])
             adapters[path] = tree.adapter(path) or Adapter({})
     if not adapters:
         raise SpecError("no node with an adapter to compress")
@@ -263,26 +263,26 @@ def _chosen(
             f"one rank in one module of every node takes {spent:,} bytes, the budget is {budget:,}",
             "give more bytes, or compress fewer nodes",
         )
-    whole = left = 0.0
+    energy = lost = 0.0
     queue: list[tuple[float, Place]] = []
     for place, cut in cuts.items():
-        whole += float(cut.gains.sum())
-        left += float(cut.gains[ranks[place] :].sum())
+        energy += float(cut.gains.sum())
+        lost += float(cut.gains[ranks[place] :].sum())
         heapq.heappush(queue, _offer(cut, place, ranks[place]))
     # Without a bound on the error only the budget ends the loop: no error is below −1.
-    allowed = -1.0 if max_error is None else whole * max_error**2
+    allowed = -1.0 if max_error is None else energy * max_error**2
     while queue:
         value, place = heapq.heappop(queue)
         cut, rank = cuts[place], ranks[place]
         if rank >= cut.value.rank or value == 0.0:
             continue  # nothing left to gain in this module
-        if left <= allowed:
+        if lost <= allowed:
             break
         if budget is not None and spent + cut.unit > budget:
             continue  # it does not fit any more, and the next ranks of this module cost as much
         ranks[place] = rank + 1
         spent += cut.unit
-        left -= float(cut.gains[rank])
+        lost -= float(cut.gains[rank])
         heapq.heappush(queue, _offer(cut, place, rank + 1))
     return ranks
 
@@ -324,10 +324,10 @@ def _cut_down(
     """Compute every node, then change the tree."""
     made: dict[str, Adapter] = {}
     errors: dict[str, Deviation] = {}
-    lost = whole = 0.0
+    lost = energy = 0.0
     for path, adapter in adapters.items():
         modules: dict[str, LowRank] = {}
-        far: dict[str, float] = {}
+        distances: dict[str, float] = {}
         norms: dict[str, float] = {}
         for name, value in adapter.modules.items():
             cut, rank = cuts[path, name], ranks[path, name]
@@ -335,12 +335,12 @@ def _cut_down(
             if rank:
                 modules[name] = call_named(f"{path}: {name}", cut.at, rank)
             gap = call_named(f"{path}: {name}", gap_of, value, modules.get(name))
-            far[name], norms[name] = gap.error, gap.norm
+            distances[name], norms[name] = gap.error, gap.norm
             # Not the gains of the ranks that were dropped: the rest is rounded to its dtype.
             lost += cut.share * weighted_square(gap, cut.moment)
-            whole += float(cut.gains.sum())
+            energy += float(cut.gains.sum())
         made[path] = replace(adapter, modules=modules, errors={}, rounded=frozenset())
-        errors[path] = Deviation(far, norms)
+        errors[path] = Deviation(distances, norms)
     changed: dict[str, Deviation] = {}
     for path, adapter in made.items():
         # A node that was not cut keeps its files, and with them the record of its training lineage.
@@ -353,5 +353,5 @@ def _cut_down(
         bytes_before=sum(adapter.nbytes for adapter in adapters.values()),
         bytes_after=sum(adapter.nbytes for adapter in made.values()),
         error=math.sqrt(lost),
-        relative_error=math.sqrt(lost / whole) if whole else 0.0,
+        relative_error=math.sqrt(lost / energy) if energy else 0.0,
     )

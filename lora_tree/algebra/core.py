@@ -98,8 +98,8 @@ def joint(values: Sequence[LowRank]) -> Joint:
     start = 0
     for value in values:
         # An increment's core is the product of its own columns of R_B and R_A.
-        mine = slice(start, start + value.rank)
-        cores.append((R_B[..., mine] @ R_A[..., mine].mT) * value.scale)
+        columns = slice(start, start + value.rank)
+        cores.append((R_B[..., columns] @ R_A[..., columns].mT) * value.scale)
         start += value.rank
     for value, core in zip(values, cores, strict=True):
         # Not written with `>`, because a comparison with NaN is false.

@@ -20,7 +20,7 @@ from ..lowrank import LowRank
 from ..lowrank.cast import cast
 from ..lowrank.promoting import promoted
 from ..node_names import check_path
-from ..patterns import glob_means
+from ..patterns import glob_matches
 from ..tree import AdapterTree
 from ..weights import weight_within
 from .arguments import check_tree
@@ -28,15 +28,15 @@ from .core import joint
 from .deviation import Shortening, call_named, deviation
 from .edit import (
     Edited,
-    changeable,
+    check_changeable,
+    check_has_adapter,
+    check_path_free,
     check_savable,
-    free,
-    own,
+    mark_fitting,
     put_adapter,
     stale_notes,
-    still_fits,
 )
-from .sums import added_up, less
+from .sums import added_up, difference_terms
 
 __all__ = ["split", "squash"]
 
@@ -79,19 +79,19 @@ def squash(
     """
     check_tree(tree)
     # Refuse a name that is taken before any adapter is read.
-    free(tree, to)
-    terms = less(tree, blend, to.rpartition("/")[0], base=base)
+    check_path_free(tree, to)
+    terms = difference_terms(tree, blend, to.rpartition("/")[0], base=base)
     # Weights per module may switch off every module of a node, and leave an empty adapter.
     if not any(adapter for _, _, adapter in terms):
         raise SpecError(
             f"{spelled(blend) or 'the base'}: it adds nothing to the nodes above {to}",
             "add a group instead: tree.add(path, group=True), or lora-tree add FOLDER PATH --group",
         )
-    flat, told = Shortening(rank, max_error, dtype).of(added_up(terms, base=base))
+    flat, error = Shortening(rank, max_error, dtype).of(added_up(terms, base=base))
     check_savable(tree, {to: flat}, [node for node, _, _ in terms])
     tree.add(to, adapter=flat)
     notes = stale_notes(tree, (node for node, _, _ in terms))
-    return Edited(added=(to,), errors={to: told}, notes=notes)
+    return Edited(added=(to,), errors={to: error}, notes=notes)
 
 
 def split(
@@ -121,20 +121,20 @@ def split(
         SpecError: not one of ``rank`` and ``modules`` was given; or nothing would move, or all.
     """
     check_tree(tree)
-    own(tree, path)
+    check_has_adapter(tree, path)
     check_path(to)
     if to.rpartition("/")[0] != path:
         raise PathError(f"{to} is no child of {path}", f"name it {path}/NAME")
-    free(tree, to)
+    check_path_free(tree, to)
     if (rank is None) == (modules is None):
         raise SpecError("split by rank= (--rank) or by modules= (--module), one of the two")
     below = tree.paths(path)
     renamed = {old: to + old[len(path) :] for old in below}
     for new in renamed.values():
         check_path(new)  # the tree may grow too deep
-    changeable(tree, [path, *below])
+    check_changeable(tree, [path, *below])
     whole = tree.adapter(path)
-    assert whole is not None  # `own` has refused a node without one
+    assert whole is not None  # `check_has_adapter` has refused a node without one
     stays, moves = _by_rank(whole, rank) if rank is not None else _by_name(whole, modules or ())
     if not moves.modules:
         raise SpecError(
@@ -145,15 +145,15 @@ def split(
         raise SpecError(f"{path}: all of it would move: nothing stays", "name fewer modules")
     weight = tree[path].weight
     notes = stale_notes(tree, [path])
-    told = deviation(whole, added_up([("", 1.0, stays), ("", 1.0, moves)]))
+    error = deviation(whole, added_up([("", 1.0, stays), ("", 1.0, moves)]))
     children = tree.children(path)
     # The new child comes first: only this step can fail, and nothing has changed before it.
     tree.add(to, adapter=moves, weight=weight_within(weight, moves.module_names))
     for child in children:
         tree.move(child, to + child[len(path) :])
     put_adapter(tree, path, stays)
-    still_fits(tree, renamed.values())
-    return Edited((to,), (path,), renamed, {to: told}, notes)
+    mark_fitting(tree, renamed.values())
+    return Edited((to,), (path,), renamed, {to: error}, notes)
 
 
 def _by_rank(whole: Adapter, rank: int) -> tuple[Adapter, Adapter]:
@@ -166,7 +166,7 @@ def _by_rank(whole: Adapter, rank: int) -> tuple[Adapter, Adapter]:
             stays[name] = value
         else:
             stays[name], moves[name] = call_named(name, _parts, value, rank)
-    return replace(whole, modules=stays, errors={}), _only(whole, moves)
+    return replace(whole, modules=stays, errors={}), _take_modules(whole, moves)
 
 
 def _parts(value: LowRank, rank: int) -> tuple[LowRank, LowRank]:
@@ -194,7 +194,7 @@ def _by_name(whole: Adapter, modules: Iterable[str]) -> tuple[Adapter, Adapter]:
     for pattern in patterns:
         if not isinstance(unchecked(pattern), str):
             raise SpecError(f"modules: expected names or patterns, got {pattern!r:.80}")
-        hits = {n: v for n, v in whole.modules.items() if glob_means(pattern, n)}
+        hits = {n: v for n, v in whole.modules.items() if glob_matches(pattern, n)}
         # A pattern that matches no module is a typo, not a request to move nothing.
         if not hits:
             raise SpecError(
@@ -203,10 +203,10 @@ def _by_name(whole: Adapter, modules: Iterable[str]) -> tuple[Adapter, Adapter]:
             )
         moves |= hits
     stays = {name: value for name, value in whole.modules.items() if name not in moves}
-    return replace(whole, modules=stays, errors={}), _only(whole, moves)
+    return replace(whole, modules=stays, errors={}), _take_modules(whole, moves)
 
 
-def _only(whole: Adapter, modules: dict[str, LowRank]) -> Adapter:
+def _take_modules(whole: Adapter, modules: dict[str, LowRank]) -> Adapter:
     """Return an adapter of these modules alone; the part that stays keeps the carried tensors."""
     # Overrides stay in the node. The new child lies below it, so its increments still add to them.
     return replace(whole, modules=modules, unchanged={}, errors={}, overrides={})

@@ -32,7 +32,7 @@ __all__ = [
     "deviation",
     "gap_of",
     "length",
-    "measured",
+    "measure_error",
     "minus",
     "norm",
 ]
@@ -48,8 +48,8 @@ class Deviation:
         errors: module → ‖ΔW − ΔW'‖; modules without an error may be left out.
         norms: module → ‖ΔW‖ of the wanted adapter.
 
-    >>> told = Deviation({"q": 3.0}, {"q": 5.0, "v": 12.0})
-    >>> told.error, told.norm, round(told.relative_error, 4), told.relative
+    >>> error = Deviation({"q": 3.0}, {"q": 5.0, "v": 12.0})
+    >>> error.error, error.norm, round(error.relative_error, 4), error.relative
     (3.0, 13.0, 0.2308, {'q': 0.6, 'v': 0.0})
     """
 
@@ -107,11 +107,11 @@ def deviation(wanted: Adapter, got: Adapter) -> Deviation:
     for name in sorted({*wanted.modules, *got.modules}):
         # A module that one side lacks counts with all of its norm.
         pair = (wanted.modules.get(name), got.modules.get(name))
-        errors[name], norms[name] = call_named(name, measured, *pair)
+        errors[name], norms[name] = call_named(name, measure_error, *pair)
     return Deviation(errors, norms)
 
 
-def measured(wanted: LowRank | None, got: LowRank | None) -> tuple[float, float]:
+def measure_error(wanted: LowRank | None, got: LowRank | None) -> tuple[float, float]:
     """Return ‖ΔW − ΔW'‖ and ‖ΔW‖ of one module, biases included; None is zero.
 
     Raises:
@@ -191,7 +191,7 @@ class Shortening:
     Raises:
         SpecError: factors can't be saved in the dtype.
 
-    >>> Shortening(rank=8).asks_nothing, Shortening().asks_nothing
+    >>> Shortening(rank=8).is_noop, Shortening().is_noop
     (False, True)
     """
 
@@ -208,7 +208,7 @@ class Shortening:
         return self.rank is not None or self.max_error is not None
 
     @property
-    def asks_nothing(self) -> bool:
+    def is_noop(self) -> bool:
         """Return whether `of` is a no-op."""
         return not self.is_cut and self.dtype is None
 
@@ -228,7 +228,7 @@ class Shortening:
         for name, value in adapter.modules.items():
             # Measured on the final factors, so that their rounding is a part of the error.
             if value is not got.modules[name]:
-                errors[name] = call_named(name, measured, value, got.modules[name])[0]
+                errors[name] = call_named(name, measure_error, value, got.modules[name])[0]
         return got, Deviation(errors, norms)
 
 

@@ -30,7 +30,7 @@ from .aligning import aligned
 from .arguments import check_tree
 from .core import angles, effective_rank, joint, spectrum
 from .deviation import call_named, length, minus
-from .sums import Term, added_up, check_spelling, read_terms, replaces
+from .sums import Term, added_up, check_spelling, has_overrides, read_terms
 
 __all__ = ["Diff", "ModuleDiff", "TreeDiff", "diff", "diff_paths", "diff_trees"]
 
@@ -160,8 +160,8 @@ class TreeDiff:
     @property
     def is_nothing(self) -> bool:
         """Return whether the two trees have the same nodes, weights, increments and base."""
-        alike = all(node.is_nothing for node in self.nodes.values())
-        return alike and not (self.only_a or self.only_b or self.weights or self.base)
+        are_equal = all(node.is_nothing for node in self.nodes.values())
+        return are_equal and not (self.only_a or self.only_b or self.weights or self.base)
 
     def as_dict(self) -> dict[str, object]:
         """The figures as plain data, for JSON."""
@@ -221,8 +221,8 @@ def _replaced_otherwise(a: Adapter, b: Adapter) -> tuple[str, ...]:
     found = []
     for name in sorted({*a.overrides, *b.overrides}):
         one, other = a.overrides.get(name), b.overrides.get(name)
-        alike = one is not None and other is not None and one.rows == other.rows
-        if not (alike and is_same_tensor(one.values, other.values)):  # type: ignore[union-attr]
+        same_rows = one is not None and other is not None and one.rows == other.rows
+        if not (same_rows and is_same_tensor(one.values, other.values)):  # type: ignore[union-attr]
             found.append(name)
     return tuple(found)
 
@@ -245,18 +245,18 @@ def diff_paths(tree: AdapterTree, a: Blend, b: Blend, *, base: nn.Module | None 
         FolderError, FormatError: a node's files are gone or broken; names the node.
     """
     check_tree(tree)
-    ours, theirs = tree.coefficients(a), tree.coefficients(b)
+    coefficients_a, coefficients_b = tree.coefficients(a), tree.coefficients(b)
     # Nodes with the same coefficient on both sides cancel, so they need not be read.
-    shared = {node for node, c in ours.items() if theirs.get(node) == c}
+    shared = {node for node, c in coefficients_a.items() if coefficients_b.get(node) == c}
     own_terms = (_terms_without(tree, blend, shared, base) for blend in (a, b))
-    if any(replaces(tree, node) for node in {*ours, *theirs}):
+    if any(has_overrides(tree, node) for node in {*coefficients_a, *coefficients_b}):
         # An override may drop some increments of a shared node on one side only. Such a node does
         # not cancel; only shared nodes with the same modules left on both sides do.
         both = tree.terms(a, base=base), tree.terms(b, base=base)
         own_terms = (_less_shared(both[i], both[1 - i], shared) for i in (0, 1))
     sides = [added_up(terms, base=base) for terms in own_terms]
     found = diff(sides[0], sides[1], names=(spelled(a) or "the base", spelled(b) or "the base"))
-    differing = (ours.keys() | theirs.keys()) - shared
+    differing = (coefficients_a.keys() | coefficients_b.keys()) - shared
     fresh = [node for node in sorted(differing, key=depth_first) if tree[node].fresh is not None]
     return replace(found, fresh=tuple(fresh))
 
@@ -272,15 +272,15 @@ def _terms_without(
 
 def _less_shared(terms: list[Term], others: list[Term], shared: Set[str]) -> list[Term]:
     """Return the terms without the shared nodes that have the same coefficient on both sides."""
-    theirs = {node: adapter for node, _, adapter in others}
+    other_adapters = {node: adapter for node, _, adapter in others}
     found = []
     for node, coefficient, adapter in terms:
-        if node not in shared or not _holds_same(adapter, theirs[node]):
+        if node not in shared or not _have_same_names(adapter, other_adapters[node]):
             found.append((node, coefficient, adapter))
     return found
 
 
-def _holds_same(one: Adapter, other: Adapter) -> bool:
+def _have_same_names(one: Adapter, other: Adapter) -> bool:
     # Names suffice: the terms of one node on two paths differ only by what an override drops.
     same_modules = one.modules.keys() == other.modules.keys()
     return same_modules and one.overrides.keys() == other.overrides.keys()
@@ -303,9 +303,9 @@ def diff_trees(a: AdapterTree, b: AdapterTree) -> TreeDiff:
             weights[path] = (a[path].weight, b[path].weight)
         if a[path].has_adapter or b[path].has_adapter:
             # A group has no increments, so a group compared with an adapter is a difference.
-            ours = a.adapter(path) or Adapter({})
-            theirs = b.adapter(path) or Adapter({})
-            nodes[path] = call_named(path, diff, ours, theirs)
+            adapter_a = a.adapter(path) or Adapter({})
+            adapter_b = b.adapter(path) or Adapter({})
+            nodes[path] = call_named(path, diff, adapter_a, adapter_b)
     paths_a, paths_b = a.paths(), b.paths()
     only_a = tuple(sorted(set(paths_a) - set(paths_b), key=depth_first))
     only_b = tuple(sorted(set(paths_b) - set(paths_a), key=depth_first))

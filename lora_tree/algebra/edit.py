@@ -6,7 +6,7 @@ error leaves a tree half changed. Nor does a verb leave an adapter that can't be
 into the PEFT files of two nodes may not fit into those of one (`check_savable`).
 
 If a verb keeps a node's effective weight, the node still fits its lineage, although that lineage
-has changed. `still_fits` records this, because the next save would otherwise mark the node stale.
+has changed. `mark_fitting` records this, because the next save would otherwise mark the node stale.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from .deviation import Deviation
 
 __all__ = [
     "Edited",
-    "changeable",
+    "check_changeable",
+    "check_has_adapter",
+    "check_path_free",
     "check_savable",
-    "free",
     "is_savable",
-    "made",
-    "own",
+    "mark_fitting",
     "put_adapter",
+    "refuse_fresh",
     "savable_error",
     "stale_notes",
-    "still_fits",
 ]
 
 
@@ -72,7 +72,7 @@ class Edited:
         }
 
 
-def changeable(tree: AdapterTree, paths: Iterable[str]) -> None:
+def check_changeable(tree: AdapterTree, paths: Iterable[str]) -> None:
     """Refuse nodes that an attached model is using, before anything is computed or changed.
 
     Raises:
@@ -117,15 +117,15 @@ def savable_error(path: str, adapter: Adapter, of: Iterable[str]) -> FormatError
     try:
         storage().check_writable(adapter)
     except FormatError as error:
-        told = FormatError(
+        explained = FormatError(
             f"{path}: {error.what}",
             *error.todo,
             f"one adapter can't hold what {listing(of)} have together: leave one of them out, "
             "or move modules to a node of their own first: lora-tree split, "
             "lora_tree.split(tree, path, to=…, modules=…)",
         )
-        told.__cause__ = error
-        return told
+        explained.__cause__ = error
+        return explained
     return None
 
 
@@ -151,7 +151,7 @@ def put_adapter(tree: AdapterTree, path: str, adapter: Adapter) -> None:
     )
 
 
-def still_fits(tree: AdapterTree, paths: Iterable[str]) -> None:
+def mark_fitting(tree: AdapterTree, paths: Iterable[str]) -> None:
     """Record for the next save that these nodes fit their present lineages.
 
     A node that was stale before stays stale: its cause has not gone away.
@@ -169,7 +169,7 @@ def still_fits(tree: AdapterTree, paths: Iterable[str]) -> None:
             tree.update(path, adapter=tree.adapter(path))
 
 
-def made(tree: AdapterTree, path: str) -> None:
+def refuse_fresh(tree: AdapterTree, path: str) -> None:
     """Refuse a fresh node, whose adapter does not exist before the tree is attached.
 
     Raises:
@@ -184,14 +184,14 @@ def made(tree: AdapterTree, path: str) -> None:
         )
 
 
-def own(tree: AdapterTree, path: str) -> None:
+def check_has_adapter(tree: AdapterTree, path: str) -> None:
     """Refuse a node without an adapter.
 
     Raises:
         SpecError: it is fresh.
         TreeError: it is a group.
     """
-    made(tree, path)
+    refuse_fresh(tree, path)
     if not tree[path].has_adapter:
         raise TreeError(
             f"{path}: a group: it has no adapter of its own", "name a node that has one"
@@ -203,7 +203,7 @@ def stale_notes(tree: AdapterTree, paths: Iterable[str]) -> tuple[str, ...]:
     return tuple(f"stale: {tree[path].stale}" for path in paths if tree[path].stale is not None)
 
 
-def free(tree: AdapterTree, path: str) -> None:
+def check_path_free(tree: AdapterTree, path: str) -> None:
     """Refuse a path at which no new node can be added, with the errors of `AdapterTree.add`.
 
     Raises:

@@ -50,7 +50,7 @@ class Families:
             shared = self.above[shared]
         return found[::-1]
 
-    def at_home(self, shared: int) -> list[int]:
+    def direct_leaves(self, shared: int) -> list[int]:
         """The leaves directly below a shared node."""
         return [leaf for leaf, home in enumerate(self.homes) if home == shared]
 
@@ -78,11 +78,11 @@ def families_of(joins: Sequence[Join], count: int, depth: int) -> Families:
     for join in joins:
         firsts.append(min(firsts[join.left], firsts[join.right]))
     # A stack instead of recursion: a chain of a thousand joins would exceed Python's limit.
-    todo: list[tuple[str, int, int]] = [("open", count + len(joins) - 1, -1)]
+    stack: list[tuple[str, int, int]] = [("open", count + len(joins) - 1, -1)]
     begun: list[int] = []
-    while todo:
-        what, item, home = todo.pop()
-        if what == "close":
+    while stack:
+        step, item, home = stack.pop()
+        if step == "close":
             spans[home] = (begun[home], len(order))
         elif item < count:
             order.append(item)
@@ -93,10 +93,10 @@ def families_of(joins: Sequence[Join], count: int, depth: int) -> Families:
                 above.append(home)
                 home = len(above) - 1
                 begun.append(len(order))
-                todo.append(("close", item, home))
+                stack.append(("close", item, home))
             # The side with the smallest leaf comes first, which makes the order deterministic.
             sides = sorted((join.left, join.right), key=firsts.__getitem__)
-            todo += [("open", side, home) for side in reversed(sides)]
+            stack += [("open", side, home) for side in reversed(sides)]
     ordered = tuple(spans[shared] for shared in range(len(above)))
     return Families(tuple(order), tuple(above), ordered, tuple(homes))
 

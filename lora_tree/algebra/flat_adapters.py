@@ -27,7 +27,7 @@ from .families import Families
 from .moments import moments_of
 from .shared_fit import SharedProblem
 from .stack import stack_of
-from .sums import read_apart
+from .sums import read_uncached
 
 __all__ = ["FlatAdapters", "FlatModule", "smallest_module"]
 
@@ -97,8 +97,8 @@ class FlatAdapters:
                 *batch, out, into = value.shape
                 widths[module] = math.prod(batch) * (out + into)
                 self._means[module] = math.prod(batch) * out * into
-                mine = value.dtype
-                widest = mine if widest is None else promoted(widest, mine)
+                own_dtype = value.dtype
+                widest = own_dtype if widest is None else promoted(widest, own_dtype)
         if not self.numbers:
             raise SpecError(
                 "the weights of these adapters are 0 at all of their modules, so they share nothing"
@@ -146,16 +146,16 @@ class FlatAdapters:
 
     def _grouped(self, working_bytes: int) -> Iterator[list[str]]:
         group: list[str] = []
-        size = 0
+        group_bytes = 0
         for module, numbers in sorted(self.numbers.items()):
             # The values in their own dtype, their triplets in float64, and a mean per shared node.
-            mine = numbers * (8 + self.dtype.itemsize)
-            mine += 8 * len(self.families.above) * self._means[module]
-            if group and size + mine > working_bytes:
+            module_bytes = numbers * (8 + self.dtype.itemsize)
+            module_bytes += 8 * len(self.families.above) * self._means[module]
+            if group and group_bytes + module_bytes > working_bytes:
                 yield group
-                group, size = [], 0
+                group, group_bytes = [], 0
             group.append(module)
-            size += mine
+            group_bytes += module_bytes
         if group:
             yield group
 
@@ -163,7 +163,7 @@ class FlatAdapters:
         values: dict[str, list[LowRank | None]] = {module: [] for module in group}
         self._kept = {}  # free the last group first, so that two are never in memory
         for name, outline in zip(self.names, self.outlines, strict=True):
-            adapter = read_apart(self.tree, name).weighed(self.tree[name].weight)
+            adapter = read_uncached(self.tree, name).weighed(self.tree[name].weight)
             adapter = adapter.renested(outline.nesting)
             for module in group:
                 value = adapter.modules.get(module)

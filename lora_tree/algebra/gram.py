@@ -161,7 +161,7 @@ def _exact(names: Sequence[str], read: Callable[[str], Adapter]) -> Gram:
 def _products(values: Sequence[LowRank]) -> Tensor:
     """(n, n): all inner products of one module's increments."""
     batch = values[0].shape[:-2]
-    found = torch.zeros(len(values), len(values), dtype=torch.float64)
+    products = torch.zeros(len(values), len(values), dtype=torch.float64)
     left = torch.cat([_flat(v.B, batch) * v.scale for v in values], dim=-1)  # (batch, out, Σr)
     right = torch.cat([_flat(v.A, batch) for v in values], dim=-2)  # (batch, Σr, in)
     ranks = torch.tensor([value.rank for value in values])
@@ -170,19 +170,19 @@ def _products(values: Sequence[LowRank]) -> Tensor:
     whose = torch.repeat_interleave(torch.arange(len(values)), ranks)
     for first in range(0, len(values), _CHUNK):
         last = min(first + _CHUNK, len(values))
-        some = slice(ends[first - 1] if first else 0, ends[last - 1])
+        chunk = slice(ends[first - 1] if first else 0, ends[last - 1])
         # The upper triangle is enough: the matrix is symmetric.
-        rest = slice(some.start, None)
-        both = left[..., some].mT @ left[..., rest]
-        both *= right[..., some, :] @ right[..., rest, :].mT
-        both = both.sum(0)  # (ranks of some, ranks of the rest)
-        rows = both.new_zeros(last - first, both.shape[1])
-        rows.index_add_(0, whose[some] - first, both)
+        upper = slice(chunk.start, None)
+        overlap = left[..., chunk].mT @ left[..., upper]
+        overlap *= right[..., chunk, :] @ right[..., upper, :].mT
+        overlap = overlap.sum(0)  # (ranks of the chunk, ranks of the rest)
+        rows = overlap.new_zeros(last - first, overlap.shape[1])
+        rows.index_add_(0, whose[chunk] - first, overlap)
         sums = rows.new_zeros(last - first, len(values) - first)
-        sums.index_add_(1, whose[rest] - first, rows)
-        found[first:last, first:] = sums.cpu()
-        found[first:, first:last] = sums.mT.cpu()
-    return found + _biases(values)
+        sums.index_add_(1, whose[upper] - first, rows)
+        products[first:last, first:] = sums.cpu()
+        products[first:, first:last] = sums.mT.cpu()
+    return products + _biases(values)
 
 
 def _flat(factor: Tensor, batch: tuple[int, ...]) -> Tensor:
@@ -215,7 +215,7 @@ def _check(names: Sequence[str], adapters: Iterable[Adapter]) -> None:
 def _sketched(
     names: Sequence[str], read: Callable[[str], Adapter], places: Mapping[str, tuple[int, ...]]
 ) -> Gram:
-    side = _side(len(names), len(places))
+    side = _sketch_rows(len(names), len(places))
     maps: dict[str, tuple[Tensor, Tensor]] = {}
     starts: dict[str, int] = {}
     width = 0
@@ -234,7 +234,7 @@ def _sketched(
         _check([name], [adapter])
         made: dict[str, tuple[Tensor, float, float]] = {}
         for module, value in adapter.modules.items():
-            made[module] = call_named(f"{name}: {module}", _small, value, *maps[module])
+            made[module] = call_named(f"{name}: {module}", _sketch_value, value, *maps[module])
             if value.bias is not None:
                 biases.setdefault(module, {})[i] = _bias(value)
         unit = max((size for _, _, size in made.values()), default=0.0)
@@ -268,7 +268,7 @@ def _standard_error(sketched: Tensor, known: Tensor) -> float:
     return float((sketched[there] / known[there] - 1.0).square().mean().sqrt())
 
 
-def _side(adapters: int, modules: int) -> int:
+def _sketch_rows(adapters: int, modules: int) -> int:
     """Return the number of rows of one module's sketch, so that all sketches fit into memory."""
     room = _SKETCH_NUMBERS / max(1, adapters * modules)
     return max(4, min(_MOST_SIDE, int(math.sqrt(room))))
@@ -293,7 +293,7 @@ def _map(name: str, shape: tuple[int, ...], side: int) -> tuple[Tensor, Tensor]:
     return maps[0], maps[1]
 
 
-def _small(value: LowRank, S: Tensor, T: Tensor) -> tuple[Tensor, float, float]:
+def _sketch_value(value: LowRank, S: Tensor, T: Tensor) -> tuple[Tensor, float, float]:
     """Return S ΔW Tᵀ / u (k, k), ‖ΔW / u‖² without the bias, and the unit u.
 
     Raises:

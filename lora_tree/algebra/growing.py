@@ -34,7 +34,7 @@ from ..node_names import check_path
 from ..tree import AdapterTree
 from .arguments import check_factor_dtype, check_tree
 from .deviation import Deviation, call_named, gap_of
-from .edit import Edited, changeable, check_savable, own, stale_notes
+from .edit import Edited, check_changeable, check_has_adapter, check_savable, stale_notes
 from .families import Families, families_of
 from .flat_adapters import FlatAdapters, smallest_module
 from .likeness import similar
@@ -42,7 +42,7 @@ from .moments import weighted_square
 from .price_search import Goal, PricedFit, PriceSearch, Progress, goal_of, relative_error
 from .shared_fit import Pair
 from .stack import Stack
-from .sums import read_apart
+from .sums import read_uncached
 
 __all__ = ["Grown", "grow"]
 
@@ -143,13 +143,13 @@ def grow(
     check_whole_number(depth, "depth")
     check_factor_dtype(dtype)
     names = _chosen(tree, paths)
-    alike = similar(tree, names, of="lineage")
-    families = families_of(alike.joins, len(names), depth)
+    likeness = similar(tree, names, of="lineage")
+    families = families_of(likeness.joins, len(names), depth)
     names = [names[i] for i in families.order]
-    squares = alike.norms[list(families.order)].double().square()
+    squares = likeness.norms[list(families.order)].double().square()
     # An adapter that is zero gets the weight 1: its norm can't be divided by.
-    some = squares.mean().clamp(min=1e-300) if by_norm else squares.clamp(min=1e-300)
-    weights = torch.where(squares > 0, 1.0 / some, 1.0)
+    divisor = squares.mean().clamp(min=1e-300) if by_norm else squares.clamp(min=1e-300)
+    weights = torch.where(squares > 0, 1.0 / divisor, 1.0)
     flat = FlatAdapters(
         tree,
         names,
@@ -159,12 +159,14 @@ def grow(
         working_bytes=parse_bytes(working_bytes),
         dtype=dtype,
     )
-    found = PriceSearch(flat, goal, progress).found()
-    made = _nodes(flat, found)
+    priced = PriceSearch(flat, goal, progress).search()
+    made = _make_nodes(flat, priced)
     _check_room(made, goal)
-    edited = _installed(tree, names, families, made)
+    edited = _install(tree, names, families, made)
     # Computed from the measured errors, which include the rounding of the factors.
-    lost = torch.tensor([each.error for each in made.errors], dtype=torch.float64).square()
+    lost = torch.tensor(
+        [deviation.error for deviation in made.errors], dtype=torch.float64
+    ).square()
     if moments:
         lost, squares = made.lost, made.energies
     error = relative_error(weights, lost, squares)
@@ -191,7 +193,7 @@ def _chosen(tree: AdapterTree, paths: Iterable[str] | None) -> list[str]:
             "grow takes flat adapters: squash each path to a node there first (lora-tree squash)",
         )
     for path in chosen:
-        own(tree, path)
+        check_has_adapter(tree, path)
         if tree.children(path):
             raise TreeError(f"{path}: has children, so it is no flat adapter", "leave it out")
         if tree[path].weight == 0.0:
@@ -204,7 +206,7 @@ def _chosen(tree: AdapterTree, paths: Iterable[str] | None) -> list[str]:
             )
     if len(chosen) < 2:
         raise SpecError(f"grow needs at least two flat adapters, got {listing(chosen) or 'none'}")
-    changeable(tree, chosen)
+    check_changeable(tree, chosen)
     return chosen
 
 
@@ -229,11 +231,11 @@ class _Nodes:
     @property
     def nbytes(self) -> int:
         """The bytes of all of them."""
-        there = [adapter for adapter in (*self.shared, *self.leaves) if adapter is not None]
-        return sum(adapter.nbytes for adapter in there)
+        adapters = [adapter for adapter in (*self.shared, *self.leaves) if adapter is not None]
+        return sum(adapter.nbytes for adapter in adapters)
 
 
-def _nodes(flat: FlatAdapters, found: PricedFit) -> _Nodes:
+def _make_nodes(flat: FlatAdapters, priced: PricedFit) -> _Nodes:
     """Make the nodes' adapters from the fits, and measure the errors in the factors' dtype."""
     families = flat.families
     shared: list[dict[str, LowRank]] = [{} for _ in families.above]
@@ -244,14 +246,14 @@ def _nodes(flat: FlatAdapters, found: PricedFit) -> _Nodes:
     energies = torch.zeros_like(lost)
     for module in flat.modules():
         name, stack = module.name, module.problem.stack
-        got = module.problem.whole(found.fits[name])
+        fit = module.problem.with_leaves(priced.fits[name])
         energies += stack.energies
         moment = flat.moments.get(name)
-        assert got.leaves is not None
-        for modules, pair in zip(shared, got.shared, strict=True):
-            _put(modules, name, pair, stack, None, flat.dtype)
-        for i, (value, pair) in enumerate(zip(module.values, got.leaves, strict=True)):
-            _put(leaves[i], name, pair, stack, value, flat.dtype)
+        assert fit.leaves is not None
+        for modules, pair in zip(shared, fit.shared, strict=True):
+            _add_module(modules, name, pair, stack, None, flat.dtype)
+        for i, (value, pair) in enumerate(zip(module.values, fit.leaves, strict=True)):
+            _add_module(leaves[i], name, pair, stack, value, flat.dtype)
             above = [shared[n].get(name) for n in families.lineage(families.homes[i])]
             parts = [part for part in (*above, leaves[i].get(name)) if part is not None]
             total = concat(parts) if parts else None
@@ -263,28 +265,28 @@ def _nodes(flat: FlatAdapters, found: PricedFit) -> _Nodes:
     nesting = _nesting(flat.outlines)
     tops: list[Adapter | None] = []
     for modules in shared:
-        mine = {name: nesting[name] for name in modules if name in nesting}
+        own_nesting = {name: nesting[name] for name in modules if name in nesting}
         base = flat.outlines[0].base
-        tops.append(Adapter(modules, base=base, nesting=mine) if modules else None)
+        tops.append(Adapter(modules, base=base, nesting=own_nesting) if modules else None)
     bottoms: list[Adapter] = []
     for outline, modules, name in zip(flat.outlines, leaves, flat.names, strict=True):
         # Carried tensors and overrides stay in their adapter, which has to be read: an outline has
         # no numbers. `weighed` drops overrides that the old weight switched off, because the new
         # weight of 1 would switch them on.
         carries = outline.unchanged or outline.overrides
-        whole = outline
+        source = outline
         if carries:
-            whole = read_apart(flat.tree, name).weighed(flat.tree[name].weight)
-        modules = modules or _nothing(outline, flat.dtype)
-        mine = {module: nesting[module] for module in modules if module in nesting}
+            source = read_uncached(flat.tree, name).weighed(flat.tree[name].weight)
+        modules = modules or _zero_module(outline, flat.dtype)
+        own_nesting = {module: nesting[module] for module in modules if module in nesting}
         bottoms.append(
-            replace(whole, modules=modules, nesting=mine, errors={}, rounded=frozenset())
+            replace(source, modules=modules, nesting=own_nesting, errors={}, rounded=frozenset())
         )
-    told = [Deviation(far, norm) for far, norm in zip(errors, norms, strict=True)]
-    return _Nodes(tuple(tops), tuple(bottoms), tuple(told), lost, energies)
+    deviations = [Deviation(distances, norm) for distances, norm in zip(errors, norms, strict=True)]
+    return _Nodes(tuple(tops), tuple(bottoms), tuple(deviations), lost, energies)
 
 
-def _put(
+def _add_module(
     modules: dict[str, LowRank],
     name: str,
     pair: Pair,
@@ -307,7 +309,7 @@ def _put(
     modules[name] = call_named(name, cast, value, None, dtype)
 
 
-def _nothing(outline: Adapter, dtype: torch.dtype) -> dict[str, LowRank]:
+def _zero_module(outline: Adapter, dtype: torch.dtype) -> dict[str, LowRank]:
     """Return one module of zeros, for a leaf that would be empty: PEFT's files need a module."""
     name = smallest_module(outline)
     value = outline.modules[name]
@@ -338,7 +340,7 @@ def _check_room(made: _Nodes, goal: Goal) -> None:
 
 
 # ---------------------------------------------------------------------- the tree
-def _installed(tree: AdapterTree, names: Sequence[str], families: Families, made: _Nodes) -> Edited:
+def _install(tree: AdapterTree, names: Sequence[str], families: Families, made: _Nodes) -> Edited:
     """Change the tree. Only the names can still be refused, so they are checked first."""
     places = _places(tree, names, families, made)
     moved: dict[str, str] = {}
@@ -359,15 +361,15 @@ def _installed(tree: AdapterTree, names: Sequence[str], families: Families, made
     for place, adapter in zip(places, made.shared, strict=True):
         if place is not None:
             tree.add(place, adapter=adapter)
-    told: dict[str, Deviation] = {}
+    errors: dict[str, Deviation] = {}
     for name, adapter, error in zip(names, made.leaves, made.errors, strict=True):
         path = moved.get(name, name)
         if path != name:
             tree.move(name, path)
         tree.update(path, adapter=adapter, weight=1.0)
-        told[path] = error
+        errors[path] = error
     added = tuple(place for place in places if place is not None)
-    return Edited(added, tuple(told), moved, told, notes)
+    return Edited(added, tuple(errors), moved, errors, notes)
 
 
 def _places(

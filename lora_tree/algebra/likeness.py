@@ -23,7 +23,7 @@ from .aligning import aligned
 from .clusters import Join, average_linkage, groups, leaf_order
 from .gram import gram
 from .picture import heat_map
-from .sums import check_spelling, read_apart
+from .sums import check_spelling, read_uncached
 
 __all__ = ["Likeness", "similar"]
 
@@ -159,11 +159,11 @@ def _of_tree(
     if of == "own":
         # A group has nothing of its own to compare; its lineage may have.
         chosen = [path for path in chosen if tree[path].has_adapter]
-        return _alike(
-            chosen, lambda path: read_apart(tree, path), lambda path: _outline(tree, path), exact
+        return _compare(
+            chosen, lambda path: read_uncached(tree, path), lambda path: _outline(tree, path), exact
         )
     # A lineage has the modules of all its nodes, which their headers state.
-    return _alike(chosen, tree.flatten, lambda path: _lineage_outline(tree, path), exact)
+    return _compare(chosen, tree.flatten, lambda path: _lineage_outline(tree, path), exact)
 
 
 def _of_adapters(adapters: dict[str, Adapter], exact: bool | None) -> Likeness:
@@ -171,10 +171,10 @@ def _of_adapters(adapters: dict[str, Adapter], exact: bool | None) -> Likeness:
         if not isinstance(name, str) or not isinstance(unchecked(adapter), Adapter):
             kind = type(adapter).__name__
             raise SpecError(f"similar takes name → Adapter, got {name!r} → {kind}")
-    return _alike(list(adapters), adapters.__getitem__, adapters.__getitem__, exact)
+    return _compare(list(adapters), adapters.__getitem__, adapters.__getitem__, exact)
 
 
-def _alike(names: list[str], read: Read, outline: Read, exact: bool | None) -> Likeness:
+def _compare(names: list[str], read: Read, outline: Read, exact: bool | None) -> Likeness:
     # A file may leave open how a module's raw parameters are ordered, and another one settle it.
     outlines = dict(zip(names, aligned([outline(name) for name in names]), strict=True))
     check_spelling([(name, 1.0, each) for name, each in outlines.items()])

@@ -33,12 +33,12 @@ from .aligning import aligned
 from .arguments import check_tree
 from .core import Joint, joint
 from .deviation import Deviation, Shortening, call_named, deviation
-from .edit import Edited, check_savable, free, stale_notes
+from .edit import Edited, check_path_free, check_savable, stale_notes
 from .elementwise import Method, check_method, merged
 from .replacing import refuse_overrides
-from .sums import added_up, check_spelling, less
+from .sums import added_up, check_spelling, difference_terms
 
-__all__ = ["Merged", "Recipe", "Space", "merge", "merge_paths", "spread", "widest"]
+__all__ = ["Merged", "Recipe", "Space", "cores_and_biases", "merge", "merge_paths", "widest_dtype"]
 
 Space: TypeAlias = Literal["core", "knots", "dense"]
 SPACES = ("core", "knots", "dense")
@@ -113,19 +113,19 @@ def merge(
     check_spelling([(name, 1.0, each) for name, each in zip(names, adapters, strict=True)])
     # The plain sum refuses adapters that don't fit together, and has the result's base, config and
     # carried tensors.
-    whole = combine(list(zip(adapters, given, strict=True)), names=names)
-    several = aligned(adapters)
+    plain_sum = combine(list(zip(adapters, given, strict=True)), names=names)
+    aligned_adapters = aligned(adapters)
     values: dict[str, LowRank] = {}
-    for name in whole.modules:
-        parts = [adapter.modules.get(name) for adapter in several]
+    for name in plain_sum.modules:
+        parts = [adapter.modules.get(name) for adapter in aligned_adapters]
         numbers = [weight_at(weight, name) for weight in given]
         values[name] = call_named(name, recipe.module, name, parts, numbers)
-    full = replace(whole, modules=values, errors={}, rounded=frozenset())
-    short, told = Shortening(rank, max_error, widest(whole)).of(full)
+    full = replace(plain_sum, modules=values, errors={}, rounded=frozenset())
+    short, error = Shortening(rank, max_error, widest_dtype(plain_sum)).of(full)
     # The merge ran in float64, so none of the caller's own factors was rounded.
     short = replace(short, rounded=frozenset())
-    distances = tuple(deviation(adapter, short).relative_error for adapter in several)
-    return Merged(short, told, distances)
+    distances = tuple(deviation(adapter, short).relative_error for adapter in aligned_adapters)
+    return Merged(short, error, distances)
 
 
 def merge_paths(
@@ -159,12 +159,12 @@ def merge_paths(
     """
     check_tree(tree)
     check_iterable(paths, "paths: expected a list of paths")
-    free(tree, to)
+    check_path_free(tree, to)
     parent = to.rpartition("/")[0]
     # Each path less the new node's parent, because the new node inherits that.
-    several = [added_up(less(tree, path, parent)) for path in paths]
-    found = merge(
-        several,
+    adapters = [added_up(difference_terms(tree, path, parent)) for path in paths]
+    result = merge(
+        adapters,
         weights,
         method=method,
         density=density,
@@ -174,15 +174,15 @@ def merge_paths(
         seed=seed,
         names=paths,
     )
-    if not found.adapter.modules:
+    if not result.adapter.modules:
         raise SpecError(
             f"{listing(paths)}: they add nothing to the nodes above {to}",
             "add a group instead: tree.add(path, group=True), or lora-tree add FOLDER PATH --group",
         )
-    check_savable(tree, {to: found.adapter}, paths)
-    tree.add(to, adapter=found.adapter)
+    check_savable(tree, {to: result.adapter}, paths)
+    tree.add(to, adapter=result.adapter)
     notes = stale_notes(tree, paths)
-    return Edited(added=(to,), errors={to: found.cut}, notes=notes), found
+    return Edited(added=(to,), errors={to: result.cut}, notes=notes), result
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,7 @@ class Recipe:
         digest = hashlib.sha256(f"{self.seed} {name}".encode()).digest()
         draw = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
         both = joint([part for part in parts if part is not None])
-        cores, biases = spread(both, parts)
+        cores, biases = cores_and_biases(both, parts)
         # The bias draws its random numbers first, so they are the same in every space.
         bias = None
         if any(own is not None for own in both.biases):
@@ -252,28 +252,28 @@ class Recipe:
                 f"space='dense': a weight of {' × '.join(map(str, shape))} is too large for it",
                 "space='core' and space='knots' build no matrix of that size",
             )
-        whole = self._merged(list(both.Q_B @ cores @ both.Q_A.mT), weights, draw)
-        U, S, Vh = torch.linalg.svd(whole, full_matrices=False)
+        dense = self._merged(list(both.Q_B @ cores @ both.Q_A.mT), weights, draw)
+        U, S, Vh = torch.linalg.svd(dense, full_matrices=False)
         B = U * S[..., None, :]
         return LowRank(Vh.contiguous(), B.contiguous(), 1.0, bias, both.like.layout)
 
 
-def spread(both: Joint, parts: Sequence[LowRank | None]) -> tuple[Tensor, Tensor]:
+def cores_and_biases(both: Joint, parts: Sequence[LowRank | None]) -> tuple[Tensor, Tensor]:
     """Return all parts' cores (n, \\*batch, k, l) and biases (n, out); None is zero in both."""
     cores = both.Q_B.new_zeros(len(parts), *both.cores[0].shape)
     biases = both.Q_B.new_zeros(len(parts), math.prod(both.Q_B.shape[:-1]))
-    mine = iter(zip(both.cores, both.biases, strict=True))
+    present = iter(zip(both.cores, both.biases, strict=True))
     for i, part in enumerate(parts):
         if part is None:
             continue
         # The joint bases have a core for every part that is not None, in order.
-        cores[i], bias = next(mine)
+        cores[i], bias = next(present)
         if bias is not None:
             biases[i] = bias
     return cores, biases
 
 
-def widest(adapter: Adapter) -> torch.dtype:
+def widest_dtype(adapter: Adapter) -> torch.dtype:
     """Return the dtype that holds the numbers of all modules, at least fp32."""
     dtype = torch.float32
     for value in adapter.modules.values():

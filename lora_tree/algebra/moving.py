@@ -32,17 +32,17 @@ from .arguments import check_adapter, check_tree
 from .deviation import Deviation, Shortening
 from .edit import (
     Edited,
-    changeable,
+    check_changeable,
+    check_has_adapter,
+    check_path_free,
     check_savable,
-    free,
-    made,
-    own,
+    mark_fitting,
     put_adapter,
+    refuse_fresh,
     stale_notes,
-    still_fits,
 )
-from .replacing import refuse_overrides, under, without_overrides
-from .sums import Term, added_up, as_term, less, read_terms
+from .replacing import increments_under, refuse_overrides, without_overrides
+from .sums import Term, added_up, as_term, difference_terms, read_terms
 
 __all__ = ["graft", "pick", "rebase", "rebase_all"]
 
@@ -64,9 +64,9 @@ def pick(tree: AdapterTree, path: str, *, to: str) -> Edited:
         SpecError: ``path`` is fresh.
     """
     check_tree(tree)
-    own(tree, path)
+    check_has_adapter(tree, path)
     # `tree.replace` below checks nothing, so refuse a path that is taken here.
-    free(tree, to)
+    check_path_free(tree, to)
     node = tree[path]
     # Not `add`: the copy keeps its source, and with it the lock's record of its training lineage.
     tree.replace(replace(node, path=to, stale=None, home=None))
@@ -99,12 +99,12 @@ def graft(tree: AdapterTree, path: str, other: AdapterTree) -> Edited:
     is_new = path not in tree
     renamed = {old: f"{path}/{old}" for old in other.paths()}
     if is_new:
-        free(tree, path)
+        check_path_free(tree, path)
     for new in renamed.values():
         check_path(new)
     # `tree.replace` below checks nothing. Deeper paths are free if the children's paths are.
     for name in () if is_new else other.children(""):
-        free(tree, renamed[name])
+        check_path_free(tree, renamed[name])
     if is_new:
         tree.add(path, group=True)
     for old, new in renamed.items():
@@ -153,29 +153,29 @@ def rebase(
         FormatError: the node's new increments can't be saved as one adapter; names the module.
     """
     check_tree(tree)
-    made(tree, path)
+    refuse_fresh(tree, path)
     check_path(to)
     below = tree.paths(path)
     # Refuse a bad name before the adapters are read. If the new path differs only in case, or lies
     # below the node itself, `tree.move` decides.
     if not (to + "/").casefold().startswith((path + "/").casefold()):
-        free(tree, to)
-    changeable(tree, [path, *below])
+        check_path_free(tree, to)
+    check_changeable(tree, [path, *below])
     # Compute the difference before the move: afterwards the tree no longer has the old lineage.
     kept = _overrides_of(tree, path)
-    gap = less(tree, tree.parent(path), to.rpartition("/")[0], base=base, kept=kept)
+    gap = difference_terms(tree, tree.parent(path), to.rpartition("/")[0], base=base, kept=kept)
     notes = stale_notes(tree, [path])
     renamed = {old: to + old[len(path) :] for old in (path, *below)}
-    adapter, told = _made_up(tree, path, gap, Shortening(rank, max_error, dtype), base)
+    adapter, error = _add_gap(tree, path, gap, Shortening(rank, max_error, dtype), base)
     if adapter is not None:
         check_savable(tree, {to: adapter}, [path, *(node for node, _, _ in gap)])
     tree.move(path, to)
     if adapter is None:
-        still_fits(tree, renamed.values())
+        mark_fitting(tree, renamed.values())
         return Edited(moved=renamed, notes=notes)
     put_adapter(tree, to, adapter)
-    still_fits(tree, list(renamed.values())[1:])
-    return Edited(changed=(to,), moved=renamed, errors={to: told}, notes=notes)
+    mark_fitting(tree, list(renamed.values())[1:])
+    return Edited(changed=(to,), moved=renamed, errors={to: error}, notes=notes)
 
 
 def rebase_all(
@@ -218,37 +218,37 @@ def rebase_all(
     if was is not None:
         check_adapter(was, "was")
     below = tree.paths(path)
-    changeable(tree, [path, *below])
-    before = _as_given(tree, path, was, was_weight)
-    after = _as_given(tree, path, _opened(adapter), weight)
+    check_changeable(tree, [path, *below])
+    before = _given_or_own(tree, path, was, was_weight)
+    after = _given_or_own(tree, path, _read_if_path(adapter), weight)
     if before == after:
         raise SpecError(
             f"{path}: neither its adapter nor its weight differs from before",
             "give the new ones, adapter= or weight=, or the former ones, was= or was_weight=",
         )
-    if not _same_overrides(_counting(*before), _counting(*after)):
+    if not _have_same_overrides(_effective_overrides(*before), _effective_overrides(*after)):
         refuse_overrides([(path, before[1]), (path, after[1])], "changed while its children stay")
     gap = [
         as_term(path, before[0], without_overrides(before[1])),
         as_term(f"{path} (new)", scaled_weight(after[0], -1.0), without_overrides(after[1])),
     ]
     children, notes = _nearest(tree, path)
-    found: dict[str, Adapter] = {}
+    adapters: dict[str, Adapter] = {}
     errors: dict[str, Deviation] = {}
     short = Shortening(rank, max_error, dtype)
     for child in children:
-        made_up, errors[child] = _made_up(tree, child, gap, short, base)
-        found[child] = made_up or Adapter({})
-    check_savable(tree, found, [path, *found])
+        made_up, errors[child] = _add_gap(tree, child, gap, short, base)
+        adapters[child] = made_up or Adapter({})
+    check_savable(tree, adapters, [path, *adapters])
     # Everything is computed. Now change the tree: the node, its children, the records below them.
-    changed = list(found)
+    changed = list(adapters)
     if adapter is not None or weight is not None:
         tree.update(path, adapter=adapter, weight=weight)
         changed.insert(0, path)
-    for child, made_up in found.items():
+    for child, made_up in adapters.items():
         put_adapter(tree, child, made_up)
-    deeper = [node for node in below if node not in found]
-    still_fits(tree, deeper)
+    deeper = [node for node in below if node not in adapters]
+    mark_fitting(tree, deeper)
     notes += stale_notes(tree, deeper)
     return Edited(changed=tuple(changed), errors=errors, notes=notes)
 
@@ -259,7 +259,7 @@ def _above(tree: AdapterTree, path: str) -> list[tuple[str, Weight]]:
     return [(node, tree[node].weight) for node in above if tree[node].has_adapter]
 
 
-def _made_up(
+def _add_gap(
     tree: AdapterTree,
     path: str,
     gap: list[Term],
@@ -273,20 +273,20 @@ def _made_up(
     """
     weight = tree[path].weight
     kept = read_terms(tree, {path: 1.0}, base=base)
-    if not gap and short.asks_nothing:
+    if not gap and short.is_noop:
         return None, Deviation()
     terms = list(kept)
     # An override that the weight switches off hides no increments above it (`own` lacks it), but it
     # stays in the node (`replaced` has it).
     own = _overrides_of(tree, path)
-    has = tree.adapter(path)
-    replaced: dict[str, Override] = {} if has is None else dict(has.overrides)
+    current = tree.adapter(path)
+    replaced: dict[str, Override] = {} if current is None else dict(current.overrides)
     for node, coefficient, adapter in gap:
         # The node's own override wins over one of the old lineage, which fills in missing rows.
         for name, above in adapter.overrides.items():
             replaced[name] = replaced[name].over(above) if name in replaced else above
         owners = [tensor_owner(tensor)[0] for tensor in adapter.overrides]
-        adapter = replace(adapter, modules=under(own, adapter.modules), overrides={})
+        adapter = replace(adapter, modules=increments_under(own, adapter.modules), overrides={})
         needed = dict.fromkeys([*adapter.modules, *owners])
         lost = [name for name in needed if weight_at(weight, name) == 0.0]
         if lost:
@@ -305,17 +305,17 @@ def _made_up(
             terms.append((node, coefficient, adapter.weighed(inverse_weight(weight))))
     if not terms:
         return None, Deviation()
-    adapter, told = short.of(added_up(terms, base=base))
-    return replace(adapter, errors={}, overrides=replaced), told
+    adapter, error = short.of(added_up(terms, base=base))
+    return replace(adapter, errors={}, overrides=replaced), error
 
 
 def _overrides_of(tree: AdapterTree, path: str) -> Mapping[str, Override]:
     """Return the overrides of a node that its weight does not switch off."""
     adapter = tree.adapter(path)
-    return {} if adapter is None else _counting(tree[path].weight, adapter)
+    return {} if adapter is None else _effective_overrides(tree[path].weight, adapter)
 
 
-def _counting(weight: Weight, adapter: Adapter) -> dict[str, Override]:
+def _effective_overrides(weight: Weight, adapter: Adapter) -> dict[str, Override]:
     """Return the overrides that a weight does not switch off.
 
     A weight of 0 at the override's module switches it off. Any other weight leaves it whole.
@@ -327,24 +327,25 @@ def _counting(weight: Weight, adapter: Adapter) -> dict[str, Override]:
     return found
 
 
-def _same_overrides(one: Mapping[str, Override], other: Mapping[str, Override]) -> bool:
+def _have_same_overrides(one: Mapping[str, Override], other: Mapping[str, Override]) -> bool:
     if one.keys() != other.keys():
         return False
     for name, override in one.items():
-        theirs = other[name]
-        if override.rows != theirs.rows or not torch.equal(override.values, theirs.values):
+        counterpart = other[name]
+        same_rows = override.rows == counterpart.rows
+        if not (same_rows and torch.equal(override.values, counterpart.values)):
             return False
     return True
 
 
-def _opened(adapter: Adapter | str | os.PathLike[str] | None) -> Adapter | None:
+def _read_if_path(adapter: Adapter | str | os.PathLike[str] | None) -> Adapter | None:
     """Return the adapter, read from its folder if a path was given."""
     if adapter is None or isinstance(adapter, Adapter):
         return adapter
     return Adapter.load(adapter)
 
 
-def _as_given(
+def _given_or_own(
     tree: AdapterTree, path: str, adapter: Adapter | None, weight: GivenWeight | None
 ) -> tuple[Weight, Adapter]:
     """Return a weight and an adapter as given, or the node's own where None."""

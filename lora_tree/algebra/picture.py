@@ -45,13 +45,15 @@ def heat_map(names: Sequence[str], cosines: Tensor, error: float = 0.0) -> str:
         for column, cosine in enumerate(cells):
             x, y = left + _CELL * column, _CELL * row
             picture.box(x, y, _CELL, _CELL, fill=_colour(cosine))
-    said = f"{plural(count, 'adapter')}; blue: cosine 1, white: 0, red: -1"
+    caption = f"{plural(count, 'adapter')}; blue: cosine 1, white: 0, red: -1"
     if error:
-        said += f"; each ± {error:.2g}"
+        caption += f"; each ± {error:.2g}"
     if count > side:
-        said += f"; {count / side:.1f} adapters a cell"
-    picture.text(4, _CELL * side + 20, said)
-    return picture.document(max(left + _CELL * side + 10, _LETTER * len(said)), _CELL * side + 30)
+        caption += f"; {count / side:.1f} adapters a cell"
+    picture.text(4, _CELL * side + 20, caption)
+    return picture.document(
+        max(left + _CELL * side + 10, _LETTER * len(caption)), _CELL * side + 30
+    )
 
 
 def _shortened(name: str) -> str:

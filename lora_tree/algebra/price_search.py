@@ -33,7 +33,7 @@ _ROUNDING = 1e-6
 
 _CLOSE = 0.97  # fraction of the bound: a fit that uses this much of it ends the search
 _AIM = 0.99  # fraction of the bound that the search aims at
-_FALL = 2.0**0.5  # ratio of one price to the next; see `PriceSearch.found`
+_FALL = 2.0**0.5  # ratio of one price to the next; see `PriceSearch.search`
 _LITTLE = 0.01  # a price that adds fewer ranks than this fraction added next to nothing
 _MOST_FALLS = 120
 _MOST_CUTS = 6  # how often the interval around the bound is divided
@@ -58,11 +58,11 @@ class Goal:
         """Return the fit's bytes or its error, whichever is bounded."""
         return tried.error if self.budget_bytes is None else float(tried.nbytes)
 
-    def met(self, tried: PricedFit) -> bool:
+    def is_met(self, tried: PricedFit) -> bool:
         """Return whether a fit is within the bound."""
         return self.figure(tried) <= self.bound
 
-    def close(self, tried: PricedFit) -> bool:
+    def is_close(self, tried: PricedFit) -> bool:
         """Return whether a fit within the bound uses nearly all of it."""
         return self.figure(tried) >= _CLOSE * self.bound
 
@@ -123,9 +123,9 @@ class PriceSearch:
             # The factors are rounded to their dtype afterwards, so a smaller error gains nothing.
             self.rounding = max(_ROUNDING, torch.finfo(flat.dtype).eps / 2)
         # If every pass reads the files again, it tries several prices.
-        self.at_once = 1 if flat.are_kept else _PER_READ
+        self.prices_per_pass = 1 if flat.are_kept else _PER_READ
 
-    def found(self) -> PricedFit:
+    def search(self) -> PricedFit:
         """Return the best fit within the bound.
 
         The price starts so high that no rank pays, and falls in small steps. A direction that
@@ -140,7 +140,7 @@ class PriceSearch:
         high, low = self._bracket()
         within = None
         for tried in (high, low):
-            if tried is not None and self.goal.met(tried):
+            if tried is not None and self.goal.is_met(tried):
                 within = tried
         if within is None and not self.by_bytes:
             raise SpecError(
@@ -153,7 +153,7 @@ class PriceSearch:
                 "give more bytes, or fewer adapters",
             )
         if high is None or low is None:
-            return self._settled(within)
+            return self._converge(within)
         return self._between(high, low, within)
 
     def _bracket(self) -> tuple[PricedFit | None, PricedFit | None]:
@@ -161,10 +161,10 @@ class PriceSearch:
         high: PricedFit | None = None
         price, rounds = self._first_price(), _ROUNDS_DOWN
         for _ in range(_MOST_FALLS):
-            prices = [price / _FALL**step for step in range(self.at_once)]
+            prices = [price / _FALL**step for step in range(self.prices_per_pass)]
             for tried in self._try(prices, high, rounds):
                 # Bytes rise while the price falls, and errors fall.
-                if self.goal.met(tried) != self.by_bytes:
+                if self.goal.is_met(tried) != self.by_bytes:
                     return high, tried
                 # If a lower price added next to no ranks, the error left is from fits that have not
                 # converged: the next prices get more rounds.
@@ -181,17 +181,17 @@ class PriceSearch:
         settled = False
         for _ in range(_MOST_CUTS):
             # With equal bytes at both ends, the prices between them give the same ranks.
-            if (settled and self.goal.close(within)) or high.nbytes == low.nbytes:
+            if (settled and self.goal.is_close(within)) or high.nbytes == low.nbytes:
                 break
             # Each fit starts from the one at the higher price, so that the price only falls.
             for tried in self._try(self._prices_between(high, low), high, _ROUNDS_NEAR):
-                if self.goal.met(tried):
+                if self.goal.is_met(tried):
                     within, settled = tried, True
-                if self.goal.met(tried) != self.by_bytes:
+                if self.goal.is_met(tried) != self.by_bytes:
                     low = tried
                     break
                 high = tried
-        return within if settled else self._settled(within)
+        return within if settled else self._converge(within)
 
     def _prices_between(self, high: PricedFit, low: PricedFit) -> list[float]:
         """Return the prices to try next, by linear interpolation in the logarithms.
@@ -199,8 +199,8 @@ class PriceSearch:
         If a pass can try several prices, they divide the interval evenly instead.
         """
         fall = low.price / high.price
-        if self.at_once > 1:
-            parts = [(i + 1) / (self.at_once + 1) for i in range(self.at_once)]
+        if self.prices_per_pass > 1:
+            parts = [(i + 1) / (self.prices_per_pass + 1) for i in range(self.prices_per_pass)]
             return [high.price * fall**part for part in parts]
         part = 0.5
         above, below, bound = self.goal.figure(high), self.goal.figure(low), self.goal.bound
@@ -208,10 +208,10 @@ class PriceSearch:
             part = math.log(_AIM * bound / above) / math.log(below / above)
         return [high.price * fall ** min(max(part, 0.05), 0.95)]
 
-    def _settled(self, rough: PricedFit) -> PricedFit:
+    def _converge(self, rough: PricedFit) -> PricedFit:
         """Return the converged fit at the same price; the rough one if that exceeds the bound."""
         tried = self._try([rough.price], rough, _ROUNDS_NEAR)[0]
-        return tried if self.goal.met(tried) else rough
+        return tried if self.goal.is_met(tried) else rough
 
     def _first_price(self) -> float:
         """Return a price at which no rank of any module pays."""
@@ -226,16 +226,16 @@ class PriceSearch:
     ) -> list[PricedFit]:
         """Fit every module at falling prices; each fit starts from the one before."""
         flat = self.flat
-        found = [_Sum(flat) for _ in prices]
+        totals = [_Sum(flat) for _ in prices]
         for done, module in enumerate(flat.modules(), 1):
             start = None if like is None else like.fits[module.name]
-            for total, price in zip(found, prices, strict=True):
+            for total, price in zip(totals, prices, strict=True):
                 per_rank = price * flat.rank_bytes[module.name]
                 start = call_named(module.name, module.problem.fit, per_rank, start, most_rounds)
                 total.add(module, start)
             if self.progress is not None:
                 self.progress(done, len(flat))
-        return [total.at(price) for total, price in zip(found, prices, strict=True)]
+        return [total.at(price) for total, price in zip(totals, prices, strict=True)]
 
 
 class _Sum:

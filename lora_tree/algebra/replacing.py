@@ -16,7 +16,7 @@ from ..errors import SpecError, listing
 from ..lowrank import LowRank
 from ..override import Override, counted, tensor_owner
 
-__all__ = ["check_kept", "refuse_overrides", "under", "without_overrides"]
+__all__ = ["check_kept", "increments_under", "refuse_overrides", "without_overrides"]
 
 
 def refuse_overrides(adapters: Iterable[tuple[str, Adapter]], verb: str) -> None:
@@ -44,12 +44,14 @@ def without_overrides(adapter: Adapter) -> Adapter:
     return replace(adapter, overrides={}) if adapter.overrides else adapter
 
 
-def under(overrides: Mapping[str, Override], modules: Mapping[str, LowRank]) -> dict[str, LowRank]:
+def increments_under(
+    overrides: Mapping[str, Override], modules: Mapping[str, LowRank]
+) -> dict[str, LowRank]:
     """Return the parts of increments above a node that its overrides don't drop."""
-    stands = {tensor: (("above/node", override),) for tensor, override in overrides.items()}
+    replacing = {tensor: (("above/node", override),) for tensor, override in overrides.items()}
     found = {}
     for name, value in modules.items():
-        own = counted("above", name, value, stands)
+        own = counted("above", name, value, replacing)
         if own is not None:
             found[name] = own
     return found
@@ -70,8 +72,8 @@ def check_kept(
     """
     for name, adapter in above:
         for tensor in adapter.overrides:
-            mine = kept.get(tensor)
-            if mine is None or mine.rows is not None:
+            own = kept.get(tensor)
+            if own is None or own.rows is not None:
                 raise SpecError(
                     f"{name}: replaces {tensor}, and {what} can't undo that: no node holds the "
                     f"base's own {tensor_owner(tensor)[1]}",

@@ -71,7 +71,7 @@ class SharedFit:
         return sum(left.shape[-1] for left, _ in self.shared)
 
     def without_leaves(self) -> SharedFit:
-        """Return a copy without the leaves' parts, which `SharedProblem.whole` computes again."""
+        """Return a copy without the leaves' parts, which `with_leaves` computes again."""
         return replace(self, leaves=None)
 
 
@@ -88,7 +88,7 @@ class SharedProblem:
     def __init__(self, stack: Stack, families: Families, weights: Tensor, name: str) -> None:
         self.stack, self.families, self.name = stack, families, name
         self.weights = weights.double()
-        self.at_home = [families.at_home(home) for home in range(len(families.above))]
+        self.direct_leaves = [families.direct_leaves(home) for home in range(len(families.above))]
         self.below = [float(self.weights[first:last].sum()) for first, last in families.spans]
         self.means = self._means()
 
@@ -124,7 +124,7 @@ class SharedProblem:
             before = now
         return work.result()
 
-    def whole(self, found: SharedFit) -> SharedFit:
+    def with_leaves(self, found: SharedFit) -> SharedFit:
         """Return a fit with its leaves' parts, computed again if they were dropped."""
         return found if found.leaves is not None else _Fitter(self, found.price, found).result()
 
@@ -132,7 +132,7 @@ class SharedProblem:
         """Return the (b, k, l) weighted mean of the increments below each shared node."""
         stack = self.stack
         sums: list[Tensor] = []
-        for leaves in self.at_home:
+        for leaves in self.direct_leaves:
             total = stack.Ut.new_zeros(stack.sizes)
             for first in range(0, len(leaves), _CHUNK):
                 some = leaves[first : first + _CHUNK]
@@ -216,16 +216,16 @@ class _Fitter:
     def _mean(self, shared: int) -> _Mean:
         """Return the mean residual of the leaves below a node, given all other parts."""
         first, last = self.families.spans[shared]
-        mine = slice(self.starts[first], self.starts[last])
-        whole = self.problem.below[shared]
-        lefts = [self.left[..., mine] * (self.column_weights[mine] / whole)]
-        rights = [self.right[..., mine]]
+        columns = slice(self.starts[first], self.starts[last])
+        weight_below = self.problem.below[shared]
+        lefts = [self.left[..., columns] * (self.column_weights[columns] / weight_below)]
+        rights = [self.right[..., columns]]
         for other, (begin, end) in enumerate(self.families.spans):
             both = self.weights[max(first, begin) : min(last, end)]
             P, Q = self.shared[other]
             if other != shared and len(both) and P.shape[-1]:
                 # The other node may be above only some of the leaves below this one.
-                lefts.append(P * (float(both.sum()) / whole))
+                lefts.append(P * (float(both.sum()) / weight_below))
                 rights.append(Q)
         return _Mean(self.problem.means[shared], torch.cat(lefts, -1), torch.cat(rights, -1))
 
@@ -234,12 +234,12 @@ class _Fitter:
         """Give every leaf the best part of its own residual."""
         found = [self.nothing] * self.stack.leaves
         squares = torch.zeros(self.stack.leaves, dtype=torch.float64)
-        for home, leaves in enumerate(self.problem.at_home):
+        for home, leaves in enumerate(self.problem.direct_leaves):
             P, Q = self._above(home)
             inside = (P.mT @ P) * (Q.mT @ Q)
             for first in range(0, len(leaves), _CHUNK):
                 some = leaves[first : first + _CHUNK]
-                C, D = self._against(some, P, Q)
+                C, D = self._project(some, P, Q)
                 # ‖ΔW − P Qᵀ‖²: an upper bound on the gain of any rank of the residual.
                 s = self.stack.s[:, some]  # (b, m, r)
                 norms = s.square().sum((0, 2)) - 2.0 * (s[..., None] * C * D).sum((0, 2, 3))
@@ -259,7 +259,7 @@ class _Fitter:
         left = torch.cat([pair[0] for pair in pairs], -1)
         return left, torch.cat([pair[1] for pair in pairs], -1)
 
-    def _against(self, leaves: list[int], P: Tensor, Q: Tensor) -> Pair:
+    def _project(self, leaves: list[int], P: Tensor, Q: Tensor) -> Pair:
         """Return Uᵀ P and Vᵀ Q of some leaves, (b, m, r, q) each."""
         found: list[Tensor] = []
         for rows, other in ((self.stack.Ut[:, leaves], P), (self.stack.Vt[:, leaves], Q)):

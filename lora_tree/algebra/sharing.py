@@ -35,17 +35,17 @@ from .core import Joint, joint
 from .deviation import Deviation, call_named, deviation
 from .edit import (
     Edited,
-    changeable,
+    check_changeable,
+    check_has_adapter,
+    check_path_free,
     check_savable,
-    free,
-    made,
-    own,
+    mark_fitting,
     put_adapter,
+    refuse_fresh,
     stale_notes,
-    still_fits,
 )
 from .elementwise import Method
-from .merging import Recipe, Space, spread, widest
+from .merging import Recipe, Space, cores_and_biases, widest_dtype
 from .replacing import without_overrides
 from .sums import Term, added_up, as_term, read_terms
 
@@ -117,30 +117,32 @@ def hoist(
     # The plain sum refuses siblings that don't fit together, and has all that a new adapter needs
     # besides its modules (base, config, …).
     _refuse_replaced(terms)
-    whole = added_up([(path, c, without_overrides(adapter)) for path, c, adapter in terms])
-    dtype = widest(whole)
+    plain_sum = added_up([(path, c, without_overrides(adapter)) for path, c, adapter in terms])
+    dtype = widest_dtype(plain_sum)
     adapters = aligned([adapter for _, _, adapter in terms])
     weighted = [a.weighed(weight) for a, weight in zip(adapters, weights, strict=True)]
     for path, weight in (*zip(names, weights, strict=True), *_weight_of(tree, parent, into)):
-        _refuse_zero(path, weight, whole.modules)
+        _refuse_zero(path, weight, plain_sum.modules)
     shared: dict[str, LowRank] = {}
     rests: dict[str, dict[str, LowRank]] = {path: {} for path in names}
-    for module in whole.modules:
+    for module in plain_sum.modules:
         parts = [adapter.modules.get(module) for adapter in weighted]
-        S, left = call_named(module, _Fitting(module, parts, rank, leaf_rank, recipe).fitted)
+        S, module_rests = call_named(
+            module, _Fitting(module, parts, rank, leaf_rank, recipe).fitted
+        )
         shared[module] = call_named(module, cast, S, None, dtype)
-        for path, value in zip(names, left, strict=True):
+        for path, value in zip(names, module_rests, strict=True):
             if value is not None:
                 rests[path][module] = call_named(module, cast, value, None, dtype)
-    top = replace(whole, modules=shared, errors={})
+    top = replace(plain_sum, modules=shared, errors={})
     children: dict[str, Adapter] = {}
     errors: dict[str, Deviation] = {}
-    for path, weight, adapter, wanted in zip(names, weights, adapters, weighted, strict=True):
+    for path, weight, adapter, expected in zip(names, weights, adapters, weighted, strict=True):
         children[path] = _child(weight, adapter, rests[path])
         # Measured on the factors to be saved, so that their rounding is a part of the error.
-        now = added_up([("shared", 1.0, top), as_term(path, weight, children[path])])
-        errors[path] = deviation(wanted, now)
-    return _installed(tree, parent, into, top, children, errors)
+        got = added_up([("shared", 1.0, top), as_term(path, weight, children[path])])
+        errors[path] = deviation(expected, got)
+    return _install(tree, parent, into, top, children, errors)
 
 
 @dataclass(frozen=True)
@@ -163,18 +165,18 @@ class _Fitting:
     def fitted(self) -> tuple[LowRank, list[LowRank | None]]:
         """Return the shared part and the rest of each sibling, None if it is zero; in float64."""
         both = joint([part for part in self.parts if part is not None])
-        cores, biases = spread(both, self.parts)
+        cores, biases = cores_and_biases(both, self.parts)
         bias: Tensor | None = biases.mean(0)
         if all(own is None for own in both.biases):
             bias = None  # zeros would be written as a lora_bias that no sibling has
-        mine = [_pair(both, part) for part in self.parts]
+        pairs = [_pair(both, part) for part in self.parts]
         if self.leaf_rank is not None:
-            S, rests = _alternate(cores.mean(0), mine, self.rank, self.leaf_rank)
+            S, rests = _alternate(cores.mean(0), pairs, self.rank, self.leaf_rank)
         else:
             core = cores.mean(0) if self.recipe is None else _by_recipe(self, both)
             S = _svd(core, self.rank)
             # Without a bound on its rank, a rest is exactly the sibling less the shared part.
-            rests = [_minus(own, S) for own in mine]
+            rests = [_subtract(own, S) for own in pairs]
         scale = float(cores.abs().max())
         left: list[LowRank | None] = []
         for rest, own_bias in zip(rests, biases, strict=True):
@@ -201,7 +203,7 @@ def _pair(both: Joint, part: LowRank | None) -> Pair:
     return left, both.Q_A.mT @ part.A.detach().to(both.Q_A).mT  # (k, r) (l, r)
 
 
-def _minus(one: Pair, other: Pair) -> Pair:
+def _subtract(one: Pair, other: Pair) -> Pair:
     """Return the difference of two cores, as their concatenated factors."""
     return torch.cat([one[0], -other[0]], dim=-1), torch.cat([one[1], other[1]], dim=-1)
 
@@ -221,13 +223,13 @@ def _spectral(pair: Pair) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _alternate(
-    mean: Tensor, mine: Sequence[Pair], rank: int | None, leaf_rank: int
+    mean: Tensor, pairs: Sequence[Pair], rank: int | None, leaf_rank: int
 ) -> tuple[Pair, list[Pair]]:
     """Return the shared core and the rests, fitted in turn, each with the others fixed.
 
     Args:
         mean: (\\*batch, k, l) of all siblings.
-        mine: each sibling's core, as thin factors.
+        pairs: each sibling's core, as thin factors.
         rank, leaf_rank: of the shared part and of a rest.
     """
     S = _svd(mean, rank)
@@ -237,11 +239,11 @@ def _alternate(
         if rests:
             left = torch.cat([rest[0] for rest in rests], dim=-1)
             right = torch.cat([rest[1] for rest in rests], dim=-1)
-            S = _nearest(mean - left @ right.mT / len(mine), rank, S)
+            S = _nearest(mean - left @ right.mT / len(pairs), rank, S)
         rests = []
         error = 0.0
-        for core in mine:
-            U, values, V = _spectral(_minus(core, S))
+        for core in pairs:
+            U, values, V = _spectral(_subtract(core, S))
             rests.append((U[..., :leaf_rank] * values[..., None, :leaf_rank], V[..., :leaf_rank]))
             # The squares of the dropped singular values are the error: no residual is formed.
             error += float(values[..., leaf_rank:].square().sum())
@@ -298,7 +300,7 @@ def _siblings(
         PathError, TreeError, SpecError: as `hoist`.
     """
     if into is None:
-        _takes(tree, parent)
+        _check_parent(tree, parent)
     children = tree.children(parent)
     chosen = children if siblings is None else tree.matching(siblings)
     strangers = sorted(set(chosen) - set(children))
@@ -310,17 +312,17 @@ def _siblings(
             f"{listing(chosen) or 'none'}"
         )
     for path in chosen:
-        own(tree, path)
+        check_has_adapter(tree, path)
         if tree[path].weight == 0.0:
             raise SpecError(f"{path}: its weight is 0, so it shares nothing", "name the others")
-    changeable(tree, tree.paths(parent))
+    check_changeable(tree, tree.paths(parent))
     if parent:
-        changeable(tree, [parent])
+        check_changeable(tree, [parent])
     if into is not None:
         check_path(into)
         if into.rpartition("/")[0] != parent:
             raise PathError(f"{into} is no child of {parent or 'the root'}")
-        free(tree, into)
+        check_path_free(tree, into)
         return chosen
     others = sorted(set(children) - set(chosen))
     if others:
@@ -331,11 +333,11 @@ def _siblings(
     return chosen
 
 
-def _takes(tree: AdapterTree, parent: str) -> None:
+def _check_parent(tree: AdapterTree, parent: str) -> None:
     """Refuse a parent that can't hold what its children share."""
     if not parent:
         raise TreeError("the root is the bare base and holds no adapter", "give into=: a new node")
-    made(tree, parent)
+    refuse_fresh(tree, parent)
     if tree[parent].weight == 0.0:
         raise SpecError(f"{parent}: its weight is 0, so nothing in it has an effect")
 
@@ -395,7 +397,7 @@ def _child(weight: Weight, adapter: Adapter, rest: dict[str, LowRank]) -> Adapte
     return replace(adapter, modules=modules, errors={}, rounded=frozenset())
 
 
-def _installed(
+def _install(
     tree: AdapterTree,
     parent: str,
     into: str | None,
@@ -413,9 +415,9 @@ def _installed(
                 check_path(renamed[old])  # the tree may grow too deep
     notes = stale_notes(tree, children)
     if into is None:
-        mine = read_terms(tree, {parent: 1.0})
+        own_terms = read_terms(tree, {parent: 1.0})
         shared = as_term("shared", inverse_weight(tree[parent].weight), top)
-        top = added_up([*mine, shared])
+        top = added_up([*own_terms, shared])
     check_savable(tree, {into or parent: top, **children}, [parent, *children])
     if into is not None:
         tree.add(into, adapter=top)
@@ -426,8 +428,8 @@ def _installed(
         notes = (f"{parent}: its own model has changed: it holds what its children share", *notes)
     for path, adapter in children.items():
         put_adapter(tree, renamed.get(path, path), adapter)
-        still_fits(tree, [renamed.get(node, node) for node in below[path]])
-    told = {renamed.get(path, path): error for path, error in errors.items()}
+        mark_fitting(tree, [renamed.get(node, node) for node in below[path]])
+    renamed_errors = {renamed.get(path, path): error for path, error in errors.items()}
     if into is not None:
-        return Edited((into,), tuple(told), renamed, told, notes)
-    return Edited((), (parent, *told), renamed, told, notes)
+        return Edited((into,), tuple(renamed_errors), renamed, renamed_errors, notes)
+    return Edited((), (parent, *renamed_errors), renamed, renamed_errors, notes)

@@ -110,8 +110,8 @@ def stack_of(values: Sequence[LowRank | None], moment: Moment | None = None) -> 
         SpecError: a factor or the moment has numbers that are not finite; or it is not a moment.
         ShapeMismatch: the moment does not have the size of the input.
     """
-    there = [value for value in values if value is not None]
-    like, rank = there[0], max(value.rank for value in there)
+    present = [value for value in values if value is not None]
+    like, rank = present[0], max(value.rank for value in present)
     batch, out, into = math.prod(like.shape[:-2]), like.shape[-2], like.shape[-1]
     B = torch.zeros(batch, out, len(values), rank, dtype=torch.float64)
     A = torch.zeros(batch, into, len(values), rank, dtype=torch.float64)
@@ -133,17 +133,17 @@ def stack_of(values: Sequence[LowRank | None], moment: Moment | None = None) -> 
     Ut = torch.zeros(batch, count, rank, B.shape[1], dtype=torch.float64)
     Vt = torch.zeros(batch, count, rank, A.shape[1], dtype=torch.float64)
     for first in range(0, count, _CHUNK):
-        some = slice(first, first + _CHUNK)
-        left, R_B = torch.linalg.qr(B[:, :, some].transpose(1, 2))  # (b, m, k, ≤ r)
-        right, R_A = torch.linalg.qr(A[:, :, some].transpose(1, 2))
+        chunk = slice(first, first + _CHUNK)
+        left, R_B = torch.linalg.qr(B[:, :, chunk].transpose(1, 2))  # (b, m, k, ≤ r)
+        right, R_A = torch.linalg.qr(A[:, :, chunk].transpose(1, 2))
         cores = R_B @ R_A.mT
         if not bool(cores.isfinite().all()):
-            _refuse_infinite(there)
+            _refuse_infinite(present)
         u, sizes, vh = torch.linalg.svd(cores, full_matrices=False)
-        found = sizes.shape[-1]
-        s[:, some, :found] = sizes
-        Ut[:, some, :found] = u.mT @ left.mT
-        Vt[:, some, :found] = vh @ right.mT
+        width = sizes.shape[-1]
+        s[:, chunk, :width] = sizes
+        Ut[:, chunk, :width] = u.mT @ left.mT
+        Vt[:, chunk, :width] = vh @ right.mT
     return Stack(Ut, s, Vt, Q_B, Q_A, like)
 
 

@@ -24,24 +24,24 @@ from ..storage import names_of
 from ..tree import AdapterTree
 from ..weights import Weight, less_weight
 from .deviation import call_named
-from .replacing import check_kept, under
+from .replacing import check_kept, increments_under
 
 __all__ = [
     "Term",
     "added_up",
     "as_term",
     "check_spelling",
-    "less",
-    "read_apart",
+    "difference_terms",
+    "has_overrides",
     "read_terms",
-    "replaces",
+    "read_uncached",
 ]
 
 Term = tuple[str, float, Adapter]
 """(node, coefficient, its adapter). Weights per module are folded into the adapter's scales."""
 
 
-def less(
+def difference_terms(
     tree: AdapterTree,
     plus: Blend,
     minus: Blend = "",
@@ -68,7 +68,7 @@ def less(
     # Equal coefficients cancel exactly: both come from the same weights by the same sums.
     for node, coefficient in taken.items():
         coefficients[node] = less_weight(coefficients.get(node, 0.0), coefficient)
-    if not kept and not any(replaces(tree, node) for node in {*added, *taken}):
+    if not kept and not any(has_overrides(tree, node) for node in {*added, *taken}):
         return read_terms(tree, coefficients, base=base)
     changed = [node for node in taken if coefficients[node] != 0.0]
     _refuse_parts(added, changed)
@@ -83,7 +83,7 @@ def less(
     for node, coefficient, adapter in read_terms(
         tree, {node: coefficients[node] for node in changed}, base=base
     ):
-        counts = replace(adapter, modules=under(replaced, adapter.modules), overrides={})
+        counts = replace(adapter, modules=increments_under(replaced, adapter.modules), overrides={})
         terms.append((node, coefficient, counts))
     return terms
 
@@ -103,7 +103,7 @@ def _refuse_parts(added: Mapping[str, Weight], changed: Sequence[str]) -> None:
             )
 
 
-def replaces(tree: AdapterTree, node: str) -> bool:
+def has_overrides(tree: AdapterTree, node: str) -> bool:
     """Return whether a node replaces tensors of the base; reads only the header of its file."""
     outline = tree.outline(node)
     return outline is not None and bool(outline.overrides)
@@ -144,7 +144,7 @@ def as_term(node: str, weight: Weight, adapter: Adapter) -> Term:
     return node, 1.0, call_named(node, adapter.weighed, weight)
 
 
-def read_apart(tree: AdapterTree, path: str) -> Adapter:
+def read_uncached(tree: AdapterTree, path: str) -> Adapter:
     """Read a node's adapter, an empty one for a group, without keeping it in the tree.
 
     `AdapterTree.adapter` would keep every adapter of a large tree in memory.
@@ -172,7 +172,7 @@ def added_up(terms: list[Term], *, base: nn.Module | None = None) -> Adapter:
         nodes.append(node)
     flat = combine(pairs, names=nodes)
     # A negative lora_alpha is legal but surprises readers of the files, so the sign goes into B.
-    return flat.map(_upright)
+    return flat.map(_with_positive_scale)
 
 
 def check_spelling(terms: list[Term], base: nn.Module | None = None) -> None:
@@ -197,5 +197,5 @@ def check_spelling(terms: list[Term], base: nn.Module | None = None) -> None:
     )
 
 
-def _upright(value: LowRank) -> LowRank:
+def _with_positive_scale(value: LowRank) -> LowRank:
     return value.folded() if value.scale < 0.0 else value

@@ -40,7 +40,7 @@ from .loader import Loader
 from .page_locked import PageLocked
 from .policy import Frequency, Policy
 from .shelf import PAGED, Shelf, trim
-from .shortage import explained
+from .shortage import explain_shortage
 from .stats import CacheStats
 from .tier import Resident, Tier
 
@@ -109,7 +109,7 @@ class Cache:
         unread = {n.path: n.source for n in nodes if n.loaded is None and n.source is not None}
         waited = False
         if not self.bounded and unread:
-            waited = self._into_tree(unread, {node.path: node for node in nodes})
+            waited = self._load_into_tree(unread, {node.path: node for node in nodes})
             # The tree has new node values for these now.
             nodes = [self._tree[path] for path in paths]
         adapters = {node.path: node.loaded for node in nodes if node.loaded is not None}
@@ -209,7 +209,7 @@ class Cache:
             with self._lock:
                 churns = self._loader.link is None and nbytes < PAGED
                 self._loader.tiers[-1].lay_out(owner, nbytes, churns=churns)
-        return self._lent if self._loader.link is None else ordinary
+        return self._allocate_lent if self._loader.link is None else ordinary
 
     def stats(self) -> CacheStats:
         """Return what the cache holds now, and what it has done since the model was attached."""
@@ -282,7 +282,7 @@ class Cache:
         with self._lock:
             # All that are cached are pinned before the first load: that one may
             # evict, and must not take these.
-            self._copies.drop_gone(tier)
+            self._copies.discard_collected(tier)
             for path, source in needed.items():
                 key = cache_key(source)
                 if tier.find(key) is None:
@@ -304,7 +304,7 @@ class Cache:
                 tier.used(pinned)
             self._unpin(tier, pinned)
             if isinstance(error, BudgetError):
-                raise explained(error, needed, self._loader.tiers, self._lock) from error
+                raise explain_shortage(error, needed, self._loader.tiers, self._lock) from error
             raise
         return bool(missing)
 
@@ -342,7 +342,7 @@ class Cache:
             for key in keys:
                 tier.unpin(key)
 
-    def _into_tree(self, unread: Mapping[str, Source], nodes: Mapping[str, Node]) -> bool:
+    def _load_into_tree(self, unread: Mapping[str, Source], nodes: Mapping[str, Node]) -> bool:
         """Read some nodes and give them to the tree: all of them, or on an error none.
 
         Return whether any had to be read; a prefetch may have read them before.
@@ -369,7 +369,7 @@ class Cache:
             for source in unread.values():
                 # The tree has it now. If another thread has it pinned, that
                 # thread discards it here later.
-                host.let_go(cache_key(source))
+                host.discard_unpinned(cache_key(source))
         return absent
 
     def _needed(self, nodes: Iterable[Node]) -> dict[str, Source]:
@@ -389,7 +389,7 @@ class Cache:
                 needed[node.path] = source
         return needed
 
-    def _lent(self, nbytes: int, device: torch.device) -> Tensor:
+    def _allocate_lent(self, nbytes: int, device: torch.device) -> Tensor:
         return self._shelf.take(nbytes) if device.type == "cpu" else ordinary(nbytes, device)
 
     def _try(self, path: str, source: Source) -> None:

@@ -65,7 +65,7 @@ class TreeSource:
 class TreeCopies:
     """The sources of the adapters that lie in the tree.
 
-    The cache's lock guards all of it but `_gone`.
+    The cache's lock guards all of it but `_collected`.
     """
 
     def __init__(self) -> None:
@@ -75,7 +75,7 @@ class TreeCopies:
         )
         # Keys of copies whose adapter was collected. A finalizer may run in a thread that holds the
         # lock already, or in the middle of a change of the tier, so it only notes the key.
-        self._gone: deque[Hashable] = deque()
+        self._collected: deque[Hashable] = deque()
 
     def source(self, node: Node, link: Link | None) -> TreeSource | None:
         """Return the source of a loaded node's copy; None if the adapter is used where it lies.
@@ -94,15 +94,15 @@ class TreeCopies:
             return None
         source = TreeSource(adapter, None if node.source is None else node.source.key)
         self._sources[adapter] = source
-        weakref.finalize(adapter, self._gone.append, cache_key(source)).atexit = False
+        weakref.finalize(adapter, self._collected.append, cache_key(source)).atexit = False
         return source
 
-    def drop_gone(self, tier: Tier) -> None:
-        """Discard the copies whose adapters are gone; try those in use again at the next call."""
-        for _ in range(len(self._gone)):
-            key = self._gone.popleft()
-            if not tier.let_go(key):
-                self._gone.append(key)
+    def discard_collected(self, tier: Tier) -> None:
+        """Discard the copies of collected adapters; try those in use again at the next call."""
+        for _ in range(len(self._collected)):
+            key = self._collected.popleft()
+            if not tier.discard_unpinned(key):
+                self._collected.append(key)
 
     def clear(self) -> None:
         """Forget all sources, because the base was moved to another device."""

@@ -22,7 +22,7 @@ from torch.nn.parameter import is_lazy
 
 from ..adapter import Adapter
 from ..engine.slab import ALIGNED
-from .pack import buffer_of, distinct, placed, tensors, vacate
+from .pack import buffer_of, packed_tensors, placed, tensors, vacate
 from .staging import STAGE_BYTES, send_staged
 
 __all__ = ["Arrived", "CudaLink", "Link", "link_to"]
@@ -128,7 +128,7 @@ class CudaLink:
             if host is not None and self._is_locked(host):
                 there.copy_(host, non_blocking=True)
             else:
-                parts = distinct(adapter) if host is None else [host]
+                parts = packed_tensors(adapter) if host is None else [host]
                 send_staged(parts, there, self._stages(there.numel()), self._copy)
             # `host` may be dropped from now on: torch reuses its own page-locked memory only after
             # the copy, and ours waits for this event.

@@ -123,7 +123,7 @@ class Loader:
 
     def follow(self, tiers: list[Tier], link: Link | None, memory: Shelf | PageLocked) -> None:
         """Load into other tiers from now on, over another link; called with the lock held."""
-        self.tiers[-1].leave()
+        self.tiers[-1].free_all()
         self.tiers, self.link, self.memory = tiers, link, memory
         self._sent.clear()
 
@@ -142,7 +142,7 @@ class Loader:
         claimed = False
         try:
             with self.lock:
-                found = self._awaited(tier, level, key)
+                found = self._wait_for_other(tier, level, key)
                 if found is not None:
                     _use(tier, key, pinned)
                     return found
@@ -180,11 +180,11 @@ class Loader:
                         tier.failures += 1
                         reservation.close()
                     self._loading.discard((level, key))
-                    # Wake the threads in `_awaited`: they find the adapter, or load it themselves
-                    # and meet the error in their own call.
+                    # Wake the threads in `_wait_for_other`: they find the adapter, or load it
+                    # themselves and meet the error in their own call.
                     self.lock.notify_all()
 
-    def _awaited(self, tier: Tier, level: int, key: Hashable) -> Resident | None:
+    def _wait_for_other(self, tier: Tier, level: int, key: Hashable) -> Resident | None:
         """Wait while another thread loads the adapter; return it, or None to load it here."""
         found = tier.find(key)
         while found is None and (level, key) in self._loading:
@@ -251,9 +251,9 @@ class Loader:
 
         def unhashed(here: Arrived) -> None:
             drop_early()  # the files were read a second time
-            if not reservation.at_once(packed_bytes(here.adapter)):
+            if not reservation.try_resize(packed_bytes(here.adapter)):
                 return
-            arrived = early[here.adapter] = self._sent_over(link, here.adapter, source)
+            arrived = early[here.adapter] = self._start_transfer(link, here.adapter, source)
             self._set_origin(arrived.adapter, here.adapter)
             if ahead is not None:
                 ahead(arrived)
@@ -272,7 +272,7 @@ class Loader:
         try:
             reservation.resize(resident.nbytes)
             sent = early.pop(resident.arrived.adapter, None)
-            arrived = sent or self._sent_over(link, resident.arrived.adapter, source)
+            arrived = sent or self._start_transfer(link, resident.arrived.adapter, source)
         finally:
             drop_early()
             with self.lock:
@@ -297,11 +297,11 @@ class Loader:
         adapter = source.load()
         reservation.resize(packed_bytes(adapter))
         with torch.inference_mode(False), torch.no_grad():
-            arrived = self._sent_over(link, adapter, source)
+            arrived = self._start_transfer(link, adapter, source)
         self._origins[arrived.adapter] = self.origin(source.adapter)
         return arrived
 
-    def _sent_over(self, link: Link, adapter: Adapter, source: Source) -> Arrived:
+    def _start_transfer(self, link: Link, adapter: Adapter, source: Source) -> Arrived:
         """Start an adapter's transfer, into the adapter sent before if that was vacated."""
         key, again = cache_key(source), None
         # Without a key from the lock, its files may have another content by now.
@@ -313,7 +313,7 @@ class Loader:
         arrived = link.send(adapter, again)
         memory, buffer = self.memory, buffer_of(adapter)
         if isinstance(memory, PageLocked) and buffer is not None:
-            memory.sent(buffer, arrived.event)
+            memory.note_copy(buffer, arrived.event)
         if comes_back:
             self._sent[key] = arrived.adapter
         return arrived

@@ -28,11 +28,11 @@ from ..storage import Allocate
 
 __all__ = [
     "buffer_of",
-    "distinct",
     "held_bytes",
     "is_vacated",
     "pack",
     "packed_bytes",
+    "packed_tensors",
     "placed",
     "tensors",
     "vacate",
@@ -47,7 +47,7 @@ def pack(adapter: Adapter, allocate: Allocate) -> Adapter:
     if buffer_of(adapter) is not None:
         return adapter
     memory = allocate(packed_bytes(adapter))
-    packed = _cut_from(memory, adapter)
+    packed = _adapter_over(memory, adapter)
     # Both adapters have their tensors in the same order.
     for copy, tensor in zip(tensors(packed), tensors(adapter), strict=True):
         copy.copy_(tensor)
@@ -59,16 +59,16 @@ def packed_bytes(adapter: Adapter) -> int:
     buffer = buffer_of(adapter)
     if buffer is not None:
         return buffer.numel()
-    return sum([Slab.takes(tensor.nbytes) for tensor in distinct(adapter)])
+    return sum([Slab.takes(tensor.nbytes) for tensor in packed_tensors(adapter)])
 
 
-def distinct(adapter: Adapter) -> list[Tensor]:
+def packed_tensors(adapter: Adapter) -> list[Tensor]:
     """Return the tensors that `pack` copies, in the order in which it lays them out."""
     # By identity: one tensor may stand in two places of an adapter, and is copied once.
     return list({id(tensor): tensor for tensor in tensors(adapter)}.values())
 
 
-def _cut_from(memory: Tensor, adapter: Adapter) -> Adapter:
+def _adapter_over(memory: Tensor, adapter: Adapter) -> Adapter:
     """Return an adapter like this one whose tensors are uninitialised parts of ``memory``.
 
     Args:
@@ -77,7 +77,7 @@ def _cut_from(memory: Tensor, adapter: Adapter) -> Adapter:
     """
     slab = Slab(memory)
     parts: dict[int, Tensor] = {}
-    for tensor in distinct(adapter):
+    for tensor in packed_tensors(adapter):
         parts[id(tensor)] = slab.cut(tensor.dtype, tensor.shape)
     return adapter.with_tensors(lambda tensor: parts[id(tensor)])
 
@@ -131,7 +131,7 @@ def placed(adapter: Adapter, device: torch.device, again: Adapter | None) -> tup
     if again is None:
         there = torch.empty(nbytes, dtype=torch.uint8, device=device)
         if buffer_of(adapter) is None:
-            return _cut_from(there, adapter), there
+            return _adapter_over(there, adapter), there
         return adapter.with_tensors(over(there)), there
     storage = next(tensors(again)).untyped_storage()
     storage.resize_(nbytes)

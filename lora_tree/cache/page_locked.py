@@ -10,7 +10,7 @@ back stays locked, and adapters of one size use it again.
 
 Laws. A piece is as large as was asked, in whole pages. It is not handed out again before the last
 copy from it is done, and it is unlocked before its memory goes back to the system. Ready memory is
-within the budget: at most what the budget leaves over (`at_most`).
+within the budget: at most what the budget leaves over (`trim_to`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from .shelf import LIBC, PAGED, map_pages, paged, tensor_at, unmap_pages
+from .shelf import LIBC, PAGED, map_pages, round_to_pages, tensor_at, unmap_pages
 
 __all__ = ["Locks", "PageLocked"]
 
@@ -97,15 +97,15 @@ class PageLocked:
         """Return uninitialised memory, (nbytes,) uint8; `lock` it when it is filled."""
         if LIBC is None or nbytes < PAGED:
             return self._locks.allocate(nbytes)
-        size = paged(nbytes)
-        piece = self._again(size)
+        size = round_to_pages(nbytes)
+        piece = self._take_ready(size)
         if piece is None:
-            piece = _mapped(size)
+            piece = _map_memory(size)
         if piece is None:
             # The system has no memory. torch may find some, or else raises an error that says so.
             return self._locks.allocate(nbytes)
         self._out[piece.address] = piece
-        return tensor_at(piece.address, nbytes, partial(self._come_back, piece.address))
+        return tensor_at(piece.address, nbytes, partial(self._note_free, piece.address))
 
     def lock(self, memory: Tensor) -> None:
         """Page-lock a piece that was filled; a no-op for other memory, and for a locked piece.
@@ -116,7 +116,7 @@ class PageLocked:
         if piece is not None and not piece.is_locked:
             piece.is_locked = self._locks.lock_pages(piece.address, piece.nbytes)
 
-    def sent(self, memory: Tensor, event: Any) -> None:
+    def note_copy(self, memory: Tensor, event: Any) -> None:
         """Note that a copy from a piece runs until ``event``; a no-op for other memory."""
         piece = self._out.get(memory.data_ptr())
         if piece is not None:
@@ -129,7 +129,7 @@ class PageLocked:
             self._collect()
             return self._ready_bytes()
 
-    def at_most(self, nbytes: int) -> None:
+    def trim_to(self, nbytes: int) -> None:
         """Keep at most ``nbytes`` ready; give the rest back to the system."""
         with self._lock:
             self._collect()
@@ -138,10 +138,10 @@ class PageLocked:
     def close(self) -> None:
         """Give ready memory back to the system, and from now on each piece that comes back."""
         self._closed = True
-        self.at_most(0)
+        self.trim_to(0)
 
     # ------------------------------------------------------------------ private
-    def _again(self, size: int) -> _Piece | None:
+    def _take_ready(self, size: int) -> _Piece | None:
         """Return a ready piece of this size; None if there is none."""
         with self._lock:
             self._collect()
@@ -159,7 +159,7 @@ class PageLocked:
             piece.copied = None
         return piece
 
-    def _come_back(self, address: int) -> None:
+    def _note_free(self, address: int) -> None:
         """Note that a piece is free; runs as a finalizer, without the lock."""
         piece = self._out.pop(address)
         waiting = sum([each.nbytes for each in list(self._back)])
@@ -192,7 +192,7 @@ class PageLocked:
         unmap_pages(*piece.mapped)
 
 
-def _mapped(size: int) -> _Piece | None:
+def _map_memory(size: int) -> _Piece | None:
     """Map new memory, in huge pages where the system has them; None if there is no memory.
 
     No page is made yet: the read that fills them makes them, beside the hash.

@@ -23,11 +23,11 @@ class Pinning:
 
     def __init__(self, cache: Cache, base: nn.Module) -> None:
         self._cache, self._base = cache, base
-        self._home = _home(base)
+        self._home = _device_of(base)
 
     def __call__(self, paths: Iterable[str], ahead: Ahead | None = None) -> Hold:
         """Return a hold on some nodes' adapters; arguments and errors are those of `Cache.hold`."""
-        home = _home(self._base)
+        home = _device_of(self._base)
         if home != self._home:
             # torch has no hook for `base.to(…)`, so the move is noticed here, at the next request.
             self._cache.follow(link_to(self._base))
@@ -35,7 +35,7 @@ class Pinning:
         return self._cache.hold(paths, ahead)
 
 
-def _home(base: nn.Module) -> torch.device | None:
+def _device_of(base: nn.Module) -> torch.device | None:
     """Return the device of a base's first parameter, which changes when the base is moved.
 
     Called at every switch, and so cheaper than `link_to`, which looks at every parameter.

@@ -40,7 +40,7 @@ class Reservation:
                 self._tier.reserve(nbytes - self._nbytes, wait=False)
             self._nbytes = nbytes
 
-    def at_once(self, nbytes: int) -> bool:
+    def try_resize(self, nbytes: int) -> bool:
         """Resize without waiting for other loads; return False if there is no room now."""
         wait, self.wait = self.wait, False
         try:

@@ -7,7 +7,7 @@ the page first. That takes as long as reading and hashing what goes into the pag
 would keep freed memory too, but in pieces between others that are in use, and outside of every
 budget.
 
-Law: ready memory is within the budget. It is at most what the budget leaves over (`at_most`), and
+Law: ready memory is within the budget. It is at most what the budget leaves over (`trim_to`), and
 a new piece for which no ready range is large enough takes the place of as many ready bytes.
 """
 
@@ -25,7 +25,16 @@ from functools import partial
 import torch
 from torch import Tensor
 
-__all__ = ["LIBC", "PAGED", "Shelf", "map_pages", "paged", "tensor_at", "trim", "unmap_pages"]
+__all__ = [
+    "LIBC",
+    "PAGED",
+    "Shelf",
+    "map_pages",
+    "round_to_pages",
+    "tensor_at",
+    "trim",
+    "unmap_pages",
+]
 
 MOST_BYTES = 256 << 20
 """The most bytes that stay ready, if the budget has room for them: a few stacks of routed batches
@@ -84,19 +93,19 @@ class Shelf:
         """Return uninitialised memory, (nbytes,) uint8."""
         if LIBC is None or nbytes < PAGED:
             return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
-        size = paged(nbytes)
+        size = round_to_pages(nbytes)
         with self._lock:
             self._collect()
-            address, held = self._nearest(size)
+            address, held = self._take_best_fit(size)
             # The range grows by size - held bytes; as many ready bytes go
             # back, to stay within the budget.
             self._drop_to(self._ready_bytes - (size - held))
         if held < size:
-            address = _grown(address, held, size)
+            address = _grow_range(address, held, size)
         if not address:
             # The system has no memory. torch may find some, or else raises an error that says so.
             return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
-        return tensor_at(address, nbytes, partial(self._come_back, address, size))
+        return tensor_at(address, nbytes, partial(self._note_free, address, size))
 
     @property
     def ready_bytes(self) -> int:
@@ -105,7 +114,7 @@ class Shelf:
             self._collect()
             return self._ready_bytes
 
-    def at_most(self, nbytes: int) -> None:
+    def trim_to(self, nbytes: int) -> None:
         """Keep at most ``nbytes`` ready; give the rest back to the system."""
         with self._lock:
             self._collect()
@@ -114,10 +123,10 @@ class Shelf:
     def close(self) -> None:
         """Give ready memory back to the system, and from now on each piece that comes back."""
         self._closed = True
-        self.at_most(0)
+        self.trim_to(0)
 
     # ------------------------------------------------------------------ private
-    def _come_back(self, address: int, size: int) -> None:
+    def _note_free(self, address: int, size: int) -> None:
         """Note that a range is free; runs as a finalizer, without the lock."""
         waiting = sum(each for _, each in list(self._back))
         # If no thread takes anything for a while, `_back` is never emptied: it is bounded here.
@@ -132,7 +141,7 @@ class Shelf:
             self._put(*self._back.popleft())
         self._drop_to(self._most)
 
-    def _nearest(self, size: int) -> tuple[int, int]:
+    def _take_best_fit(self, size: int) -> tuple[int, int]:
         """Take ``size`` bytes from the smallest ready range that fits; return its address and size.
 
         If none fits, return the largest range and its size, for the caller to grow; (0, 0) if
@@ -176,7 +185,7 @@ class Shelf:
             over = self._ready_bytes - target
             address = min(self._ready, key=lambda address: self._ready[address])
             size = self._remove(address)
-            dropped = min(size, paged(over))
+            dropped = min(size, round_to_pages(over))
             unmap_pages(address + size - dropped, dropped)
             if size > dropped:
                 self._put(address, size - dropped)
@@ -189,12 +198,12 @@ def trim() -> None:
         give_back(0)
 
 
-def paged(nbytes: int) -> int:
+def round_to_pages(nbytes: int) -> int:
     """Round up to whole pages."""
     return -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
-def _grown(address: int, held: int, size: int) -> int:
+def _grow_range(address: int, held: int, size: int) -> int:
     """Grow a range, moving its pages if need be, and return its address; 0 if there is no memory.
 
     Args:

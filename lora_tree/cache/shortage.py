@@ -12,10 +12,10 @@ from .copies import TreeSource, cache_key
 from .pack import tensors
 from .tier import Tier
 
-__all__ = ["explained"]
+__all__ = ["explain_shortage"]
 
 
-def explained(
+def explain_shortage(
     error: BudgetError,
     needed: Mapping[str, Source],
     tiers: Sequence[Tier],
@@ -55,16 +55,16 @@ def _size(source: Source) -> int:
 
 def _too_small(tier: Tier, sizes: dict[str, int], least: int, others: int) -> BudgetError:
     parts = listing(f"{path} {format_bytes(nbytes)}" for path, nbytes in sizes.items())
-    beside = ""
+    in_use = ""
     todo = [
         f"{tier.budget_name}={least} (bytes, {format_bytes(least)}) is the least that is enough"
     ]
     if others:
-        beside = f" beside {format_bytes(others)} that are in use"
+        in_use = f" beside {format_bytes(others)} that are in use"
         todo.append("or free what is in use first: model.deactivate()")
     leaf = next(reversed(sizes))
     return BudgetError(
-        f"{leaf}: {format_bytes(least - others)} have to be in memory at once ({parts}){beside}; "
+        f"{leaf}: {format_bytes(least - others)} have to be in memory at once ({parts}){in_use}; "
         f"{tier.budget_name} is {format_bytes(tier.budget_bytes or 0)}",
         *todo,
     )

@@ -107,7 +107,7 @@ class Tier:
         self._adapters -= resident.nbytes
         self.policy.gone(key)
 
-    def let_go(self, key: Hashable) -> bool:
+    def discard_unpinned(self, key: Hashable) -> bool:
         """Discard an adapter unless it is pinned; return False if it is."""
         if key in self._pins:
             return False
@@ -139,7 +139,7 @@ class Tier:
         # A thread may be waiting in `_make_room` for this adapter to become idle.
         self._lock.notify_all()
 
-    def leave(self) -> None:
+    def free_all(self) -> None:
         """Free every idle adapter's memory now, and that of a pinned one at its last `unpin`.
 
         Called when the base was moved to another device and no longer uses this tier.
@@ -251,7 +251,7 @@ class Tier:
             if stays + nbytes > budget or not (self._drop_spare() or self._evict()):
                 others_may_finish = self._reserved > 0 or self.passing > 0
                 if not (wait and nbytes <= budget and others_may_finish):
-                    raise self._full(nbytes, stays + self._laid_out, budget)
+                    raise self._full_error(nbytes, stays + self._laid_out, budget)
                 self._lock.wait()
             # Dropping side paths, and waiting, let finalizers run: count again before every
             # decision.
@@ -286,7 +286,7 @@ class Tier:
         self.discard(key)
         resident.arrived.vacate()
 
-    def _full(self, nbytes: int, stays: int, budget: int) -> BudgetError:
+    def _full_error(self, nbytes: int, stays: int, budget: int) -> BudgetError:
         enough = f"{self.budget_name}={stays + nbytes} (bytes)"
         return BudgetError(
             f"{format_bytes(nbytes)} more are needed, and {format_bytes(stays)} are in use; "
@@ -302,4 +302,4 @@ class Tier:
         if self._shelf is None or self.budget_bytes is None:
             return
         self._take_refunds()
-        self._shelf.at_most(self.budget_bytes - self._held_bytes)
+        self._shelf.trim_to(self.budget_bytes - self._held_bytes)

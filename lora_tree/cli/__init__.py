@@ -37,16 +37,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _run(given: list[str], *, own_process: bool) -> None:
     with _interrupts_end_it() if own_process else nullcontext():
-        from .console import any_encoding, print_error, warnings_in_one_line
+        from .console import escape_unencodable, print_error, warnings_in_one_line
 
         # Before the commands are imported: an import may warn already.
-        any_encoding()
+        escape_unencodable()
         warnings_in_one_line()
     codes: list[int] = []
     try:
         with _interrupts_end_it() if own_process else nullcontext():
             from .application import application
-            from .typed import noted_command
+            from .command_notes import noted_command
 
             # Imports torch for most commands, which takes seconds in which Ctrl-C must work.
             app = application(given)
@@ -96,13 +96,13 @@ def _signals_clean_up(codes: list[int]) -> Iterator[None]:
     }
     # Any handler but Python's own is the caller's decision: a shell, for example, ignores Ctrl-C
     # for what it runs in the background.
-    ours = [number for number in handlers if signal.getsignal(number) is usual[number]]
-    for number in ours:
+    replaced = [number for number in handlers if signal.getsignal(number) is usual[number]]
+    for number in replaced:
         signal.signal(number, handlers[number])
     try:
         yield
     finally:
-        for number in ours:
+        for number in replaced:
             signal.signal(number, usual[number])
 
 

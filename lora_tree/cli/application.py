@@ -37,7 +37,7 @@ COMMANDS = {
     "restore": "restore:bring_back",
     "gc": "gc:clean_up",
     "diff": "diff:difference",
-    "similar": "similar:alike",
+    "similar": "similar:similar_nodes",
     "squash": "squash:squash_lineage",
     "split": "split:split_node",
     "pick": "pick:pick_node",
@@ -80,9 +80,9 @@ class _CommandGroup(TyperGroup):
         except Exception as error:
             # Recognised by the attribute, not by the class: some of the allowed versions of typer
             # raise click's errors, others those of a copy of click inside typer.
-            said = getattr(error, "message", None)
-            if isinstance(said, str):
-                error.message = printable(said)  # type: ignore[attr-defined]
+            message = getattr(error, "message", None)
+            if isinstance(message, str):
+                error.message = printable(message)  # type: ignore[attr-defined]
             raise
 
 
@@ -97,10 +97,10 @@ def application(arguments: Sequence[str]) -> typer.Typer:
         pretty_exceptions_enable=False,
     )
     app.callback()(_options)
-    asked = _asked(arguments)
+    requested = _read_command_name(arguments)
     for name, place in COMMANDS.items():
         module, _, function = place.partition(":")
-        if name == asked:
+        if name == requested:
             command = getattr(import_module(f".commands.{module}", __package__), function)
         else:
             command = _listed(module, function)
@@ -108,7 +108,7 @@ def application(arguments: Sequence[str]) -> typer.Typer:
     return app
 
 
-def _asked(arguments: Sequence[str]) -> str | None:
+def _read_command_name(arguments: Sequence[str]) -> str | None:
     """Return the command's name, from the command line or from the one that a shell completes."""
     words = list(arguments)
     if "_LORA_TREE_COMPLETE" in os.environ:

@@ -26,8 +26,8 @@ __all__ = [
     "SkipBroken",
     "TrustRemoteCode",
     "WeightText",
-    "given_weight",
-    "offered_skip",
+    "advise_skip",
+    "parse_weight_option",
 ]
 
 
@@ -40,7 +40,7 @@ def _only_json(context: typer.Context, wanted: bool) -> bool:
     return wanted
 
 
-def given_weight(texts: Sequence[str] | None, option: str = "--weight") -> Weight | None:
+def parse_weight_option(texts: Sequence[str] | None, option: str = "--weight") -> Weight | None:
     """Return the weight that an option says; None if it was not given.
 
     Raises:
@@ -58,7 +58,7 @@ def given_weight(texts: Sequence[str] | None, option: str = "--weight") -> Weigh
 
 
 @contextmanager
-def offered_skip(folder: Path, *, skips: bool) -> Iterator[None]:
+def advise_skip(folder: Path, *, skips: bool) -> Iterator[None]:
     """Add to a broken adapter's error the advice that the command can go on without it.
 
     `load` gives that advice itself, for the problems that it finds. But it reads no weights, so a
@@ -87,7 +87,7 @@ def _no_progress(context: typer.Context, wanted: bool) -> bool:
     return wanted
 
 
-def _versions_alone(names: list[str] | None) -> list[str]:
+def _check_versions(names: list[str] | None) -> list[str]:
     """Refuse a name without a version, which would change nothing."""
     for name in names or ():
         if "@" not in name:
@@ -114,7 +114,7 @@ On = Annotated[
     typer.Option(
         help="Read the tree with this version of a node in place: fr@2.",
         metavar="NODE@VERSION",
-        callback=_versions_alone,
+        callback=_check_versions,
     ),
 ]
 Data = Annotated[

@@ -28,8 +28,8 @@ from rich.text import Text
 from ..errors import LoraTreeError, printable
 
 __all__ = [
-    "any_encoding",
     "err",
+    "escape_unencodable",
     "is_quiet",
     "keep_quiet",
     "note",
@@ -48,7 +48,7 @@ LINES = "\n\t"
 TRACEBACK = "LORA_TREE_TRACEBACK"
 
 
-def any_encoding() -> None:
+def escape_unencodable() -> None:
     """Make stdout and stderr escape, from now on, characters that their encoding can't hold."""
     for stream in (sys.stdout, sys.stderr):
         # Where a program or a test has redirected the stream, it may be a StringIO. That one
@@ -174,8 +174,9 @@ def print_json(value: Any) -> None:
     # document comes out that a strict reader would refuse.
     text = _escaped(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
     try:
-        # The encoding is tried here and not left to the stream: `any_encoding` makes the stream
-        # write \xe9 for é, which is no escape in JSON, so the document could not be read back.
+        # The encoding is tried here and not left to the stream: `escape_unencodable` makes the
+        # stream write \xe9 for é, which is no escape in JSON, so the document could not be read
+        # back.
         text.encode(stdout.encoding or "utf-8")
     except UnicodeEncodeError:  # JSON has its own escapes
         text = json.dumps(value, indent=2, allow_nan=False)
@@ -222,12 +223,12 @@ def print_problem(kind: str, message: str, style: str) -> None:
 
 def warnings_in_one_line() -> None:
     """Show Python's warnings as ``warning: …``, each once, without the line that raised them."""
-    told: set[str] = set()
+    shown: set[str] = set()
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
         # A command that opens a tree twice gets the same warning twice.
-        if str(message) not in told:
-            told.add(str(message))
+        if str(message) not in shown:
+            shown.add(str(message))
             print_problem("warning", str(message), "bold yellow")
 
     # Only the display is replaced. Which warnings are shown is still up to Python's filters, so

@@ -12,8 +12,8 @@ import typer
 from ..algebra import Edited, made_stale
 from ..errors import listing, plural
 from ..tree import AdapterTree
+from .command_notes import command_note
 from .console import out, print_json
-from .typed import command_note
 
 __all__ = ["DryRun", "MaxError", "Rank", "Work", "adapter_text"]
 
@@ -44,7 +44,9 @@ class Work:
         # The copy shares the adapters and costs next to nothing. The command changes `tree` only.
         self._before = copy.copy(tree)
 
-    def done(self, edited: Edited, *, as_json: bool, copy_files: bool = False, **more: Any) -> None:
+    def finish(
+        self, edited: Edited, *, as_json: bool, copy_files: bool = False, **more: Any
+    ) -> None:
         """Save the tree, and say what happened to it.
 
         Args:
@@ -55,24 +57,24 @@ class Work:
         """
         # Computed before the save, which updates the marks that `made_stale` reads.
         stale = made_stale(self._before, self.tree, edited.moved)
-        gone = [p for p in self._before.paths() if edited.moved.get(p, p) not in self.tree]
+        removed = [p for p in self._before.paths() if edited.moved.get(p, p) not in self.tree]
         if not self.dry_run:
             note = command_note(moved=edited.moved)
             self.tree.save(self.folder, copy=copy_files, note=note)
         if as_json:
             document = {"folder": str(self.folder), "dry_run": self.dry_run}
-            told = {"removed": gone, "stale": stale}
-            print_json(document | edited.as_dict() | told | more)
+            effects = {"removed": removed, "stale": stale}
+            print_json(document | edited.as_dict() | effects | more)
             return
         # After the save: no line may say "added" above an error that says that nothing was saved.
-        for line in self._lines(edited, gone, stale):
+        for line in self._lines(edited, removed, stale):
             out().print(line, soft_wrap=True)
 
-    def _lines(self, edited: Edited, gone: list[str], stale: list[str]) -> list[str]:
+    def _lines(self, edited: Edited, removed: list[str], stale: list[str]) -> list[str]:
         lines = [f"added {path}: {adapter_text(self.tree, path)}" for path in edited.added]
         for old, new in edited.moved.items():
             lines.append(f"moved {old} to {new}")
-        for path in gone:
+        for path in removed:
             lines.append(f"removed {path}")
         for path in edited.changed:
             lines.append(f"changed {path}: {adapter_text(self.tree, path)}")
@@ -101,19 +103,19 @@ def adapter_text(tree: AdapterTree, path: str) -> str:
 
 def _errors(edited: Edited) -> list[str]:
     lines = []
-    for path, told in edited.errors.items():
-        if told.error == 0.0:
+    for path, deviation in edited.errors.items():
+        if deviation.error == 0.0:
             lines.append(f"error of {path}: none, exact")
             continue
-        if told.worst < ROUNDING:
+        if deviation.worst < ROUNDING:
             lines.append(f"error of {path}: none beyond rounding")
             continue
-        worst = max(told.relative, key=lambda name: told.relative[name])
-        text = f"error of {path}: {told.relative_error:.2g} of its norm"
-        if math.isinf(told.worst):
+        worst = max(deviation.relative, key=lambda name: deviation.relative[name])
+        text = f"error of {path}: {deviation.relative_error:.2g} of its norm"
+        if math.isinf(deviation.worst):
             # The norm before was 0, so no relative error can be given, however small the change.
             text += f"; {worst} had no increment before, and has one now"
         else:
-            text += f", at most {told.worst:.2g} in a module ({worst})"
+            text += f", at most {deviation.worst:.2g} in a module ({worst})"
         lines.append(text)
     return lines

@@ -50,13 +50,13 @@ def check_place(tree: AdapterTree, folder: Path, to: str) -> None:
     # Links are resolved on both sides: one that lies outside of the tree may lead into it.
     where = as_path(to).resolve()
     home = as_path(folder).resolve()
-    if _lies_in(where, home if home.is_dir() else home.parent):
+    if _is_inside(where, home if home.is_dir() else home.parent):
         raise SpecError(
             f"--out {to} is in the tree's own folder, where an adapter is a node",
             "write it elsewhere, or add it to the tree: "
             f"lora-tree squash {shlex.quote(str(folder))} PATH --to NODE",
         )
-    if tree.base is not None and _same(where, as_path(tree.base).resolve()):
+    if tree.base is not None and _is_same_place(where, as_path(tree.base).resolve()):
         raise SpecError(
             f"--out {to} is the base's own folder: an adapter there counts as one of the base's "
             "files, and transformers loads it with the base",
@@ -64,7 +64,7 @@ def check_place(tree: AdapterTree, folder: Path, to: str) -> None:
         )
     for path in tree.paths():
         source = tree[path].source
-        if source is not None and _same(where, source.where.resolve()):
+        if source is not None and _is_same_place(where, source.where.resolve()):
             raise SpecError(
                 f"--out {to} would write over the files of {path}, {source.where}",
                 "write it elsewhere",
@@ -98,10 +98,10 @@ def check_free(places: Iterable[Path], *, as_files: bool = False, replace: bool)
         )
 
 
-def _lies_in(where: Path, folder: Path) -> bool:
-    return any(_same(above, folder) for above in (where, *where.parents))
+def _is_inside(where: Path, folder: Path) -> bool:
+    return any(_is_same_place(above, folder) for above in (where, *where.parents))
 
 
-def _same(one: Path, other: Path) -> bool:
+def _is_same_place(one: Path, other: Path) -> bool:
     """Tell whether two paths are the same place; a file system may accept several spellings."""
     return one == other or (one.exists() and other.exists() and one.samefile(other))

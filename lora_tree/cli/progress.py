@@ -61,13 +61,13 @@ def steps_done(what: str, total: int, done: int) -> Iterator[Callable[[str], Non
         return
     # A TextColumn parses markup even on a console that does not, unless markup=False. The
     # description holds numbers and paths, which must not turn into styles.
-    said = TextColumn("{task.description}", markup=False)
+    text_column = TextColumn("{task.description}", markup=False)
     columns = (
         TextColumn(what, markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
-        said,
+        text_column,
     )
     with Bar(*columns) as bar:
         task = bar.add_task("", total=total, completed=done)

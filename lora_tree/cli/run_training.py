@@ -14,10 +14,10 @@ import typer
 from ..errors import FolderError, plural
 from ..runs import Run, StepLosses, Verdict
 from ..training.diverged import BASE_LABEL
+from .command_notes import command_note
 from .console import err
 from .interrupts import noted_interrupts
 from .progress import steps_done
-from .typed import command_note
 
 __all__ = ["run_to_the_end"]
 
@@ -51,7 +51,7 @@ def run_to_the_end(
     with (
         steps_done("training", steps, running.done) as bar,
         noted_interrupts() as interrupted,
-        _told(running, trackers) as tell,
+        _open_trackers(running, trackers) as tell,
     ):
         for step in running.steps(save_every=save_every or None):
             bar(" ".join(f"{path or BASE_LABEL} {loss:.3f}" for path, loss in step.losses.items()))
@@ -72,7 +72,7 @@ def run_to_the_end(
     kept = running.save()
     # After the checkpoint: this ends the training of all nodes, and a checkpoint is made of the
     # factors that train. Before the tree is saved, because it changes weights in the tree.
-    verdicts = running.keep_what_helps()
+    verdicts = running.reweigh_leaves()
     running.model.tree.save(folder, note=running.note(command_note().by))
     # Last: a run counts as finished only once its tree is on the disk.
     running.finish()
@@ -89,7 +89,7 @@ def _check_writable(place: Path, todo: str) -> None:
 
 
 @contextmanager
-def _told(running: Run, trackers: Sequence[str]) -> Iterator[Callable[[StepLosses], None]]:
+def _open_trackers(running: Run, trackers: Sequence[str]) -> Iterator[Callable[[StepLosses], None]]:
     """Yield a function that reports a step to the trackers."""
     if not trackers:
         yield lambda step: None

@@ -10,13 +10,13 @@ from ..folder.tree_place import YAML
 from ..provenance import data_files
 from ..runs import HeldOut, Row
 
-__all__ = ["given_held_out", "numbers", "numbers_by_depth", "run_folder"]
+__all__ = ["numbers", "numbers_by_depth", "read_held_out_options", "run_folder"]
 
 EVALUATIONS = 10
 """Measurements in a run, if the user does not say how often."""
 
 
-def given_held_out(
+def read_held_out_options(
     files: Sequence[Path] | None,
     every: int | None,
     patience: int | None,

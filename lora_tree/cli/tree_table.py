@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..drawn.drawing import DrawnNode
-from ..drawn.node_lines import NodeLine, remark_words
+from ..drawn.node_lines import NodeLine, remark_text
 from ..errors import printable
 from ..folder import Problem
 
@@ -73,12 +73,14 @@ def print_table(
             break
         del widths[heading], columns[heading]
     # Without a bound, rich would shrink all columns, the names first.
-    left = console.width - name_width - sum(widths.values())
+    remark_width = console.width - name_width - sum(widths.values())
     table = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0), header_style="dim")
     table.add_column(head, no_wrap=True)
     for heading in columns:
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True, overflow="ellipsis", max_width=max(left, SHORTEST_REMARK))
+    table.add_column(
+        "", no_wrap=True, overflow="ellipsis", max_width=max(remark_width, SHORTEST_REMARK)
+    )
     for name, *cells, text in zip(names, *columns.values(), remarks, strict=True):
         table.add_row(name, *cells, text)
     console.print(table)
@@ -115,4 +117,4 @@ def _remark(line: NodeLine, problem: Problem | None) -> Text:
         style = "red"
     elif line.stale:
         style = "yellow"
-    return Text(printable(remark_words(line, problem)), style)
+    return Text(printable(remark_text(line, problem)), style)

@@ -209,15 +209,15 @@ def _compare(
     """
     peft = need("peft", extra="peft", what="the demo")
     with attached.using(leaf):
-        ours = model(input_ids=windows).logits
+        tree_logits = model(input_ids=windows).logits
     with warnings.catch_warnings():
         # PEFT 0.20 reads an attribute that transformers 5 has renamed.
         warnings.simplefilter("ignore", FutureWarning)
         # PEFT replaces modules inside the model that it is given, so it gets a second base. The
         # tree is still attached to the first one.
         wrapped = peft.PeftModel.from_pretrained(open_base(base), export).eval()
-    theirs = wrapped(input_ids=windows).logits
-    return float((ours - theirs).abs().max()), float(theirs.abs().max())
+    peft_logits = wrapped(input_ids=windows).logits
+    return float((tree_logits - peft_logits).abs().max()), float(peft_logits.abs().max())
 
 
 # ---------------------------------------------------------------------- clock and progress

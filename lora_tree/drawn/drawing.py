@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["DrawnNode", "arranged"]
+__all__ = ["DrawnNode", "arrange_nodes"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class DrawnNode:
         return above + ("└── " if self.is_last[-1] else "├── ")
 
 
-def arranged(
+def arrange_nodes(
     paths: Iterable[str],
     *,
     key: Callable[[str], Any] | None = None,
@@ -61,7 +61,7 @@ def arranged(
         limit: how many lines to draw at most; None: all.
         always: paths that are drawn however deep they lie.
 
-    >>> for node in arranged(["fr", "fr/legal", "fr/legal/eu", "de"], depth=2):
+    >>> for node in arrange_nodes(["fr", "fr/legal", "fr/legal/eu", "de"], depth=2):
     ...     print(f"{node.guide}{node.name} {node.hidden}")
     ├── de 0
     └── fr 0
@@ -122,7 +122,7 @@ def _depth_within(levels: Iterable[int], limit: int | None) -> int:
     levels = list(levels)
     depth = max(levels, default=1)
     # One level is left even if it has more nodes than lines: an empty drawing says nothing, and
-    # `arranged` cuts this level by lines.
+    # `arrange_nodes` cuts this level by lines.
     while limit is not None and depth > 1:
         if sum(level <= depth for level in levels) <= limit:
             break
@@ -158,16 +158,19 @@ def _walk(
     def nodes(above: str, is_last: tuple[bool, ...]) -> Iterator[DrawnNode]:
         siblings = [path for path in children.get(above, ()) if path in shown]
         for i, path in enumerate(siblings):
-            mine = (*is_last, i == len(siblings) - 1)
+            own_is_last = (*is_last, i == len(siblings) - 1)
             # Drawn first, because a node's line says how many below it are hidden.
-            inner = list(nodes(path, mine))
+            inner = list(nodes(path, own_is_last))
             visible = len(inner)
             # Each hidden node counts at its nearest drawn ancestor alone. Otherwise it would be
             # counted again at every level above, and the numbers would not add up to the nodes of
             # the tree.
             hidden_deeper = sum(node.hidden for node in inner)
             yield DrawnNode(
-                path, path.removeprefix(f"{above}/"), mine, below[path] - visible - hidden_deeper
+                path,
+                path.removeprefix(f"{above}/"),
+                own_is_last,
+                below[path] - visible - hidden_deeper,
             )
             yield from inner
 

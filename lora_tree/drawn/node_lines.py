@@ -13,9 +13,9 @@ from ..folder.problem import HARMLESS
 from ..node_names import is_pattern
 from ..tree import AdapterTree
 from ..weights import Weight, plain_weight
-from .stale_words import stale_words
+from .stale_words import short_stale_text
 
-__all__ = ["NodeLine", "below", "lines_of", "matching_lines", "remark_words"]
+__all__ = ["NodeLine", "lines_below", "lines_of", "matching_lines", "remark_text"]
 
 WORDS = {"adapter": "", "fresh": "fresh: made when attached", "group": "group", "broken": ""}
 
@@ -96,7 +96,7 @@ def _line(tree: AdapterTree, path: str) -> NodeLine:
     )
 
 
-def below(lines: Iterable[NodeLine], path: str) -> list[NodeLine]:
+def lines_below(lines: Iterable[NodeLine], path: str) -> list[NodeLine]:
     """Return the lines of a node and of everything below it.
 
     Raises:
@@ -133,14 +133,14 @@ def matching_lines(lines: Iterable[NodeLine], pattern: str) -> list[NodeLine]:
     return found
 
 
-def remark_words(line: NodeLine, problem: Problem | None) -> str:
+def remark_text(line: NodeLine, problem: Problem | None) -> str:
     """Return the remark beside a node's numbers: why it is broken or stale, or its kind."""
     if problem is not None:
         # On one line, so that grep finds the node and its reason together.
         reason = _without_place(problem).replace("\n", " ")
         return f"{problem.kind}: {reason}"
     if line.stale:
-        return f"stale: {stale_words(line.path, line.stale)}"
+        return f"stale: {short_stale_text(line.path, line.stale)}"
     if line.overrides:
         return f"replaces {listing(line.overrides, most=2)}"
     return WORDS[line.kind]

@@ -10,7 +10,7 @@ from ..errors import printable
 from ..folder import Problem
 from ..svg import Picture
 from .drawing import DrawnNode
-from .node_lines import NodeLine, remark_words
+from .node_lines import NodeLine, remark_text
 
 __all__ = ["tree_picture"]
 
@@ -85,7 +85,7 @@ def _guides(picture: Picture, node: DrawnNode, row: int, drawn: Sequence[DrawnNo
 
 def _note(line: NodeLine, problem: Problem | None) -> tuple[str, str, str]:
     """Return the words beside a name, their colour, and their tooltip."""
-    said = printable(remark_words(line, problem))
+    remark = printable(remark_text(line, problem))
     ink = QUIET
     if problem is not None:
         ink = BROKEN
@@ -97,7 +97,8 @@ def _note(line: NodeLine, problem: Problem | None) -> tuple[str, str, str]:
     if line.ranks:
         parts.append(f"r {'/'.join(map(str, line.ranks))}")
         parts.append(decimal(line.bytes))
-    if said:
-        parts.append(said if len(said) <= MOST_CHARACTERS else f"{said[: MOST_CHARACTERS - 1]}…")
+    if remark:
+        is_short = len(remark) <= MOST_CHARACTERS
+        parts.append(remark if is_short else f"{remark[: MOST_CHARACTERS - 1]}…")
     tip = problem.text if problem is not None else line.stale or ""
     return " · ".join(parts), ink, tip.replace("\n", " ")

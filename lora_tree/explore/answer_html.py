@@ -102,7 +102,7 @@ def _row(answer: RowAnswer) -> str:
     row = answer.row
     differs = "" if answer.differing is None else f"{answer.differing} of {len(answer.tokens)}"
     against = "" if row.parent is None else f"from {_text(row.parent or BARE)}"
-    kind = "" if row.asked else ' class="lt-parent" title="a row to compare with"'
+    kind = "" if row.is_requested else ' class="lt-parent" title="a row to compare with"'
     name = _text(row.blend or BARE)
     words = "".join(_run(run) for run in answer.runs)
     return (

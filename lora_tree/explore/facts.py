@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from ..algebra import Likeness, similar
-from ..algebra.sums import read_apart
+from ..algebra.sums import read_uncached
 from ..drawn.node_lines import NodeLine, lines_of
-from ..drawn.stale_words import stale_words
+from ..drawn.stale_words import short_stale_text
 from ..errors import FormatError, LoraTreeError, plural
 from ..folder import (
     Problem,
@@ -90,14 +90,15 @@ class ExploreFacts:
         """Return the facts as plain data, for JSON; numbers that are not finite become None."""
         reasons = {problem.node: problem for problem in reversed(self.problems) if problem.node}
         nodes = [self._node(line, reasons.get(line.path)) for line in self.lines]
-        norms = {path: [_short(number) for number in row] for path, row in self.norms.items()}
+        norms = {path: [_rounded(number) for number in row] for path, row in self.norms.items()}
         problems = []
         for problem in self.problems:
             problems.append({"node": problem.node, "kind": problem.kind, "text": problem.text})
         versions = {}
-        for path, found in self.versions.items():
+        for path, node_versions in self.versions.items():
             versions[path] = [
-                {**version.as_dict(), "content": version.content[:DIGITS]} for version in found
+                {**version.as_dict(), "content": version.content[:DIGITS]}
+                for version in node_versions
             ]
         return {
             "folder": self.folder,
@@ -125,10 +126,10 @@ class ExploreFacts:
             "ranks": line.ranks,
             "parameters": line.parameters,
             "bytes": line.bytes,
-            "stale": None if line.stale is None else stale_words(line.path, line.stale),
+            "stale": None if line.stale is None else short_stale_text(line.path, line.stale),
             "overrides": list(line.overrides),
-            "norm": _short(math.hypot(*row)) if row else None,
-            "loss": None if losses is None else _short(losses[1]),
+            "norm": _rounded(math.hypot(*row)) if row else None,
+            "loss": None if losses is None else _rounded(losses[1]),
             "made": None if made is None else {"when": made.when, "by": made.by},
             "problem": None if problem is None else problem.kind,
         }
@@ -177,9 +178,9 @@ def explore_facts(
     likeness = _likeness(tree, lines, alike, notes) if norms else None
     # `check` reads every adapter, too. Without norms only the headers and the lock are looked at.
     problems = check(folder) if norms else survey_problems
-    found = history(folder)
-    versions = {path: own for path, own in found.items() if len(own) > 1}
-    made = {path: own[-1] for path, own in found.items() if own and own[-1].is_present}
+    versions_by_node = history(folder)
+    versions = {path: own for path, own in versions_by_node.items() if len(own) > 1}
+    made = {path: own[-1] for path, own in versions_by_node.items() if own and own[-1].is_present}
     records = run_records(folder)
     if len(records) > RUNS:
         notes.append(f"the last {RUNS} of {plural(len(records), 'run')} are shown")
@@ -231,7 +232,7 @@ def _measured(
     for done, path in enumerate(readable):
         progress(done, len(readable))
         try:
-            adapter = read_apart(tree, path).weighed(tree[path].weight)
+            adapter = read_uncached(tree, path).weighed(tree[path].weight)
             measured[path] = {name: value.norm() for name, value in adapter.modules.items()}
         except LoraTreeError as error:
             notes.append(f"{path} was not measured: {str(error).splitlines()[0]}")
@@ -240,11 +241,11 @@ def _measured(
 
 
 def _likeness(
-    tree: AdapterTree, lines: Sequence[NodeLine], alike: Sequence[str] | None, notes: list[str]
+    tree: AdapterTree, lines: Sequence[NodeLine], patterns: Sequence[str] | None, notes: list[str]
 ) -> Likeness | None:
     chosen = [line.path for line in lines if line.kind == "adapter"]
-    if alike is not None:
-        named = set(tree.matching(alike))
+    if patterns is not None:
+        named = set(tree.matching(patterns))
         chosen = [path for path in chosen if path in named]
     elif len(chosen) > MOST_ALIKE:
         notes.append(
@@ -281,6 +282,6 @@ def _plain_likeness(likeness: Likeness) -> dict[str, Any]:
     }
 
 
-def _short(number: float) -> float | None:
+def _rounded(number: float) -> float | None:
     """Round to the four digits that a page shows, which take a third of the bytes."""
     return float(f"{number:.4g}") if math.isfinite(number) else None

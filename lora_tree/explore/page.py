@@ -37,11 +37,11 @@ def explore_page(facts: Mapping[str, Any], *, playground: str | None = None) -> 
     >>> # Path("out.html").write_text(explore_page(explore_facts("zoo/").as_dict()))
     """
     offline = need("plotly.offline", extra="explore", what="the page of a tree")
-    told = {**facts, "playground": playground}
+    page_facts = {**facts, "playground": playground}
     parts = {
         "STYLE": _asset("page.css"),
         "PLOTLY": offline.get_plotlyjs(),
-        "FACTS": _as_script_data(told),
+        "FACTS": _as_script_data(page_facts),
         "SCRIPT": _asset("page.js"),
     }
     page = _asset("page.html")

@@ -90,7 +90,7 @@ class Painter:
         if steps < 1:
             raise SpecError(f"steps must be at least 1, got {steps}")
         # A row is expensive here, so a parent's image is made only if it was asked for.
-        blends = tuple(row.blend for row in rows if row.asked)
+        blends = tuple(row.blend for row in rows if row.is_requested)
         options: dict[str, Any] = {"num_inference_steps": steps}
         if guidance is not None:
             options["guidance_scale"] = guidance

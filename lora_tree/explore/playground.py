@@ -52,9 +52,9 @@ class Playground:
     def _answer(
         self, prompt: str, paths: list[str], blends: list[str] | None, *numbers: Any
     ) -> Iterator[str]:
-        asked = ["" if name == BARE else name for name in [*paths, *(blends or [])]]
+        requested = ["" if name == BARE else name for name in [*paths, *(blends or [])]]
         try:
-            self._run = self.answering.begin(prompt, tuple(asked), *numbers)
+            self._run = self.answering.begin(prompt, tuple(requested), *numbers)
             for result in self._run:
                 yield self.answering.html(result)
         except LoraTreeError as error:

@@ -16,9 +16,9 @@ from ..blend import parse_blend, spelled
 from ..errors import SpecError, plural
 from ..tree import AdapterTree
 
-__all__ = ["MOST_ASKED", "Question", "QuestionRow", "parent_of", "rows_of"]
+__all__ = ["MOST_REQUESTED", "Question", "QuestionRow", "parent_of", "rows_of"]
 
-MOST_ASKED = 16
+MOST_REQUESTED = 16
 """Paths and blends in one batch: each is a row with a key/value cache of its own."""
 
 
@@ -48,12 +48,12 @@ class QuestionRow:
     Args:
         blend: the path or blend that answers, in its one spelling; ``""`` is the bare base.
         parent: the path with whose answer its own is compared; None for the bare base.
-        asked: False if it is a row only because others are compared with it.
+        is_requested: False if it is a row only because others are compared with it.
     """
 
     blend: str
     parent: str | None
-    asked: bool
+    is_requested: bool
 
 
 def parent_of(blend: str) -> str | None:
@@ -90,22 +90,22 @@ def rows_of(question: Question, tree: AdapterTree) -> tuple[QuestionRow, ...]:
     """
     _check_numbers(question)
     # A dict keeps the order, and makes one row of a path that is asked twice.
-    asked: dict[str, None] = {}
+    requested: dict[str, None] = {}
     for blend in question.blends:
         tree.coefficients(blend)
-        asked[spelled(blend)] = None
-    if not asked:
+        requested[spelled(blend)] = None
+    if not requested:
         raise SpecError("nothing is asked", "choose at least one path; '' is the bare base")
-    if len(asked) > MOST_ASKED:
+    if len(requested) > MOST_REQUESTED:
         raise SpecError(
-            f"{plural(len(asked), 'path or blend', 'paths and blends')} are asked at once; "
-            f"the most is {MOST_ASKED}",
+            f"{plural(len(requested), 'path or blend', 'paths and blends')} are asked at once; "
+            f"the most is {MOST_REQUESTED}",
             "ask some of them first",
         )
-    rows = [QuestionRow(blend, parent_of(blend), True) for blend in asked]
+    rows = [QuestionRow(blend, parent_of(blend), True) for blend in requested]
     added: dict[str, None] = {}
     for row in rows:
-        if row.parent is not None and row.parent not in asked:
+        if row.parent is not None and row.parent not in requested:
             added[row.parent] = None
     rows.extend(QuestionRow(blend, parent_of(blend), False) for blend in added)
     return tuple(rows)

@@ -180,7 +180,7 @@ class LoopbackOnly:
         """Answer a request, or refuse it."""
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
-        elif scope["type"] == "http" and self._is_ours(scope):
+        elif scope["type"] == "http" and self._is_allowed(scope):
             await self._app(scope, receive, _with_policy(send))
         elif scope["type"] == "http":
             start = {"type": "http.response.start", "status": 404, "headers": []}
@@ -188,7 +188,7 @@ class LoopbackOnly:
             await send({"type": "http.response.body", "body": b"not here\n"})
         # A websocket is not accepted, and the server closes it.
 
-    def _is_ours(self, scope: Scope) -> bool:
+    def _is_allowed(self, scope: Scope) -> bool:
         headers = dict(scope["headers"])
         if headers.get(b"host") not in self._hosts:
             return False

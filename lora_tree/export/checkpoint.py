@@ -30,10 +30,10 @@ from ..folder import disk
 from ..storage import as_path
 from ..system.reading import is_folder
 from ..tree import AdapterTree
-from .beside import beside_weights
 from .checkpoint_writer import CheckpointWriter, GroupWrites
 from .model_folder import new_model_folder
 from .names import CheckpointNames, TensorGroup
+from .other_files import sort_other_files
 from .shards import Stored, missing_files, open_checkpoint, own_files
 from .unloaded_base import skeleton
 from .writes import Write, writes
@@ -112,7 +112,7 @@ def export_model(
     # A stranger's base may hold links to any file of this machine.
     inside = own_files(source)
     checkpoint = open_checkpoint(source, inside=inside)
-    others = beside_weights(source, checkpoint, with_code=with_code)
+    others = sort_other_files(source, checkpoint, with_code=with_code)
     # The model's class defines the parameters, which of them are tied, and how they are stored.
     model = skeleton(source, what="a merged checkpoint", trust_remote_code=trust_remote_code)
     _check_not_quantised(model, source)
@@ -170,7 +170,7 @@ def _check_finite(changes: Sequence[GroupWrites], names: CheckpointNames) -> Non
     def parameter(group: TensorGroup, name: str) -> Tensor:
         if group.converter is None:
             return group.stored[0].read()
-        return names.together(group, Stored.read)[name].contiguous()
+        return names.make_parameters(group, Stored.read)[name].contiguous()
 
     with exact_mode(torch.device("cpu")):
         for group, found in changes:

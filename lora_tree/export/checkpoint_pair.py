@@ -81,14 +81,14 @@ class CheckpointPair:
                 return f"the {which} doesn't hold the whole of it: {reason}"
         old, new = shapes
         if old != new:
-            return f"{new}, and the base's is {old}{self._likely(old, new)}"
+            return f"{new}, and the base's is {old}{self._likely_reason(old, new)}"
         if old != self._shapes[parameter]:
             return (
                 f"{old} in both checkpoints, and the base's config says {self._shapes[parameter]}"
             )
         return self._renumbered(parameter)
 
-    def _likely(self, old: tuple[int, ...], new: tuple[int, ...]) -> str:
+    def _likely_reason(self, old: tuple[int, ...], new: tuple[int, ...]) -> str:
         """Return the likely reason for another shape, to append to a sentence."""
         words = getattr(self._model.config.get_text_config(), "vocab_size", None)
         grew = len(old) == len(new) == 2 and old[1] == new[1] and old[0] < new[0]
@@ -105,7 +105,7 @@ class CheckpointPair:
                 )
         return None
 
-    def both(self, parameter: str) -> tuple[Tensor, Tensor] | None:
+    def read_both(self, parameter: str) -> tuple[Tensor, Tensor] | None:
         """Return the base's value and the other one; None if it is tied to another parameter."""
         if self._group(0, parameter) is None:
             return None
@@ -122,4 +122,4 @@ class CheckpointPair:
         group = names.group(parameter)
         if group.converter is None:
             return group.stored[0].read()
-        return names.together(group, Stored.read)[parameter].contiguous()
+        return names.make_parameters(group, Stored.read)[parameter].contiguous()

@@ -149,7 +149,7 @@ class CheckpointWriter:
             self._tell(size)
 
     def _change_together(self, group: TensorGroup, writes: Sequence[Write]) -> None:
-        parameters = self._names.together(group, Stored.read)
+        parameters = self._names.make_parameters(group, Stored.read)
         # Check before the change: afterwards the bits no longer equal those of the files.
         self._names.check_inverse(group, parameters)
         for write in writes:
@@ -158,7 +158,7 @@ class CheckpointWriter:
             write.check_shape(tuple(values.shape))
             self._add(write, values)
             parameters[write.parameter] = values
-        parts = self._names.apart(group, parameters)
+        parts = self._names.take_apart(group, parameters)
         for stored in group.stored:
             with self._folder.reopen(stored.file.name) as out:
                 # pop frees each part as soon as it is written: fused experts have many

@@ -144,8 +144,8 @@ def extract(
             f"{tuned}: no weight that can have an increment differs from {base}",
             "check that the two folders are the right ones: extract BASE TUNED",
         )
-    told = {name: error for name, error in errors.items() if error}
-    adapter = Adapter(modules, base=os.fspath(base), errors=told)
+    nonzero_errors = {name: error for name, error in errors.items() if error}
+    adapter = Adapter(modules, base=os.fspath(base), errors=nonzero_errors)
     return Extracted(adapter, dict(sorted(errors.items())), dict(sorted(left.items())), unchanged)
 
 
@@ -157,18 +157,18 @@ def _check_left(left: Mapping[str, str], tuned: object, *, ignore: bool) -> None
     """
     if not left or ignore:
         return
-    told = [f"{name}: {reason}" for name, reason in sorted(left.items())]
+    reasons = [f"{name}: {reason}" for name, reason in sorted(left.items())]
     raise BaseMismatch(
         f"{tuned}: {plural(len(left), 'tensor')} changed in a way that no adapter can hold",
-        *told[:20],
-        *([f"and {len(told) - 20} more"] if len(told) > 20 else []),
+        *reasons[:20],
+        *([f"and {len(reasons) - 20} more"] if len(reasons) > 20 else []),
         "to leave these changes behind: --ignore, ignore=True",
     )
 
 
 def _change(pair: CheckpointPair, parameter: str) -> Tensor | None:
     """Return the difference of a parameter, in fp32 or wider; None if nothing changed."""
-    both = pair.both(parameter)
+    both = pair.read_both(parameter)
     if both is None:
         return None
     old, new = both
@@ -246,16 +246,16 @@ class _ModuleFactors:
         bound = min(self._rank or most, most)
         # If only a rank is given, compute that rank at once. For an error, start with a small rank,
         # which is cheap to try, and double it.
-        asked = bound if self._max_error is None else min(FIRST_RANK, bound)
+        rank = bound if self._max_error is None else min(FIRST_RANK, bound)
         while True:
-            left, right, kept = _range_finder(rows, asked)
-            keep = self._smallest(kept, norm, asked)
-            if keep is not None or asked >= bound:
+            left, right, kept = _range_finder(rows, rank)
+            keep = self._smallest(kept, norm, rank)
+            if keep is not None or rank >= bound:
                 break
-            asked = min(
-                2 * asked, bound
+            rank = min(
+                2 * rank, bound
             )  # this rank leaves too large an error: the spectrum falls slowly
-        keep = asked if keep is None else keep
+        keep = rank if keep is None else keep
         left = (left[..., :keep] * root).to(self._dtype)
         right = (right[..., :keep, :] * root).to(self._dtype)
         if not (left.isfinite().all() and right.isfinite().all()):
@@ -272,15 +272,15 @@ class _ModuleFactors:
             )
         return _value(site, left.contiguous(), right.contiguous()), error
 
-    def _smallest(self, kept: Tensor, norm: float, asked: int) -> int | None:
-        """Return the smallest rank within ``max_error``; None if more than ``asked`` is needed.
+    def _smallest(self, kept: Tensor, norm: float, rank: int) -> int | None:
+        """Return the smallest rank within ``max_error``; None if more than ``rank`` is needed.
 
         Args:
             kept: (k,) the squared singular values, summed over the batch.
             norm: of the whole change.
         """
         if self._max_error is None:
-            return asked
+            return rank
         # Rounding can make the difference a little less than zero, and its root would be NaN.
         rest = (norm**2 - kept.cumsum(0)).clamp(min=0).sqrt() / norm
         within = (rest <= self._max_error).nonzero()

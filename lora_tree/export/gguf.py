@@ -167,9 +167,9 @@ def llama_request(
                 "module",
                 "give the weights to nodes, whose files hold them; or export the blend as one file",
             )
-        own = tree[path].weight
+        node_weight = tree[path].weight
         # A weight per module is in the factors of the file: see `export_gguf_nodes`.
-        scale = share * own if isinstance(own, float) else share
+        scale = share * node_weight if isinstance(node_weight, float) else share
         if scale != 0.0:
             lora.append((numbers[path], scale))
     if not lora:
@@ -264,12 +264,12 @@ class _Form:
         layers = self.model.config.num_hidden_layers
         names = self.gguf.get_tensor_name_map(known[architecture], layers)
         tied = bool(getattr(self.model.config, "tie_word_embeddings", False))
-        found: dict[str, Tensor] = {}
+        factors: dict[str, Tensor] = {}
         for module, value in adapter.modules.items():
-            own = names.get_name(f"{module}.weight", try_suffixes=(".weight",))
+            gguf_name = names.get_name(f"{module}.weight", try_suffixes=(".weight",))
             # A base with tied embeddings has no output.weight in its GGUF file, so llama.cpp would
             # find nothing to add the factors to.
-            if own is None or (own == "output.weight" and tied):
+            if gguf_name is None or (gguf_name == "output.weight" and tied):
                 raise FormatError(
                     f"{module}: GGUF has no tensor of its own for it in {architecture}",
                     "leave the module out of the adapter",
@@ -282,8 +282,8 @@ class _Form:
                 )
             find_site(self.model, module).check_shape(value)
             A, B = self._factors(module, value)
-            found[f"{own}.lora_a"], found[f"{own}.lora_b"] = A, B
-        return found
+            factors[f"{gguf_name}.lora_a"], factors[f"{gguf_name}.lora_b"] = A, B
+        return factors
 
     def _factors(self, module: str, value: LowRank) -> tuple[Tensor, Tensor]:
         """Return A and B in fp32, with the rows of B in the order of GGUF."""

@@ -72,7 +72,7 @@ def export_leaves(
             f"workers must be at least 1, got {workers}", "leave workers out, or give a number"
         )
     out = as_path(folder)
-    leaves = [path for path in tree.leaves() if _has_something(tree, path)]
+    leaves = [path for path in tree.leaves() if _has_adapter(tree, path)]
     if not leaves:
         raise SpecError(
             "the tree has no leaf with something to export",
@@ -114,12 +114,12 @@ def export_leaves(
             if isinstance(error, LoraTreeError):
                 # Only now is the list complete: other threads may have written leaves after this
                 # one failed.
-                raise error.advised(_written_words(written, leaves, out)) from error
+                raise error.advised(_written_text(written, leaves, out)) from error
             raise
     return done
 
 
-def _written_words(written: Sequence[str], leaves: Sequence[str], out: Path) -> str:
+def _written_text(written: Sequence[str], leaves: Sequence[str], out: Path) -> str:
     """Say which leaves are on the disk although the export failed."""
     if not written:
         return f"nothing was written in {out}"
@@ -129,7 +129,7 @@ def _written_words(written: Sequence[str], leaves: Sequence[str], out: Path) -> 
     return f"{len(stay)} of {leaves_in_all} {were} written in {out}, and {stays}: {listing(stay)}"
 
 
-def _has_something(tree: AdapterTree, path: str) -> bool:
+def _has_adapter(tree: AdapterTree, path: str) -> bool:
     return any(tree[node].has_adapter for node in tree.lineage(path))
 
 

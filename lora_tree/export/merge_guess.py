@@ -29,7 +29,7 @@ __all__ = [
     "best_guess",
     "hypotheses",
     "multiples_text",
-    "solved",
+    "solve_multiples",
 ]
 
 NEAR = 0.02
@@ -50,7 +50,7 @@ class Fit:
         ranks: of each node.
         gram: (n, n) float64, ⟨D_n, D_k⟩; each D_n includes its coefficient.
         along: (n,) float64, ⟨M, D_n⟩.
-        found: ‖M‖², with M = W_merged − W_base.
+        change_square: ‖M‖², with M = W_merged − W_base.
         noise: the largest ‖M − ΣD‖² that rounding explains.
     """
 
@@ -61,12 +61,12 @@ class Fit:
     ranks: tuple[int, ...]
     gram: Tensor
     along: Tensor
-    found: float
+    change_square: float
     noise: float
 
     def rest(self, multiples: Tensor) -> float:
         """Return ‖M − Σ m_n D_n‖² for multiples (n,)."""
-        value = self.found - 2 * multiples @ self.along + multiples @ self.gram @ multiples
+        value = self.change_square - 2 * multiples @ self.along + multiples @ self.gram @ multiples
         return max(float(value), 0.0)
 
     @property
@@ -128,29 +128,29 @@ def hypotheses(nodes: Sequence[str], weighted: Sequence[str]) -> list[Hypothesis
         nodes: of the path or blend.
         weighted: those whose weight in the tree is not 1.
     """
-    found = [
+    mistakes = [
         EXPECTED,
         Hypothesis("it is the base itself: nothing was merged", dict.fromkeys(nodes, 0.0)),
         Hypothesis("merged twice", dict.fromkeys(nodes, 2.0)),
         Hypothesis("subtracted instead of added", dict.fromkeys(nodes, -1.0)),
     ]
     for node in nodes if len(nodes) > 1 else ():
-        found.append(Hypothesis(f"{node} was left out", {node: 0.0}))
-        found.append(Hypothesis(f"{node} was merged twice", {node: 2.0}))
+        mistakes.append(Hypothesis(f"{node} was left out", {node: 0.0}))
+        mistakes.append(Hypothesis(f"{node} was merged twice", {node: 2.0}))
     for node in nodes if len(nodes) > 2 else ():
         others = {other: 0.0 for other in nodes if other != node}
-        found.append(Hypothesis(f"only {node} was merged, without {listing(others)}", others))
+        mistakes.append(Hypothesis(f"only {node} was merged, without {listing(others)}", others))
     if weighted:
         text = f"the weight of {listing(weighted)} was left out"
-        found.append(Hypothesis(text, unweighted=weighted))
+        mistakes.append(Hypothesis(text, unweighted=weighted))
     for node in weighted if len(weighted) > 1 else ():
-        found.append(Hypothesis(f"the weight of {node} was left out", unweighted=[node]))
-    found += [
+        mistakes.append(Hypothesis(f"the weight of {node} was left out", unweighted=[node]))
+    mistakes += [
         Hypothesis("the scale lora_alpha / r was left out", lost="scale"),
         Hypothesis("scaled by alpha / √r instead of alpha / r", lost="root"),
         Hypothesis("scaled by alpha / r instead of alpha / √r", lost="square"),
     ]
-    return found
+    return mistakes
 
 
 def best_guess(fits: Sequence[Fit], tried: Sequence[Hypothesis]) -> tuple[Hypothesis | None, float]:
@@ -172,7 +172,7 @@ def best_guess(fits: Sequence[Fit], tried: Sequence[Hypothesis]) -> tuple[Hypoth
     return (best if explains else None), share
 
 
-def solved(fits: Sequence[Fit], nodes: Sequence[str]) -> tuple[dict[str, float], float]:
+def solve_multiples(fits: Sequence[Fit], nodes: Sequence[str]) -> tuple[dict[str, float], float]:
     """Return node → its multiple by least squares, and ‖rest‖² under these.
 
     Args:
@@ -195,9 +195,9 @@ def solved(fits: Sequence[Fit], nodes: Sequence[str]) -> tuple[dict[str, float],
 
 def multiples_text(multiples: Mapping[str, float]) -> str:
     """Return the nodes whose multiple is not 1 as text: ``fr 0.5 times, fr/legal 0 times``."""
-    told = []
+    parts = []
     for node, multiple in multiples.items():
         if abs(multiple - 1) > SAME:
             rounded = 0.0 if abs(multiple) <= SAME else multiple
-            told.append(f"{node} {rounded:.3g} times")
-    return listing(told)
+            parts.append(f"{node} {rounded:.3g} times")
+    return listing(parts)

@@ -42,10 +42,10 @@ from .merge_guess import (
     best_guess,
     hypotheses,
     multiples_text,
-    solved,
+    solve_multiples,
 )
-from .merge_looking import Looking, ground_of
-from .tensor_look import NARROW, WeightPart, look_at, rounding_unit, same_bits
+from .node_search import NodeSearch, base_with_overrides
+from .tensor_comparison import NARROW, WeightPart, compare_tensor, rounding_unit, same_bits
 from .unloaded_base import skeleton
 from .writes import Write, writes
 
@@ -131,7 +131,7 @@ def check_merged(
     source = base_folder(tree, base)
     model = skeleton(source, what="check --merged", trust_remote_code=trust_remote_code)
     pair = CheckpointPair(model, open_own(source), open_own(merged))
-    by_parameter = {each.parameter: each for each in writes(tree, blend, model, pair.old_names)}
+    by_parameter = {write.parameter: write for write in writes(tree, blend, model, pair.old_names)}
     comparing = _Comparing(pair, by_parameter, tree, tree.coefficients(blend))
     for name, reason in sorted(pair.unmatched().items()):
         comparing.checks.append(TensorCheck(name, "other", 1.0, reason))
@@ -177,12 +177,12 @@ class _Comparing:
         if reason is not None:
             self.checks.append(TensorCheck(name, "other", 1.0, reason))
             return
-        both = self._pair.both(name)
+        both = self._pair.read_both(name)
         if both is None:
             return  # tied to another parameter, which is compared
         old, new = both
         write = self._writes.get(name)
-        base, old = old, ground_of(write, old)
+        base, old = old, base_with_overrides(write, old)
         if not new.isfinite().all():
             check = TensorCheck(name, "other", math.inf, "not finite")
         elif not old.isfinite().all():
@@ -215,22 +215,24 @@ class _Comparing:
     def _weight(self, name: str, write: Write, old: Tensor, new: Tensor) -> TensorCheck:
         """Compare a weight with its sum: first its bits, then its elements, then as a fit."""
         is_equal = any(same_bits(want, new) for want in self._sums(write, old, new.dtype))
-        looked = look_at(write, self._parts(write), name, old, new)
-        self._fits.append(looked.fit)
+        comparison = compare_tensor(write, self._parts(write), name, old, new)
+        self._fits.append(comparison.fit)
         if is_equal:
             return TensorCheck(name, "equal")
         if same_bits(_node_by_node(write, old, new.dtype), new):
-            return TensorCheck(name, "rounding", looked.error, "rounded node by node, as by PEFT")
-        best, _ = best_guess([looked.fit], self._tried)
+            return TensorCheck(
+                name, "rounding", comparison.error, "rounded node by node, as by PEFT"
+            )
+        best, _ = best_guess([comparison.fit], self._tried)
         if best is EXPECTED:
-            for dtype, worst in looked.worst.items():
+            for dtype, worst in comparison.worst.items():
                 if worst <= 1.0:
                     is_own = dtype in (old.dtype, new.dtype)
-                    said = "" if is_own else f"as of {str(dtype)[6:]} arithmetic"
-                    return TensorCheck(name, "rounding", looked.error, said)
-            return TensorCheck(name, "other", looked.error, "some of its elements differ")
-        said = best.text if best is not None else "another sum"
-        return TensorCheck(name, "other", looked.error, said)
+                    cause = "" if is_own else f"as of {str(dtype)[6:]} arithmetic"
+                    return TensorCheck(name, "rounding", comparison.error, cause)
+            return TensorCheck(name, "other", comparison.error, "some of its elements differ")
+        cause = best.text if best is not None else "another sum"
+        return TensorCheck(name, "other", comparison.error, cause)
 
     def _sums(self, write: Write, old: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
         """Yield the sum in the base's dtype, and also in the merged one's if that differs."""
@@ -259,45 +261,45 @@ class _Comparing:
         others = [check for check in self.checks if check.verdict == "other"]
         if not others:
             ways = {check.said for check in self.checks if check.verdict == "rounding"}
-            way = "".join(f", {said}" for said in sorted(ways) if said)
+            way = "".join(f", {cause}" for cause in sorted(ways) if cause)
             return Guess(f"the path itself{way}")
-        aside = [
+        outside = [
             c.name for c in others if c.name not in self._writes or self._writes[c.name].is_bias
         ]
-        rest = ""
-        if aside:
-            verb = agreeing(len(aside), "differs", "differ")
-            tensors = plural(len(aside), "tensor")
-            rest = f"; {tensors} beside its weights {verb}: {listing(aside, most=3)}"
+        outside_text = ""
+        if outside:
+            verb = agreeing(len(outside), "differs", "differ")
+            tensors = plural(len(outside), "tensor")
+            outside_text = f"; {tensors} beside its weights {verb}: {listing(outside, most=3)}"
         if not self._fits:
-            return Guess(f"merged from another model, or into another base{rest}")
+            return Guess(f"merged from another model, or into another base{outside_text}")
         nodes = list(self._coefficients)
         nodes = [node for node in nodes if any(node in fit.nodes for fit in self._fits)]
-        multiples, left = solved(self._fits, nodes)
+        multiples, unexplained = solve_multiples(self._fits, nodes)
         best, _ = best_guess(self._fits, self._tried)
         if best is EXPECTED:
-            wrong = [check.name for check in others if check.name not in aside]
+            wrong = [check.name for check in others if check.name not in outside]
             text = "the path"
             if wrong:
                 hold = plural(len(wrong), "tensor holds", "tensors hold")
                 text += f", but {hold} something else: {listing(wrong, most=3)}"
-            return Guess(text + rest, multiples)
+            return Guess(text + outside_text, multiples)
         if best is not None:
-            return Guess(best.text + rest, multiples)
-        whole = math.fsum(fit.expected for fit in self._fits)
+            return Guess(best.text + outside_text, multiples)
+        expected_square = math.fsum(fit.expected for fit in self._fits)
         noise = math.fsum(fit.noise for fit in self._fits)
-        told = multiples_text(multiples)
-        if left <= max(noise, NEAR**2 * whole):
-            return Guess(f"the path with other weights: {told}{rest}", multiples)
-        looking = Looking.of(self._pair, self._writes, self._fits, multiples)
-        added = looking.added(self._tree, Renaming(model), self._coefficients)
-        told = multiples_text(looking.multiples)
-        parts = [told] if told else []
+        weights_text = multiples_text(multiples)
+        if unexplained <= max(noise, NEAR**2 * expected_square):
+            return Guess(f"the path with other weights: {weights_text}{outside_text}", multiples)
+        search = NodeSearch.of(self._pair, self._writes, self._fits, multiples)
+        added = search.added(self._tree, Renaming(model), self._coefficients)
+        weights_text = multiples_text(search.multiples)
+        parts = [weights_text] if weights_text else []
         parts += [f"{node} was merged as well, {times:.3g} times" for node, times in added.items()]
         if not added:
-            share = math.sqrt(left / math.fsum(fit.found for fit in self._fits))
+            share = math.sqrt(unexplained / math.fsum(fit.change_square for fit in self._fits))
             parts.append(f"{share:.0%} of the change comes from no node of this tree")
-        return Guess("; ".join(parts) + rest, {**looking.multiples, **added})
+        return Guess("; ".join(parts) + outside_text, {**search.multiples, **added})
 
 
 # ---------------------------------------------------------------------- one tensor
@@ -327,7 +329,7 @@ def _untouched(name: str, old: Tensor, new: Tensor) -> TensorCheck:
         return TensorCheck(name, "equal")
     for dtype in NARROW:
         if same_bits(old.to(dtype).to(new.dtype), new):
-            said = f"as of {str(dtype)[6:]} arithmetic"
-            return TensorCheck(name, "rounding", rounding_unit(dtype), said)
+            cause = f"as of {str(dtype)[6:]} arithmetic"
+            return TensorCheck(name, "rounding", rounding_unit(dtype), cause)
     error = float((new.double() - old.double()).norm() / (old.double().norm() or 1.0))
     return TensorCheck(name, "other", error, "the path does not change it")

@@ -98,11 +98,13 @@ class CheckpointNames:
                     group.numbers.setdefault(pattern, []).append(number)
         # transformers' revert_weight_conversion reads this attribute, which from_pretrained sets:
         # the conversions that renamed something.
-        model._weight_conversions = [each for each in loading.conversions if each.was_used()]
+        model._weight_conversions = [
+            conversion for conversion in loading.conversions if conversion.was_used()
+        ]
         self._by_parameter: dict[str, TensorGroup] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         for group in self._groups.values():
-            for name, shape in self._made_of(group).items():
+            for name, shape in self._parameter_shapes(group).items():
                 self._by_parameter[name] = group
                 if shape is not None:
                     self._shapes[name] = shape
@@ -136,10 +138,12 @@ class CheckpointNames:
                 group.check_whole()
             except LoraTreeError as error:
                 raise error.within(parameter) from error
-            self.together(group, _without_numbers)
+            self.make_parameters(group, _without_numbers)
         return self._shapes[parameter]
 
-    def together(self, group: TensorGroup, read: Callable[[Stored], Tensor]) -> dict[str, Tensor]:
+    def make_parameters(
+        self, group: TensorGroup, read: Callable[[Stored], Tensor]
+    ) -> dict[str, Tensor]:
         """Make the parameters of a group from what ``read`` gives for each tensor: name → values.
 
         Raises:
@@ -158,7 +162,7 @@ class CheckpointNames:
             found[name] = value[0] if isinstance(value, list) else value
         return found
 
-    def apart(self, group: TensorGroup, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def take_apart(self, group: TensorGroup, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the tensors that a group's parameters are made of, by their names on the disk.
 
         Raises:
@@ -170,7 +174,7 @@ class CheckpointNames:
             f"{group.first}: transformers can't take it apart into the tensors of the checkpoint"
         ):
             parts = loading.revert_weight_conversion(self._model, dict(parameters))
-        wanted = {stored.name: stored for stored in group.stored}
+        expected = {stored.name: stored for stored in group.stored}
         # transformers loads a checkpoint of the bare model into a model with a head, and the other
         # way round. So names on the disk may have the prefix or lack it.
         prefix = f"{self._model.base_model_prefix}."
@@ -181,13 +185,13 @@ class CheckpointNames:
         )
         for spelled in spellings:
             named = {spelled(name): value for name, value in parts.items()}
-            if named.keys() != wanted.keys():
+            if named.keys() != expected.keys():
                 continue
-            if all(named[name].shape == wanted[name].shape for name in wanted):
+            if all(named[name].shape == expected[name].shape for name in expected):
                 return {name: value.contiguous() for name, value in named.items()}
         raise BaseMismatch(
-            f"{group.first}: transformers loads it from {plural(len(wanted), 'tensor')}, like "
-            f"{next(iter(wanted))}, and would save it as {len(parts)}, like "
+            f"{group.first}: transformers loads it from {plural(len(expected), 'tensor')}, like "
+            f"{next(iter(expected))}, and would save it as {len(parts)}, like "
             f"{next(iter(parts), 'none')}: its conversion can't be inverted",
             "save the base again with the transformers installed here, and export from that: "
             "save_pretrained(folder)",
@@ -199,7 +203,7 @@ class CheckpointNames:
         Raises:
             BaseMismatch, SpecError: it gives other tensors, or fails.
         """
-        parts = self.apart(group, parameters)
+        parts = self.take_apart(group, parameters)
         for stored in group.stored:
             # As bytes: a NaN is not equal to itself, and −0.0 is equal to 0.0.
             again, own = parts[stored.name].view(torch.uint8), stored.read().view(torch.uint8)
@@ -211,7 +215,7 @@ class CheckpointNames:
                     "that",
                 )
 
-    def _made_of(self, group: TensorGroup) -> dict[str, tuple[int, ...] | None]:
+    def _parameter_shapes(self, group: TensorGroup) -> dict[str, tuple[int, ...] | None]:
         """Return the parameters that a group makes, name → shape, by a run on the meta device.
 
         If they can't be made, the shape is None: `shape` raises the reason for the parameters that
@@ -221,7 +225,7 @@ class CheckpointNames:
             group.check_whole()
             if group.converter is None:
                 return {group.first: group.stored[0].shape}
-            made = self.together(group, _without_numbers)
+            made = self.make_parameters(group, _without_numbers)
         except LoraTreeError:
             return {group.first: None}
         return {name: tuple(value.shape) for name, value in made.items()}

@@ -36,7 +36,7 @@ from ..override import check_none
 from ..tree import AdapterTree
 from .form_errors import FormErrors, exact_sum
 from .portable_rank import groups_of, rank_to_write
-from .siblings import Shapes, completed, missing, stated
+from .siblings import Shapes, add_missing, missing, shape_lookup
 from .unloaded_base import Base
 
 __all__ = ["Portable", "portable"]
@@ -135,9 +135,9 @@ def portable(
         )
     if shapes is not None and not isinstance(unchecked(shapes), Mapping):
         raise SpecError(f"shapes: expected module → (out, in), got {shapes!r:.80}")
-    shape_of = stated(shapes or {})
+    shape_of = shape_lookup(shapes or {})
     # The base that a tree names may be a stranger's choice, so it is never fetched from the hub.
-    known = Base(tree.base if base is None else base, asked=base is not None)
+    known = Base(tree.base if base is None else base, named_by_caller=base is not None)
     names: list[str] = []
     for _, _, adapter in tree.terms(blend):
         names += adapter.modules
@@ -152,7 +152,7 @@ def portable(
             "name a path with an adapter on it: lora-tree show FOLDER lists them",
         )
     try:
-        _check_sayable(flat, terms, known)
+        _check_expressible(flat, terms, known)
         # Not computed from `flat`, whose factors may be bf16 and whose scales are already rounded.
         exact = exact_sum(terms)
         rank_written = rank_to_write(exact, rank, max_error, ceil_rank=ceil_rank)
@@ -166,7 +166,7 @@ def portable(
         errors.check_within(max_error, dtype)
         full = rounded
         if complete:
-            full = completed(rounded, lambda name: _shape(name, known, shape_of))
+            full = add_missing(rounded, lambda name: _shape(name, known, shape_of))
     except LoraTreeError as wrong:
         # an export of all leaves has many paths: say which one failed
         raise wrong.within(path) from wrong
@@ -199,7 +199,7 @@ def _of_rank(flat: LowRank, exact: LowRank, rank: int) -> LowRank:
     return flat.folded()
 
 
-def _check_sayable(flat: Adapter, terms: list[tuple[str, float, Adapter]], base: Base) -> None:
+def _check_expressible(flat: Adapter, terms: list[tuple[str, float, Adapter]], base: Base) -> None:
     """Check that the portable form can hold every module.
 
     Raises:
@@ -241,12 +241,13 @@ def _shape(name: str, base: Base, stated: Shapes) -> tuple[int, int] | None:
     Raises:
         BaseMismatch: the two differ.
     """
-    own, told = base.shape(name), stated(name)
-    if own is not None and told is not None and own != told:
+    base_shape, stated_shape = base.shape(name), stated(name)
+    if base_shape is not None and stated_shape is not None and base_shape != stated_shape:
         raise BaseMismatch(
-            f"{name}: the base has {own} there, and {told} was stated", "leave the stated shape out"
+            f"{name}: the base has {base_shape} there, and {stated_shape} was stated",
+            "leave the stated shape out",
         )
-    return own or told
+    return base_shape or stated_shape
 
 
 def _in_one_dtype(

@@ -37,9 +37,9 @@ __all__ = [
     "SINGLE",
     "Checkpoint",
     "Stored",
-    "leads_outside",
     "missing_files",
     "open_checkpoint",
+    "outside_link_error",
     "own_files",
     "raw",
 ]
@@ -114,18 +114,18 @@ class Stored:
         if memory is None:
             memory = torch.empty(self.nbytes, dtype=torch.uint8, device="cpu")
         tensor = memory[: self.nbytes].view(self.dtype).reshape(self.shape)
-        rest = raw(tensor)
+        unread = raw(tensor)
         try:
             with self.open() as stream:
                 stream.seek(self.begin)
-                while rest:  # an unbuffered stream may give less than was asked for
-                    got = stream.readinto(rest)  # type: ignore[attr-defined]
-                    if not got:
+                while unread:  # an unbuffered stream may give less than was asked for
+                    count = stream.readinto(unread)  # type: ignore[attr-defined]
+                    if not count:
                         raise FormatError(
                             f"{self.file}: {self.name}: the file was cut short while it was read",
                             "another program writes to it: try again when that is done",
                         )
-                    rest = rest[got:]
+                    unread = unread[count:]
         except OSError as error:
             raise FormatError(
                 f"{self.file}: can't be read: {error.strerror or error}", "download it again"
@@ -184,7 +184,7 @@ def own_files(folder: Path) -> Inside:
     return lambda file: any(os.path.commonpath((file, each)) == each for each in own)
 
 
-def leads_outside(file: Path) -> FolderError:
+def outside_link_error(file: Path) -> FolderError:
     """Return the error for a file of a base that is a link out of the base's folder."""
     return FolderError(
         f"{file}: is a link to {os.path.realpath(file)}, which lies outside the base, and would be "
@@ -226,10 +226,10 @@ def open_checkpoint(folder: Path, *, inside: Inside | None = None) -> Checkpoint
                 )
             tensors[stored.name] = stored
     # transformers would initialise a missing parameter at random and only warn.
-    gone = [name for name in placed if name not in tensors]
-    if gone:
+    missing = [name for name in placed if name not in tensors]
+    if missing:
         raise FormatError(
-            f"{folder / INDEX}: names tensors that its files do not hold: {listing(gone)}",
+            f"{folder / INDEX}: names tensors that its files do not hold: {listing(missing)}",
             "download the base again, or save it again with save_pretrained",
         )
     return Checkpoint(folder, files, tensors)
@@ -251,7 +251,7 @@ def missing_files(folder: Path, *, inside: Inside | None = None) -> list[str]:
 def _reading(file: Path, inside: Inside | None) -> BinaryIO:
     """Open a file of a base to read; a file outside of the base is not even opened."""
     if inside is not None and not inside(os.path.realpath(file)):
-        raise leads_outside(file)
+        raise outside_link_error(file)
     # A link may change between this check and the opening, so the open file is checked too.
     return open_stream(file, inside=inside)
 
@@ -265,7 +265,7 @@ def _naming(file: Path) -> Iterator[None]:
         raise
     except OSError as error:
         if error.errno == errno.EXDEV:  # from `open_stream`: the open file lies outside
-            raise leads_outside(file) from error
+            raise outside_link_error(file) from error
         raise FormatError(
             f"{file}: can't be read: {error.strerror or error}", "download it again"
         ) from error

@@ -16,7 +16,7 @@ import torch
 from ..errors import BaseMismatch, FormatError, SpecError, listing
 from ..lowrank import LINEAR, LowRank
 
-__all__ = ["GROUPS", "Shapes", "completed", "missing", "stated", "without_v"]
+__all__ = ["GROUPS", "Shapes", "add_missing", "missing", "shape_lookup", "without_v"]
 
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
@@ -38,7 +38,7 @@ def missing(modules: Mapping[str, LowRank]) -> list[str]:
     return sorted(wanted - set(modules))
 
 
-def completed(modules: Mapping[str, LowRank], shapes: Shapes) -> dict[str, LowRank]:
+def add_missing(modules: Mapping[str, LowRank], shapes: Shapes) -> dict[str, LowRank]:
     """Return the modules, and `missing` ones with zero factors of rank 1.
 
     Raises:
@@ -87,7 +87,7 @@ def without_v(modules: Mapping[str, LowRank]) -> list[str]:
     return sorted(_q_of(name) for name in lacking if _q_of(name) in modules)
 
 
-def stated(shapes: Mapping[str, tuple[int, int]]) -> Shapes:
+def shape_lookup(shapes: Mapping[str, tuple[int, int]]) -> Shapes:
     """Turn the shapes that a caller states into a function of a module's full name.
 
     A shape is stated for a full name or for the end of one; the longest that fits counts.
@@ -95,7 +95,7 @@ def stated(shapes: Mapping[str, tuple[int, int]]) -> Shapes:
     Raises:
         SpecError: a shape is no (out, in); names the module.
 
-    >>> of = stated({"k_proj": (2, 8), "layers.0.k_proj": (4, 8)})
+    >>> of = shape_lookup({"k_proj": (2, 8), "layers.0.k_proj": (4, 8)})
     >>> of("layers.0.k_proj"), of("layers.1.k_proj"), of("layers.1.v_proj")
     ((4, 8), (2, 8), None)
     """

@@ -126,12 +126,12 @@ class Base:
 
     Args:
         base: a model, a folder or a hub id; None if none was named.
-        asked: whether the caller named it. Otherwise the name comes from a tree's files, and
-            nothing is fetched from the hub for it.
+        named_by_caller: whether the caller named it. Otherwise the name comes from a tree's files,
+            and nothing is fetched from the hub for it.
     """
 
     def __init__(
-        self, base: nn.Module | str | os.PathLike[str] | None, *, asked: bool = True
+        self, base: nn.Module | str | os.PathLike[str] | None, *, named_by_caller: bool = True
     ) -> None:
         self._model = base if isinstance(base, nn.Module) else None
         self._name: str | None = None
@@ -142,21 +142,21 @@ class Base:
                     'base="models/base"',
                 )
             self._name = os.fspath(base)
-        self._asked = asked
+        self._named_by_caller = named_by_caller
         self._folder: Path | None = None
         if self._name and is_folder(as_path(self._name)):
             self._folder = as_path(self._name)
 
     @property
-    def known(self) -> bool:
-        """Return whether its shapes can be found: from a model, a folder, or a hub id asked for."""
+    def has_shapes(self) -> bool:
+        """Return whether its shapes can be found: from a model, a folder, or a named hub id."""
         is_at_hand = self._model is not None or self._folder is not None
-        return is_at_hand or (self._asked and self._name is not None)
+        return is_at_hand or (self._named_by_caller and self._name is not None)
 
     @cached_property
     def model(self) -> Any:
         """The model itself, or its skeleton; None if the base is not known."""
-        if self._model is not None or not self.known:
+        if self._model is not None or not self.has_shapes:
             return self._model
         return skeleton(self._name or "", what="the shapes of a base")
 
@@ -177,7 +177,7 @@ class Base:
         stored = self._stored.get(f"{module}.weight")
         if self._model is None and stored is not None and len(stored.shape) == 2:
             return stored.shape[0], stored.shape[1]
-        if not self.known:
+        if not self.has_shapes:
             return None
         # A folder without a config.json is no mistake here, but `skeleton` would raise for it.
         if self._folder is not None and not is_file(self._folder / "config.json"):
@@ -203,7 +203,7 @@ class Base:
         twice = spelled_twice(names) is not None
         if self._model is not None:
             return self._model
-        if not self.known or not (twice or self._asked):
+        if not self.has_shapes or not (twice or self._named_by_caller):
             return None
         # The cheap case: if these are the checkpoint's own names, no model is needed.
         if not twice and all(f"{name}.weight" in self._stored for name in names):

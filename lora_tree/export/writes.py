@@ -116,30 +116,32 @@ def writes(tree: AdapterTree, blend: Blend, model: Any, names: CheckpointNames) 
         TiedWeights: a parameter is another module's too, or has two names in the adapters.
         UnmergedOnly: a delta can't be written into its weight.
     """
-    found: dict[str, list[tuple[str, LowRank]]] = {}
+    increments: dict[str, list[tuple[str, LowRank]]] = {}
     replaced: dict[str, list[tuple[str, str, Override]]] = {}
     sites: dict[str, Site] = {}
     renaming = Renaming(model)
 
     def bound(node: str, adapter: Adapter) -> Adapter:
         try:
-            told = _told_apart(renaming.bound(adapter), names)
-            _check_fits(told, model, sites)
+            resolved = _resolve_carried(renaming.bound(adapter), names)
+            _check_fits(resolved, model, sites)
         except LoraTreeError as error:
             raise error.within(node) from error
-        return told
+        return resolved
 
     for node, coefficient, adapter in tree.terms(blend, bound=bound):
         for name, value in adapter.modules.items():
             # As in a switch, the coefficient goes into the scale, and the factors keep their bits.
-            found.setdefault(name, []).append((node, value.scaled(coefficient)))
+            increments.setdefault(name, []).append((node, value.scaled(coefficient)))
         for tensor, override in adapter.overrides.items():
             site, attribute = find_tensor_site(model, tensor)
             sites.setdefault(site.name, site)
             replaced.setdefault(site.name, []).append((node, attribute, override))
     made: list[Write] = []
-    for name in dict.fromkeys([*found, *replaced]):
-        made += _writes_of_module(name, sites[name], found.get(name, []), replaced.get(name, []))
+    for name in dict.fromkeys([*increments, *replaced]):
+        made += _writes_of_module(
+            name, sites[name], increments.get(name, []), replaced.get(name, [])
+        )
     _check_one_owner(made, model)
     return made
 
@@ -166,7 +168,7 @@ def _check_fits(adapter: Adapter, model: Any, sites: dict[str, Site]) -> None:
         check_override_numbers(tensor, override, getattr(site.module, attribute))
 
 
-def _told_apart(adapter: Adapter, names: CheckpointNames) -> Adapter:
+def _resolve_carried(adapter: Adapter, names: CheckpointNames) -> Adapter:
     """Return the adapter with carried tensors that differ from the checkpoint's as overrides."""
     own: dict[str, torch.Tensor] = {}
     for name, tensor in adapter.unchanged.items():
@@ -191,24 +193,26 @@ def _writes_of_module(
     replaced: list[tuple[str, str, Override]],
 ) -> list[Write]:
     nodes = [node for node, _ in values]
-    own = [value for _, value in values]
+    increments = [value for _, value in values]
     # A module's weight and bias are written if something is added to them, and every tensor that is
     # replaced. A bias is a parameter of its own, often in another file of the checkpoint.
     attributes: dict[str, None] = {}
-    if own:
+    if increments:
         attributes[site.weight_name] = None
-    if any(value.bias is not None for value in own):
+    if any(value.bias is not None for value in increments):
         attributes[site.bias_name] = None
     attributes |= dict.fromkeys([attribute for _, attribute, _ in replaced])
     prefix = f"{site.module_name}." if site.module_name else ""
     made = []
     for attribute in attributes:
-        stands = [(node, override) for node, other, override in replaced if other == attribute]
+        own_overrides = [
+            (node, override) for node, other, override in replaced if other == attribute
+        ]
         is_bias = attribute == site.bias_name
-        adds = own if attribute in (site.weight_name, site.bias_name) else []
+        adds = increments if attribute in (site.weight_name, site.bias_name) else []
         made.append(
             Write(
-                nodes[0] if nodes else stands[0][0],
+                nodes[0] if nodes else own_overrides[0][0],
                 name,
                 f"{prefix}{attribute}",
                 site,
@@ -216,7 +220,7 @@ def _writes_of_module(
                 nodes if adds else [],
                 is_bias=is_bias,
                 attribute=attribute,
-                overrides=[override for _, override in stands],
+                overrides=[override for _, override in own_overrides],
             )
         )
     return made

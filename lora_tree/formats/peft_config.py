@@ -158,7 +158,7 @@ class PeftConfig:
             pattern = NamePattern(self.target_modules, self.work)
         except (re.error, ValueError, OverflowError, RecursionError):
             return None
-        return pattern.whole(module)
+        return pattern.matches(module)
 
     def parameters(self, module: str) -> tuple[str, ...]:
         """Return the parameters of ``module`` that ``target_parameters`` names.

@@ -20,8 +20,8 @@ from typing import Any
 
 from rich.filesize import decimal
 
-from ..drawn.drawing import arranged
-from ..drawn.node_lines import NodeLine, lines_of, remark_words
+from ..drawn.drawing import arrange_nodes
+from ..drawn.node_lines import NodeLine, lines_of, remark_text
 from ..drawn.tree_picture import tree_picture
 from ..errors import SpecError, plural, printable
 from ..extras import need
@@ -60,7 +60,7 @@ class TreeCard:
     # ------------------------------------------------------------------ the two files
     def picture(self) -> str:
         """Return the tree as an SVG document."""
-        drawn = arranged([line.path for line in self.lines], limit=MOST_NODES)
+        drawn = arrange_nodes([line.path for line in self.lines], limit=MOST_NODES)
         known = {line.path: line for line in self.lines}
         return tree_picture(self.repository, drawn, known, {}, self._total())
 
@@ -153,7 +153,7 @@ def _row(line: NodeLine) -> str:
         }
     cells = [
         _plain(line.path),
-        _plain(remark_words(line, None)),
+        _plain(remark_text(line, None)),
         line.weight_words,
         *(numbers.get(name, "") for name in ("rank", "parameters", "size")),
     ]

@@ -23,7 +23,7 @@ from ..extras import need
 from ..folder.run_records import RunState
 from ..model import TreeModel
 from ..runs.checkpoint_factors import load_factors, save_factors
-from ..runs.checkpoint_place import appearing, put_back, retire
+from ..runs.checkpoint_place import put_back, retire, staged_checkpoint
 from ..training.diverged import Start
 from ..training.rank_names import ranks
 from .sharded_state import load_state, save_state
@@ -115,7 +115,7 @@ class TreeCheckpoints(Trainer):  # type: ignore[misc]
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save as the Trainer does, into a folder that gets its name when it is complete."""
         parent, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
-        with appearing(parent, name, writes=self.args.should_save, meet=_meet) as stage:
+        with staged_checkpoint(parent, name, writes=self.args.should_save, meet=_meet) as stage:
             self._stage = stage
             try:
                 super()._save_checkpoint(model, trial)

@@ -17,7 +17,7 @@ def cast(value: LowRank, device: torch.device | str | None, dtype: torch.dtype |
         SpecError: a finite factor is too large for the dtype.
     """
     moved = value.to(device=device, dtype=dtype)
-    if not _may_lose(value, moved):
+    if not _is_narrower(value, moved):
         return moved
     largest = max(float(t.abs().max()) for t in value.tensors)
     most = torch.finfo(moved.dtype).max
@@ -33,7 +33,7 @@ def cast(value: LowRank, device: torch.device | str | None, dtype: torch.dtype |
 
 def differs(old: LowRank, new: LowRank) -> bool:
     """Return whether a cast of ``old`` to ``new`` changed a number."""
-    if not _may_lose(old, new):
+    if not _is_narrower(old, new):
         return False
     for was, now in zip(old.tensors, new.tensors, strict=True):
         if not torch.equal(now.to(device=was.device, dtype=was.dtype), was):
@@ -41,7 +41,7 @@ def differs(old: LowRank, new: LowRank) -> bool:
     return False
 
 
-def _may_lose(old: LowRank, new: LowRank) -> bool:
+def _is_narrower(old: LowRank, new: LowRank) -> bool:
     """Return whether a new dtype is narrower than the old one; False on the meta device."""
     if old.A.is_meta or new.A.is_meta:
         return False

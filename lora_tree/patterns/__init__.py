@@ -11,7 +11,7 @@ patterns of an adapter, one for all of a tree.
     matching_budget.py   MatchingBudget
 """
 
-from .glob import check_glob, glob_means
+from .glob import check_glob, glob_matches
 from .match import NamePattern
 from .matching_budget import MatchingBudget
 from .parse import check_pattern
@@ -24,5 +24,5 @@ __all__ = [
     "Patterns",
     "check_glob",
     "check_pattern",
-    "glob_means",
+    "glob_matches",
 ]

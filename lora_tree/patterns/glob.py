@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 
 from .parse import MAX_CHARACTERS
 
-__all__ = ["check_glob", "glob_means"]
+__all__ = ["check_glob", "glob_matches"]
 
 _OF_A_REGEX = frozenset("\\()|^$+")
 _OF_OUR_TEXTS = frozenset("{}=,:;")
@@ -44,12 +44,12 @@ def check_glob(pattern: str) -> str:
     return pattern
 
 
-def glob_means(pattern: str, name: str) -> bool:
+def glob_matches(pattern: str, name: str) -> bool:
     """Return whether a glob matches a module's name, or its end after a dot.
 
-    >>> glob_means("layers.[0-7].*", "model.layers.3.mlp.down_proj")
+    >>> glob_matches("layers.[0-7].*", "model.layers.3.mlp.down_proj")
     True
-    >>> glob_means("down_proj", "model.layers.3.mlp.down_proj"), glob_means("proj", "down_proj")
+    >>> glob_matches("down_proj", "model.layers.3.mlp.down_proj"), glob_matches("proj", "down_proj")
     (True, False)
     """
     # Compare literally first: a name that contains brackets does not match itself as a glob.

@@ -36,9 +36,9 @@ class NamePattern:
         ValueError: it is not a regular expression (an `re.error`), or can't be matched in bounded
             time; the message has the reason.
 
-    >>> NamePattern(r"layers\.[0-3]\..*(q|v)_proj").ends("model.layers.2.self_attn.q_proj")
+    >>> NamePattern(r"layers\.[0-3]\..*(q|v)_proj").matches_end("model.layers.2.self_attn.q_proj")
     True
-    >>> NamePattern("(a|a)*b").ends("a" * 1000)
+    >>> NamePattern("(a|a)*b").matches_end("a" * 1000)
     False
     """
 
@@ -55,12 +55,12 @@ class NamePattern:
         self._remembered = 0
         # A look around may read the whole name, every other step only the adjacent characters. A
         # move can be cached for other names only if it depends on adjacent characters alone.
-        self._looks_near = all(step.around is None for step in self._steps)
+        self._has_no_lookaround = all(step.around is None for step in self._steps)
         # A pattern without repetitions and choices can't backtrack, and re is faster.
         if re.search(r"[*+?{(|]", text) is None:
             self._plain = re.compile(rf"(.*\.)?({text})$"), re.compile(text)
 
-    def ends(self, name: str) -> bool:
+    def matches_end(self, name: str) -> bool:
         r"""Return whether it matches the whole name, or the rest of the name after one of its dots.
 
         That is PEFT's ``(.*\.)?(pattern)$``, whose ``$`` also matches before a newline at the end.
@@ -71,7 +71,7 @@ class NamePattern:
         ends = {len(name), len(name.removesuffix("\n"))}
         return any(at in ends for at in self._run(self._steps, name, set(starts(name))))
 
-    def whole(self, name: str) -> bool:
+    def matches(self, name: str) -> bool:
         """Return whether it matches the whole name."""
         if self._plain is not None:
             self._work.spend(_COST_OF_PLAIN, self.text)
@@ -114,12 +114,12 @@ class NamePattern:
     ) -> tuple[bool, frozenset[int]]:
         """Return whether the steps can end here, and the steps after the character at ``at``."""
         self._work.spend(1, self.text)
-        if not self._looks_near:
-            return self._moved(steps, now, name, at)[:2]
+        if not self._has_no_lookaround:
+            return self._compute_move(steps, now, name, at)[:2]
         key = (now, name[max(at - 1, 0) : at + 2], at == 0)
         known = self._moves.get(key)
         if known is None:
-            accepted, after, visited = self._moved(steps, now, name, at)
+            accepted, after, visited = self._compute_move(steps, now, name, at)
             self._remembered += visited
             if self._remembered > _MAX_REMEMBERED:
                 # Hostile names may all differ: bound the memory of the cache too.
@@ -128,7 +128,7 @@ class NamePattern:
             known = self._moves[key] = accepted, after
         return known
 
-    def _moved(
+    def _compute_move(
         self, steps: tuple[Instruction, ...], now: frozenset[int], name: str, at: int
     ) -> tuple[bool, frozenset[int], int]:
         """Compute a move: whether the steps can end here, the steps that follow, and the cost."""

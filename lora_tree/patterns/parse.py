@@ -98,7 +98,7 @@ def check_pattern(text: str) -> tuple[Instruction, ...]:
         warnings.simplefilter("ignore")  # "possible nested set" is not the caller's concern
         # re decides what is a valid pattern. Without wide sets, compiling takes linear time.
         re.compile(text)
-    return tuple(_Parser(text).whole())
+    return tuple(_Parser(text).parse())
 
 
 @dataclass
@@ -117,7 +117,7 @@ class _Parser:
     depth: int = 0
     flags: int = 0
 
-    def whole(self) -> list[Instruction]:
+    def parse(self) -> list[Instruction]:
         """Parse all of the text.
 
         Raises:
@@ -128,7 +128,7 @@ class _Parser:
             self.at, self.flags = flags.end(), _flags_of(flags["on"])
         steps = self.choice()
         if self.at < len(self.text):
-            raise self.beyond()
+            raise self.unsupported_error()
         return steps
 
     def choice(self) -> list[Instruction]:
@@ -143,14 +143,14 @@ class _Parser:
             steps.append(Instruction(to=(1, len(row) + 2)))
             steps += row
             steps.append(Instruction(to=(total - len(steps),)))
-        return self.few(steps + rows[-1])
+        return self.check_count(steps + rows[-1])
 
     def row(self) -> list[Instruction]:
         """Parse ``ab``."""
         steps: list[Instruction] = []
         while self.at < len(self.text) and self.text[self.at] not in "|)":
             steps += self.piece()
-            self.few(
+            self.check_count(
                 steps
             )  # check after each piece: a long row of repetitions would exhaust the memory first
         return steps
@@ -164,12 +164,12 @@ class _Parser:
         elif self.text.startswith("(", self.at):
             steps = self.group()
         else:
-            raise self.beyond()
+            raise self.unsupported_error()
         times = _TIMES.match(self.text, self.at)
         if times is None:
             return steps
         if atom is not None and atom["here"]:
-            raise self.beyond()
+            raise self.unsupported_error()
         self.at = times.end()
         return self.repeated(steps, times)
 
@@ -177,7 +177,7 @@ class _Parser:
         """Parse ``(a)``, ``(?:a)``, ``(?i:a)``, or a look around, ``(?=a)``."""
         opens = _GROUP.match(self.text, self.at)
         if opens is None:
-            raise self.beyond()
+            raise self.unsupported_error()
         outside, self.at = self.flags, opens.end()
         self.flags = (outside | _flags_of(opens["on"] or "")) & ~_flags_of(opens["off"] or "")
         self.depth += 1
@@ -187,7 +187,7 @@ class _Parser:
         self.depth -= 1
         self.flags = outside
         if not self.text.startswith(")", self.at):
-            raise self.beyond()
+            raise self.unsupported_error()
         self.at += 1
         look = opens["look"]
         if look:
@@ -205,31 +205,31 @@ class _Parser:
             most = int(times["most"]) if times["most"] else None
             if not times["comma"]:
                 if not times["least"]:
-                    raise self.beyond()  # `{}`, which re matches literally
+                    raise self.unsupported_error()  # `{}`, which re matches literally
                 most = least
         if len(steps) * max(least, most or 0) > _MAX_STEPS:
-            raise self.many()
+            raise self.too_many_error()
         if most is not None:
             maybe = [Instruction(to=(1, len(steps) + 1)), *steps]
-            return self.few(steps * least + maybe * (most - least))
+            return self.check_count(steps * least + maybe * (most - least))
         if least:
             # The last of the required copies jumps back to its own beginning.
-            return self.few([*steps * least, Instruction(to=(-len(steps), 1))])
-        return self.few(
+            return self.check_count([*steps * least, Instruction(to=(-len(steps), 1))])
+        return self.check_count(
             [Instruction(to=(1, len(steps) + 2)), *steps, Instruction(to=(-len(steps) - 1,))]
         )
 
-    def few(self, steps: list[Instruction]) -> list[Instruction]:
+    def check_count(self, steps: list[Instruction]) -> list[Instruction]:
         """Return the steps, or raise if there are too many."""
         if len(steps) > _MAX_STEPS:
-            raise self.many()
+            raise self.too_many_error()
         return steps
 
-    def many(self) -> ValueError:
+    def too_many_error(self) -> ValueError:
         """Return the error for too many steps."""
         return ValueError(f"more than {_MAX_STEPS} steps when its repetitions are written out")
 
-    def beyond(self) -> ValueError:
+    def unsupported_error(self) -> ValueError:
         """Return the error for a part that is beyond this grammar."""
         return ValueError(f"{self.text[self.at : self.at + 20]!r} is not understood here")
 

@@ -68,19 +68,19 @@ class ByPattern(Generic[T]):
         # such a name is matched pattern by pattern.
         if "\n" in name:
             for value, pattern in zip(self._values, self._all, strict=True):
-                if pattern.ends(name):
+                if pattern.matches_end(name):
                     return value
             return default
-        found = self._looked_up(name)
+        found = self._plain_index(name)
         for at, pattern in self._patterns:
             if at > found:
                 break  # a plain name with a smaller index matches
-            if pattern.ends(name):
+            if pattern.matches_end(name):
                 found = at
                 break
         return self._values[found] if found < len(self._values) else default
 
-    def _looked_up(self, name: str) -> int:
+    def _plain_index(self, name: str) -> int:
         """Return the index of the first plain name that matches; the number of entries if none."""
         found = len(self._values)
         ends = [name[start:] for start in starts(name)]  # the first is the whole name
@@ -110,23 +110,23 @@ class Patterns:
         self._made: dict[str, NamePattern] = {}
         self._known: dict[tuple[str, str, str], bool | int | None] = {}
 
-    def whole(self, text: str, name: str) -> bool:
+    def matches(self, text: str, name: str) -> bool:
         """Return whether the pattern matches the whole name.
 
         Raises:
             SpecError: the budget of this tree is spent.
         """
-        return bool(self._asked("whole", text, name))
+        return bool(self._look_up("matches", text, name))
 
-    def ends(self, text: str, name: str) -> bool:
-        """Return whether the pattern matches the name or an end of it; raises as `whole`."""
-        return bool(self._asked("ends", text, name))
+    def matches_end(self, text: str, name: str) -> bool:
+        """Return whether the pattern matches the name or an end of it; raises as `matches`."""
+        return bool(self._look_up("matches_end", text, name))
 
     def layer(self, text: str, name: str) -> int | None:
-        """Return the number of the name's layer, as `NamePattern.layer`; raises as `whole`."""
-        return self._asked("layer", text, name)
+        """Return the number of the name's layer, as `NamePattern.layer`; raises as `matches`."""
+        return self._look_up("layer", text, name)
 
-    def _asked(self, what: str, text: str, name: str) -> bool | int | None:
+    def _look_up(self, what: str, text: str, name: str) -> bool | int | None:
         key = (what, text, name)
         if key not in self._known:
             self._work.spend(_COST_OF_KNOWN, text)

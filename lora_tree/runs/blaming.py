@@ -168,11 +168,11 @@ def blame(
     if not variants:
         raise SpecError(f"{path or 'the root'}: no node of its lineage has an adapter to blame")
     blends = [path, *variants.values()]
-    losses, apart, tokens = _measured(model, rows, blends, batch=batch, tick=tick)
+    losses, divergences, tokens = _measured(model, rows, blends, batch=batch, tick=tick)
     parts = []
     for at, (node, part) in enumerate(variants, 1):
-        parts.append(Part(node, part, losses[at], losses[at] - losses[0], apart[at]))
-    parts.sort(key=lambda each: (*_order(each, losses[0]), each.node, each.part))
+        parts.append(Part(node, part, losses[at], losses[at] - losses[0], divergences[at]))
+    parts.sort(key=lambda part: (*_order(part, losses[0]), part.node, part.part))
     return Blame(path, losses[0], tokens, tuple(parts))
 
 
@@ -257,8 +257,8 @@ def _without(tree: AdapterTree, path: str, node: str, modules: list[str] | None)
         # The node's entry takes its ancestors off too, and the parent's puts them back.
         blend: dict[str, Any] = {path: 1.0, node: -1.0}
         return blend | {parent: 1.0} if parent else blend
-    gone: dict[str, float] = dict.fromkeys(modules, -1.0)
-    blend = {path: 1.0, node: {"default": 0.0} | gone}
+    removed: dict[str, float] = dict.fromkeys(modules, -1.0)
+    blend = {path: 1.0, node: {"default": 0.0} | removed}
     if node == path:
         blend[path] = {"default": 1.0} | dict.fromkeys(modules, 0.0)
     above: set[str] = set()
@@ -287,16 +287,16 @@ def _measured(
             'give rows with one answer: {"prompt": …, "completion": …}',
         )
     sums: list[list[float]] = [[] for _ in blends]
-    apart: list[list[float]] = [[] for _ in blends]
+    divergences: list[list[float]] = [[] for _ in blends]
     was_training = model.training
     model.eval()
     try:
-        for some in _groups(rows, len(blends), batch):
-            whole: Tensor | None = None
-            asked = [(place, at) for at in range(len(blends)) for place in range(len(some))]
-            for first in range(0, len(asked), batch):
-                chunk = asked[first : first + batch]
-                inputs, labels = inputs_of(model, [some[place] for place, _ in chunk])
+        for group in _groups(rows, len(blends), batch):
+            reference: Tensor | None = None
+            pairs = [(place, at) for at in range(len(blends)) for place in range(len(group))]
+            for first in range(0, len(pairs), batch):
+                chunk = pairs[first : first + batch]
+                inputs, labels = inputs_of(model, [group[place] for place, _ in chunk])
                 with model.route([blends[at] for _, at in chunk]):
                     logits = model(**inputs).logits[:, : labels.shape[1]]
                 # In fp32 at least, as losses are.
@@ -304,19 +304,19 @@ def _measured(
                 chances = logits.to(wide).log_softmax(-1)
                 losses, _ = row_losses(chances, labels, shift=False)
                 # The rows under the first blend come first, and one chunk has all of them.
-                if whole is None:
-                    whole = chances[: len(some)]
+                if reference is None:
+                    reference = chances[: len(group)]
                 for i, (place, at) in enumerate(chunk):
                     sums[at].append(float(losses[i]))
                     # Another chunk may be padded less, and always at the end.
-                    mine = whole[place, : labels.shape[1]]
-                    apart[at].append(_divergence(mine, chances[i], labels[i]))
+                    reference_row = reference[place, : labels.shape[1]]
+                    divergences[at].append(_divergence(reference_row, chances[i], labels[i]))
                 tick()
     finally:
         model.train(was_training)
     tokens = sum(row.learnt for row in rows)
-    mean = [math.fsum(each) / tokens for each in sums]
-    return mean, [math.fsum(each) / tokens for each in apart], tokens
+    mean = [math.fsum(values) / tokens for values in sums]
+    return mean, [math.fsum(values) / tokens for values in divergences], tokens
 
 
 def _groups(rows: Sequence[Row], blends: int, batch: int) -> Iterator[list[Row]]:

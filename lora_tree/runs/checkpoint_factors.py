@@ -31,7 +31,14 @@ from ..training.node_factors import path_of
 from ..training.sharded import full
 from ..tree import AdapterTree
 
-__all__ = ["FACTORS", "NODES", "ancestors_now", "ancestors_then", "load_factors", "save_factors"]
+__all__ = [
+    "FACTORS",
+    "NODES",
+    "current_ancestors",
+    "load_factors",
+    "recorded_ancestors",
+    "save_factors",
+]
 
 FACTORS = "factors.safetensors"
 NODES = "nodes"
@@ -59,10 +66,9 @@ def save_factors(model: TreeModel, folder: Path, *, writes: bool = True) -> None
             return
         with disk.named("make the folder", folder):
             folder.mkdir(parents=True, exist_ok=True)
-        disk.write(
-            folder / FACTORS,
-            render_tensors(tensors, {"format": "pt", "stands_on": json.dumps(_stands_on(model))}),
-        )
+        lineages = json.dumps(_describe_lineages(model))
+        metadata = {"format": "pt", "stands_on": lineages}
+        disk.write(folder / FACTORS, render_tensors(tensors, metadata))
         for path in tree.paths():
             adapter = tree.adapter(path)
             if path in model.factors.training_paths and adapter is not None:
@@ -82,32 +88,33 @@ def load_factors(model: TreeModel, folder: Path) -> None:
             f"{folder}: no {FACTORS}, so no checkpoint of a tree",
             "name a checkpoint-N of a TreeTrainer",
         )
-    saved, said = read_tensors(file, str(file))
+    saved, metadata = read_tensors(file, str(file))
     model.factors.refresh(model.tree, model)
-    now = _trained(model)
-    if saved.keys() != now.keys():
-        there = {path_of(name) for name in saved}
-        here = {path_of(name) for name in now}
-        if there != here:
-            train = agreeing(len(here), "trains", "train")
-            what = f"it holds {listing(sorted(there))}, and {listing(sorted(here))} {train} now"
+    current = _trained(model)
+    if saved.keys() != current.keys():
+        saved_nodes = {path_of(name) for name in saved}
+        current_nodes = {path_of(name) for name in current}
+        if saved_nodes != current_nodes:
+            train = agreeing(len(current_nodes), "trains", "train")
+            listed = listing(sorted(current_nodes))
+            what = f"it holds {listing(sorted(saved_nodes))}, and {listed} {train} now"
         else:
-            what = f"with other modules: {listing(sorted(saved.keys() ^ now.keys()))}"
+            what = f"with other modules: {listing(sorted(saved.keys() ^ current.keys()))}"
         raise FormatError(
             f"{file}: {what}", "resume with the nodes that trained then: model.trainable(…)"
         )
     # Shapes, dtypes and ancestors are all checked before the first number is copied, so that an
     # error leaves every node as it was.
     for name, new in saved.items():
-        own = now[name]
-        if new.shape != own.shape or new.dtype != own.dtype:
+        parameter = current[name]
+        if new.shape != parameter.shape or new.dtype != parameter.dtype:
             raise FormatError(
                 f"{file}: {name}: {tuple(new.shape)} {new.dtype}, "
-                f"the node has {tuple(own.shape)} {own.dtype}",
+                f"the node has {tuple(parameter.shape)} {parameter.dtype}",
                 "resume with the rank and dtype that the run began with",
             )
-    then = _recorded(said, file)
-    changed = [path for path, on in _stands_on(model).items() if then.get(path) != on]
+    recorded = _recorded(metadata, file)
+    changed = [path for path, on in _describe_lineages(model).items() if recorded.get(path) != on]
     if changed:
         raise FormatError(
             f"{file}: {listing(changed)}: a frozen ancestor, or a weight, has changed since",
@@ -117,14 +124,14 @@ def load_factors(model: TreeModel, folder: Path) -> None:
     with torch.no_grad():
         # In the model's order, which all ranks share: distributing a tensor is a collective
         # operation.
-        for name, own in now.items():
+        for name, parameter in current.items():
             new = saved[name]
-            if is_sharded(own):
-                new = distribute_tensor(new, own.device_mesh, own.placements)
-            own.copy_(new)
+            if is_sharded(parameter):
+                new = distribute_tensor(new, parameter.device_mesh, parameter.placements)
+            parameter.copy_(new)
 
 
-def ancestors_then(folder: Path, path: str) -> dict[str, str]:
+def recorded_ancestors(folder: Path, path: str) -> dict[str, str]:
     """Return the ancestors that a checkpoint's node was trained on, each as its weight and hash.
 
     They are in the order of the lineage, from the root down.
@@ -134,31 +141,31 @@ def ancestors_then(folder: Path, path: str) -> dict[str, str]:
         PathError: it names something that is no node.
     """
     file = folder / FACTORS
-    _, said = read_tensors(file, str(file), outline=True)
-    record = _recorded(said, file).get(path, {})
-    if not (isinstance(record, dict) and all(isinstance(told, str) for told in record.values())):
+    _, metadata = read_tensors(file, str(file), outline=True)
+    record = _recorded(metadata, file).get(path, {})
+    if not (isinstance(record, dict) and all(isinstance(value, str) for value in record.values())):
         raise FormatError(
             f"{file}: stands_on: {path}: expected a mapping from nodes, got {str(record)[:80]}"
         )
     found = {}
-    for node, told in record.items():
+    for node, description in record.items():
         if node == path:
             continue
-        if told.endswith(TRAINED):
+        if description.endswith(TRAINED):
             # It trained in the same run, so its numbers of then are in the checkpoint itself.
             own = Adapter.load(folder.joinpath(NODES, *check_path(node)))
-            told = told.removesuffix(TRAINED) + _hash(own)
-        found[node] = told
+            description = description.removesuffix(TRAINED) + _hash(own)
+        found[node] = description
     return found
 
 
-def ancestors_now(tree: AdapterTree, path: str) -> dict[str, str]:
+def current_ancestors(tree: AdapterTree, path: str) -> dict[str, str]:
     """Return the nodes with an adapter above a place in a tree, each as its weight and hash."""
     found = {}
     for node in tree.lineage(path.rpartition("/")[0]):
-        told = _told(tree, node)
-        if told is not None:
-            found[node] = told
+        description = _describe(tree, node)
+        if description is not None:
+            found[node] = description
     return found
 
 
@@ -168,11 +175,11 @@ def _trained(model: TreeModel) -> dict[str, Any]:
 
 
 def _recorded(metadata: Mapping[str, str], file: Path) -> dict[str, Any]:
-    """Return the ancestors as `_stands_on` returned them when the file was written."""
+    """Return the ancestors as `_describe_lineages` returned them when the file was written."""
     return strict_json.loads(metadata.get("stands_on", "{}").encode(), f"{file}: stands_on")
 
 
-def _told(tree: AdapterTree, node: str) -> str | None:
+def _describe(tree: AdapterTree, node: str) -> str | None:
     """Return a node's weight and hash; None if it has no adapter, so that nothing depends on it."""
     adapter = tree.adapter(node)
     return None if adapter is None else f"{tree[node].weight!r} {_hash(adapter)}"
@@ -180,36 +187,36 @@ def _told(tree: AdapterTree, node: str) -> str | None:
 
 def _hash(adapter: Adapter) -> str:
     """Return a hash of an adapter's numbers, and of nothing else about it."""
-    told = hashlib.sha256()
+    digest = hashlib.sha256()
     for name, value in sorted(adapter.modules.items()):
         numbers = dict(zip(("A", "B", "bias"), value.tensors, strict=False))
-        told.update(f"{name} {value.scale!r} {value.layout}".encode())
+        digest.update(f"{name} {value.scale!r} {value.layout}".encode())
         # The numbers are hashed in the form of a file, whose header holds dtype and shape as well.
         # The bare bytes of two different tensors may be the same.
-        told.update(render_tensors({part: t.detach().cpu() for part, t in numbers.items()}, {}))
+        digest.update(render_tensors({part: t.detach().cpu() for part, t in numbers.items()}, {}))
     for name, override in sorted(adapter.overrides.items()):
-        told.update(f"{name} {override.rows}".encode())
-        told.update(render_tensors({"override": override.values.detach().cpu()}, {}))
-    return told.hexdigest()
+        digest.update(f"{name} {override.rows}".encode())
+        digest.update(render_tensors({"override": override.values.detach().cpu()}, {}))
+    return digest.hexdigest()
 
 
-def _stands_on(model: TreeModel) -> dict[str, dict[str, str]]:
+def _describe_lineages(model: TreeModel) -> dict[str, dict[str, str]]:
     """Return for each node that trains the nodes down to it, itself included.
 
     Each is described by its weight and its hash; `TRAINED` replaces the hash of a node that trains.
     """
     tree, training = model.tree, model.factors.training_paths
-    told: dict[str, str | None] = {}
+    descriptions: dict[str, str | None] = {}
     found: dict[str, dict[str, str]] = {}
     for path in training:
         found[path] = {}
         for node in tree.lineage(path):
-            if node not in told:  # hashed once: nodes share their ancestors
+            if node not in descriptions:  # hashed once: nodes share their ancestors
                 is_training = node in training
-                told[node] = (
-                    f"{tree[node].weight!r} {TRAINED}" if is_training else _told(tree, node)
+                descriptions[node] = (
+                    f"{tree[node].weight!r} {TRAINED}" if is_training else _describe(tree, node)
                 )
-            said = told[node]
-            if said is not None:
-                found[path][node] = said
+            description = descriptions[node]
+            if description is not None:
+                found[path][node] = description
     return found

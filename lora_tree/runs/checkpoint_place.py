@@ -24,13 +24,15 @@ from ..folder import disk
 from ..folder.whole import REPLACED, publish, restore_replaced
 from ..system.reading import is_folder, stat_of
 
-__all__ = ["UNFINISHED", "appearing", "put_back", "retire", "where_it_lies"]
+__all__ = ["UNFINISHED", "locate_checkpoint", "put_back", "retire", "staged_checkpoint"]
 
 UNFINISHED = ".unfinished"
 
 
 @contextmanager
-def appearing(parent: Path, name: str, *, writes: bool, meet: Callable[[], None]) -> Iterator[Path]:
+def staged_checkpoint(
+    parent: Path, name: str, *, writes: bool, meet: Callable[[], None]
+) -> Iterator[Path]:
     """Yield a folder in which to fill ``name``; when the block ends it is ``parent/name``.
 
     Args:
@@ -73,7 +75,7 @@ def put_back(parent: Path) -> None:
     restore_replaced(parent / UNFINISHED, parent)
 
 
-def where_it_lies(checkpoint: Path) -> Path:
+def locate_checkpoint(checkpoint: Path) -> Path:
     """Return where to read a checkpoint: its place, or where a killed run had put it aside."""
     aside = checkpoint.parent / UNFINISHED / f"{checkpoint.name}{REPLACED}"
     return aside if stat_of(checkpoint, follow=False) is None and is_folder(aside) else checkpoint
@@ -82,10 +84,10 @@ def where_it_lies(checkpoint: Path) -> Path:
 def retire(checkpoint: Path) -> None:
     """Delete a checkpoint. What can't be deleted is left for the next save, which clears it."""
     stage = checkpoint.parent / UNFINISHED
-    gone = stage / f"{checkpoint.name}.{uuid.uuid4().hex}"
+    renamed = stage / f"{checkpoint.name}.{uuid.uuid4().hex}"
     with suppress(OSError):
         stage.mkdir(exist_ok=True)
         # Renamed first: a run that is killed meanwhile leaves no half-deleted checkpoint.
-        os.rename(checkpoint, gone)
-        shutil.rmtree(gone)
+        os.rename(checkpoint, renamed)
+        shutil.rmtree(renamed)
         os.rmdir(stage)

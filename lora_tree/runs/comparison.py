@@ -86,32 +86,32 @@ def compare_trees(
     Raises:
         SpecError: no row goes through the node.
     """
-    mine = [row for row in rows if path in after.lineage(row.path)]
-    if not mine:
+    rows_through = [row for row in rows if path in after.lineage(row.path)]
+    if not rows_through:
         raise SpecError(
             f"no row goes through {path}, so nothing can be compared",
             "the path of a row is the node it is for",
         )
     groups: dict[str, list[Row]] = {}
-    for row in mine:
+    for row in rows_through:
         groups.setdefault(row.slice, []).append(row)
     measured: list[tuple[float, dict[str, float]]] = []
     for tree in (before, after):
         model = attach(tree, base)
         try:
-            whole = loss_of_rows(model, _within(tree, mine), batch=batch, beta=beta)
+            loss = loss_of_rows(model, _within(tree, rows_through), batch=batch, beta=beta)
             parts = {}
             for name, own in groups.items():
                 parts[name] = loss_of_rows(model, _within(tree, own), batch=batch, beta=beta)
         finally:
             model.detach()
-        measured.append((whole, parts))
+        measured.append((loss, parts))
     (old, old_parts), (new, new_parts) = measured
     slices = {}
     # Without a slice column all rows are one slice, whose losses are those of the whole.
     for name in sorted(groups) if len(groups) > 1 or "" not in groups else ():
         slices[name] = SliceLosses(len(groups[name]), old_parts[name], new_parts[name])
-    return Comparison(path, SliceLosses(len(mine), old, new), slices)
+    return Comparison(path, SliceLosses(len(rows_through), old, new), slices)
 
 
 def _within(tree: AdapterTree, rows: Sequence[Row]) -> list[Row]:

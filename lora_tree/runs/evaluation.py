@@ -107,16 +107,16 @@ def evaluate(
     model.eval()
     try:
         measures = []
-        for path, own in domains.items():
+        for path, domain_rows in domains.items():
             reference = reference_of(path) if prefers else None
-            measures.append(_Measure(model, own, batch, reference, beta, mode))
+            measures.append(_Measure(model, domain_rows, batch, reference, beta, mode))
         for path in paths:
             with model.using(path, mode=mode):
                 losses.append(tuple(measure.mean() for measure in measures))
             tick()
     finally:
         model.train(was_training)
-    tokens = tuple(_learnt(own) for own in domains.values())
+    tokens = tuple(_learnt(domain_rows) for domain_rows in domains.values())
     unit = "nats per preference" if prefers else "nats per token"
     return LossMatrix(paths, tuple(domains), tuple(losses), tokens, unit)
 
@@ -228,7 +228,7 @@ def inputs_of(model: TreeModel, rows: Sequence[Row]) -> tuple[dict[str, Any], Te
     """
     device = next(model.base.parameters()).device
     if getattr(getattr(model.base, "config", None), "is_encoder_decoder", False):
-        inputs: dict[str, Any] = _read_and_written(rows, device)
+        inputs: dict[str, Any] = _split_for_encoder(rows, device)
         # The base shifts these labels itself: its decoder begins with a start token.
         return inputs, inputs["labels"]
     inputs = padded(rows, device=device)
@@ -236,7 +236,7 @@ def inputs_of(model: TreeModel, rows: Sequence[Row]) -> tuple[dict[str, Any], Te
     return inputs, inputs.pop("labels")[:, 1:]
 
 
-def _read_and_written(rows: Sequence[Row], device: torch.device) -> dict[str, Tensor]:
+def _split_for_encoder(rows: Sequence[Row], device: torch.device) -> dict[str, Tensor]:
     """Split rows for an encoder, which reads the prompt, and a decoder, which writes the rest.
 
     Raises:

@@ -22,8 +22,8 @@ from .rows import Row
 __all__ = [
     "NodeForecast",
     "becoming_stale",
-    "chosen",
-    "what_trains",
+    "choose_nodes",
+    "forecast_nodes",
     "why_not_fresh",
 ]
 
@@ -55,7 +55,7 @@ class NodeForecast:
         return f"{self.node}: {start}, on {ground}; {plural(self.rows, 'row')}"
 
 
-def chosen(
+def choose_nodes(
     model: TreeModel, rows: Sequence[Row], nodes: Sequence[str], *, with_ancestors: bool
 ) -> list[str]:
     """Return the nodes that train, in the tree's order.
@@ -74,14 +74,14 @@ def chosen(
     if nodes:
         # A group that was named is kept here, so that `trainable` refuses it with its reason.
         named = set(tree.matching(nodes))
-        found = set(named)
+        trainable = set(named)
     else:
         named = {row.path for row in rows if row.path}
-        found = {path for path in named if _can_train(tree, path)}
+        trainable = {path for path in named if _can_train(tree, path)}
     if with_ancestors:
         for path in named:
-            found.update(above for above in tree.lineage(path) if _can_train(tree, above))
-    if not found:
+            trainable.update(above for above in tree.lineage(path) if _can_train(tree, above))
+    if not trainable:
         if named:
             have = agreeing(len(named), "has none of its own", "have none of their own")
             reason = f"{listing(sorted(named))} {have}"
@@ -91,10 +91,12 @@ def chosen(
             f"the rows name no node with an adapter: {reason}",
             'give rows the path of one: "path": "fr"; or name nodes to train',
         )
-    return [path for path in tree.paths() if path in found]
+    return [path for path in tree.paths() if path in trainable]
 
 
-def what_trains(tree: AdapterTree, nodes: Sequence[str], rows: Sequence[Row]) -> list[NodeForecast]:
+def forecast_nodes(
+    tree: AdapterTree, nodes: Sequence[str], rows: Sequence[Row]
+) -> list[NodeForecast]:
     """Return the forecast of each node, made before the first step."""
     forecasts = []
     counts = Counter(row.path for row in rows)
@@ -120,7 +122,7 @@ def becoming_stale(tree: AdapterTree, nodes: Iterable[str]) -> list[str]:
     for path in tree.paths():
         stays = path in below and path not in training
         # New factors fit any parent. A new override does not: it is a copy of the parent's tensor.
-        fits_any = _is_new(tree, path) and not _replaces(tree, path)
+        fits_any = _is_new(tree, path) and not _has_overrides(tree, path)
         if stays and tree[path].has_adapter and not fits_any:
             stale.append(path)
     return stale
@@ -155,7 +157,7 @@ def _is_new(tree: AdapterTree, path: str) -> bool:
     return bool(values) and not any(bool(value.B.any()) for value in values)
 
 
-def _replaces(tree: AdapterTree, path: str) -> bool:
+def _has_overrides(tree: AdapterTree, path: str) -> bool:
     """Tell whether a node's adapter has overrides; False if the adapter is not in memory."""
     adapter = tree[path].loaded
     return adapter is not None and bool(adapter.overrides)

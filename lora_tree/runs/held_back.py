@@ -38,10 +38,10 @@ __all__ = [
     "at_part",
     "hold_back",
     "judge",
-    "keep_what_helps",
     "loss_of_rows",
     "losses_of_rows",
     "places_held_back",
+    "reweigh_leaves",
 ]
 
 PARTS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -80,11 +80,11 @@ class Verdict:
 
     def __str__(self) -> str:
         """One line: ``fr/legal: 3.247 on 12 held-back rows, its parent 2.759: kept at …``."""
-        said = f"{self.node}: {self.trained:.3f} on {plural(self.rows, 'held-back row')}"
-        said += f", its parent {self.parent:.3f}"
+        text = f"{self.node}: {self.trained:.3f} on {plural(self.rows, 'held-back row')}"
+        text += f", its parent {self.parent:.3f}"
         if self.beats_parent:
-            return said
-        return f"{said}: kept at weight {self.weight:g}, {self.kept:.3f}"
+            return text
+        return f"{text}: kept at weight {self.weight:g}, {self.kept:.3f}"
 
 
 def hold_back(rows: Sequence[Row], share: float) -> tuple[list[Row], list[Row]]:
@@ -120,7 +120,7 @@ def places_held_back(paths: Sequence[str], share: float) -> list[int]:
     return sorted(held)
 
 
-def keep_what_helps(
+def reweigh_leaves(
     model: TreeModel,
     rows: Sequence[Row],
     nodes: Sequence[str],
@@ -141,18 +141,18 @@ def keep_what_helps(
     Returns:
         A verdict on each leaf that was judged, in the order of ``nodes``.
     """
-    own_of: dict[str, list[Row]] = {}
+    rows_by_path: dict[str, list[Row]] = {}
     for row in rows:
-        own_of.setdefault(row.path, []).append(row)
+        rows_by_path.setdefault(row.path, []).append(row)
 
     def measure(part: float, leaves: Sequence[str]) -> dict[str, float]:
         losses = {}
         for leaf in leaves:
             at = at_part(leaf, part)
-            losses[leaf] = evaluate_at(model, own_of[leaf], at, batch=batch, beta=beta)
+            losses[leaf] = evaluate_at(model, rows_by_path[leaf], at, batch=batch, beta=beta)
         return losses
 
-    counts = {path: len(own) for path, own in own_of.items()}
+    counts = {path: len(leaf_rows) for path, leaf_rows in rows_by_path.items()}
     verdicts = judge(model.tree, nodes, counts, measure)
     for verdict in verdicts:
         if verdict.is_reweighed:
@@ -200,11 +200,20 @@ def judge(
             losses[leaf][part] = loss
     verdicts = []
     for leaf in leaves:
-        own = losses[leaf]
+        losses_by_part = losses[leaf]
         # A tie goes to the larger weight: an untrained node, which adds nothing, keeps its own.
-        best = min(sorted(own, reverse=True), key=own.__getitem__)
+        best = min(sorted(losses_by_part, reverse=True), key=losses_by_part.__getitem__)
         weight = scaled_weight(tree[leaf].weight, best)
-        verdicts.append(Verdict(leaf, counts[leaf], own[0.0], own[1.0], own[best], weight))
+        verdicts.append(
+            Verdict(
+                leaf,
+                counts[leaf],
+                losses_by_part[0.0],
+                losses_by_part[1.0],
+                losses_by_part[best],
+                weight,
+            )
+        )
     return verdicts
 
 

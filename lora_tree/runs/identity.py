@@ -19,7 +19,7 @@ from .place import LastCheckpoint
 from .rows import Row
 from .settings import Settings
 
-__all__ = ["differing", "digest_of_rows", "refuse_other", "run_identity"]
+__all__ = ["digest_of_rows", "first_difference", "refuse_other_run", "run_identity"]
 
 
 def run_identity(
@@ -60,24 +60,24 @@ def digest_of_rows(rows: Sequence[Row]) -> str:
     hashed = hashlib.sha256()
     for row in rows:
         # JSON, not the raw bytes: it tells apart [1, 23] and [12, 3].
-        told = [row.path, row.ids, row.labels]
+        content = [row.path, row.ids, row.labels]
         if row.rejected is not None:
-            told += [row.rejected.ids, row.rejected.labels]
-        hashed.update(json.dumps(told).encode())
+            content += [row.rejected.ids, row.rejected.labels]
+        hashed.update(json.dumps(content).encode())
     return hashed.hexdigest()
 
 
-def refuse_other(before: LastCheckpoint, mine: Mapping[str, Any]) -> None:
+def refuse_other_run(before: LastCheckpoint, identity: Mapping[str, Any]) -> None:
     """Refuse to begin a run where another one is unfinished.
 
     Raises:
         SpecError: the two differ; the error says in which key.
     """
-    what = differing(before.about, mine)
+    what = first_difference(before.about, identity)
     if what is not None:
         raise SpecError(
             f"{before.folder}: of a run with other {what}: "
-            f"{_difference(before.about.get(what), mine[what])}",
+            f"{_difference(before.about.get(what), identity[what])}",
             "that run is not finished: to go on with it, repeat the command that began it "
             "(lora-tree runs FOLDER lists runs)",
             "or keep the checkpoints of this run in another folder: --run DIR",
@@ -85,20 +85,20 @@ def refuse_other(before: LastCheckpoint, mine: Mapping[str, Any]) -> None:
         )
 
 
-def differing(about: Mapping[str, Any], mine: Mapping[str, Any]) -> str | None:
-    """Return the first key of a run.json that differs from ``mine``; None: it is the same run."""
-    for what, value in mine.items():
+def first_difference(about: Mapping[str, Any], identity: Mapping[str, Any]) -> str | None:
+    """Return the first key of a run.json that differs from ``identity``; None if it is the same."""
+    for what, value in identity.items():
         if about.get(what) != value:
             return what
     return None
 
 
-def _difference(theirs: Any, mine: Any) -> str:
-    if not (isinstance(theirs, dict) and isinstance(mine, dict)):
-        return f"was {theirs!r} and is {mine!r}"
+def _difference(recorded: Any, current: Any) -> str:
+    if not (isinstance(recorded, dict) and isinstance(current, dict)):
+        return f"was {recorded!r} and is {current!r}"
     differences = []
-    for key in sorted({*theirs, *mine}):
-        was, now = theirs.get(key), mine.get(key)
+    for key in sorted({*recorded, *current}):
+        was, now = recorded.get(key), current.get(key)
         if was != now:
             differences.append(f"{key} was {was!r} and is {now!r}")
     return "; ".join(differences)

@@ -34,10 +34,10 @@ from ..training.diverged import Start
 from ..training.levels import weight_decays
 from ..training.sampling import PathSampler
 from ..tree import AdapterTree
-from .forecast import NodeForecast, becoming_stale, chosen, what_trains
-from .held_back import Verdict, hold_back, keep_what_helps, loss_of_rows
-from .identity import differing, refuse_other, run_identity
-from .place import ABOUT, LastCheckpoint, last_of, set_aside
+from .forecast import NodeForecast, becoming_stale, choose_nodes, forecast_nodes
+from .held_back import Verdict, hold_back, loss_of_rows, reweigh_leaves
+from .identity import first_difference, refuse_other_run, run_identity
+from .place import ABOUT, LastCheckpoint, find_last_checkpoint, set_aside
 from .preferences import are_preferences
 from .recording import Recorder
 from .refusals import (
@@ -47,7 +47,7 @@ from .refusals import (
     check_weights,
     refuse_encoder,
 )
-from .resume import is_what_it_left, take_over
+from .resume import is_unchanged_since, resume_state
 from .rows import Row
 from .run_checkpoints import RunCheckpoints
 from .run_losses import RunLosses
@@ -121,12 +121,12 @@ class Run:
         self._checkpoints = RunCheckpoints(self.folder, keep)
         tree = model.tree
         refuse_encoder(model)
-        self.nodes = chosen(model, rows, nodes, with_ancestors=with_ancestors)
+        self.nodes = choose_nodes(model, rows, nodes, with_ancestors=with_ancestors)
         check_names(settings, self.nodes, tree)
         check_weights(tree, self.nodes)
         if fresh:
             check_drawable(tree, self.nodes)
-        through = _through(rows, self.nodes, tree)
+        through = _rows_through(rows, self.nodes, tree)
         self.prefers = are_preferences(through)
         if self.prefers:
             check_preferences(through, self.nodes, settings, tree)
@@ -152,13 +152,13 @@ class Run:
             watched=None if held_out is None else held_out.noted,
             prefers=self.prefers,
         )
-        before = last_of(self.folder)
+        before = find_last_checkpoint(self.folder)
         self._identity = run_identity(
             settings, self.nodes, self.rows, held_out=watching, fresh=fresh, before=before
         )
         # Refuse before `trainable` changes the model: a run that can't begin leaves no trace.
         if before is not None and not before.is_finished:
-            refuse_other(before, self._identity)
+            refuse_other_run(before, self._identity)
         groups = model.trainable(*self.nodes, dropout=settings.dropout)
         self._rates = {path: settings.lr_of.get(path, settings.lr) for path in self.nodes}
         decays = _decays(settings, tree, self._rates)
@@ -168,7 +168,7 @@ class Run:
         self.optimizer = torch.optim.AdamW(groups, lr=settings.lr)
         model.follow(self.optimizer)
         # Made before a checkpoint is loaded: the forecast is about the tree as the user knows it.
-        self.trained: list[NodeForecast] = what_trains(tree, self.nodes, self.rows)
+        self.trained: list[NodeForecast] = forecast_nodes(tree, self.nodes, self.rows)
         if fresh:
             self.trained = [replace(forecast, is_new=True) for forecast in self.trained]
         self.outdated = becoming_stale(tree, self.nodes)
@@ -218,7 +218,7 @@ class Run:
                 if self._recorder is not None:
                     self._recorder.note(step.nodes)
                 if self._watch is not None:
-                    self._watch.patience.note_moved(one.node for one in step.nodes)
+                    self._watch.patience.note_moved(metric.node for metric in step.nodes)
                     if self._watch.is_due(self.done):
                         measured += self._evaluate(self._watch)
                 if self._all_stopped_at is not None:
@@ -252,7 +252,7 @@ class Run:
         # are on the disk.
         if self._recorder is not None:
             self._recorder.sync()
-        about = self._told(saved=False)
+        about = self._collect_about(saved=False)
         return self._checkpoints.save(self.done, about, self.model, self.optimizer, self._watch)
 
     def kept(self) -> dict[Path, float | None]:
@@ -272,11 +272,11 @@ class Run:
         Raises:
             FolderError: the folder can't be written, or has no checkpoint of the last step.
         """
-        self._checkpoints.tell(self.done, self._told(saved=True))
+        self._checkpoints.tell(self.done, self._collect_about(saved=True))
         if self._recorder is not None:
             self._recorder.end("finished", self.taken, self.outcomes(), self.outdated)
 
-    def keep_what_helps(self) -> list[Verdict]:
+    def reweigh_leaves(self) -> list[Verdict]:
         """Give each leaf that does worse than its parent on held-back rows the best smaller weight.
 
         Call it after the last step, before the tree is saved. Nothing trains any more after it.
@@ -284,7 +284,7 @@ class Run:
         self._check_sound()
         self.model.trainable()
         settings = self.settings
-        return keep_what_helps(
+        return reweigh_leaves(
             self.model, self.held_back, self.nodes, batch=settings.batch, beta=settings.beta
         )
 
@@ -351,7 +351,7 @@ class Run:
         # A run that was over has its record already, and takes no step.
         if self._records is None or self.was_over:
             return
-        about = {**self._identity, "checkpoints": self._notes.seen_folder}
+        about = {**self._identity, "checkpoints": self._notes.relative_folder}
         self._recorder = Recorder(
             self._records, about, self._notes.facts, by=self._by, done=self.done
         )
@@ -382,7 +382,7 @@ class Run:
         frozen = set() if self._watch is None else self._watch.patience.stopped
         if frozen:
             moving = set(self.nodes) - frozen
-            rows = _through(rows, moving, self.model.tree)
+            rows = _rows_through(rows, moving, self.model.tree)
             if not rows:
                 return StepLosses(done + 1, {}, 0)
         try:
@@ -394,19 +394,19 @@ class Run:
             self._start.restore()
             raise
 
-    def _told(self, *, saved: bool) -> dict[str, Any]:
+    def _collect_about(self, *, saved: bool) -> dict[str, Any]:
         """Return the content of run.json."""
-        told = {**self._identity, "step": self.done, "saved": saved}
-        told["losses"] = self._losses.plain()
+        about = {**self._identity, "step": self.done, "saved": saved}
+        about["losses"] = self._losses.plain()
         if self._measured is not None:
-            told["measured"] = self._measured
+            about["measured"] = self._measured
         if self._watch is not None:
-            told["watch"] = self._watch.plain()
+            about["watch"] = self._watch.plain()
         training = self.training
         if training is not None:
             # Not a part of the identity: a file of rows may be moved between two resumes.
-            told["training"] = training.model_dump(mode="json")
-        return told
+            about["training"] = training.model_dump(mode="json")
+        return about
 
     def _check_sound(self) -> None:
         if self._diverged is not None:
@@ -427,10 +427,10 @@ class Run:
 
     def _resume(self, before: LastCheckpoint) -> int:
         """Go on from a checkpoint, or set it aside; return how many steps are done."""
-        is_same = differing(before.about, self._identity) is None
-        if is_same and before.is_saved and is_what_it_left(self.model, self.nodes, before):
+        is_same = first_difference(before.about, self._identity) is None
+        if is_same and before.is_saved and is_unchanged_since(self.model, self.nodes, before):
             # The tree has exactly these numbers, so there is nothing to load and no step to take.
-            self._remember(before)
+            self._resume_measures(before)
             self.was_over = True
             return before.step
         # A run that is the same and finished, but not saved, ended between its last checkpoint and
@@ -446,8 +446,8 @@ class Run:
                 f"{before.folder / ABOUT}: step is {before.step}, "
                 f"expected a number up to {self.settings.steps}"
             )
-        take_over(self.model, self.optimizer, before.folder)
-        self._remember(before)
+        resume_state(self.model, self.optimizer, before.folder)
+        self._resume_measures(before)
         return before.step
 
     def _draw_again(self) -> None:
@@ -459,7 +459,7 @@ class Run:
             for _, value in sorted(adapter.modules.items()):
                 draw_again(value)
 
-    def _remember(self, before: LastCheckpoint) -> None:
+    def _resume_measures(self, before: LastCheckpoint) -> None:
         self._losses.resume(before.about, {"", *self.model.tree})
         if self._watch is not None:
             self._watch.resume(before.about, before.folder)
@@ -473,7 +473,7 @@ def _decays(settings: Settings, tree: AdapterTree, rates: Mapping[str, float]) -
     return weight_decays(tree, list(rates), rates, by_depth=by_depth, of_node=settings.decay_of)
 
 
-def _through(rows: Sequence[Row], nodes: Collection[str], tree: AdapterTree) -> list[Row]:
+def _rows_through(rows: Sequence[Row], nodes: Collection[str], tree: AdapterTree) -> list[Row]:
     """Return the rows whose path goes through a node that trains."""
     training = set(nodes)
     paths = {row.path for row in rows}

@@ -32,11 +32,11 @@ __all__ = [
     "ABOUT",
     "LastCheckpoint",
     "checkpoints",
-    "last_of",
-    "measured_of",
+    "checkpoints_to_delete",
+    "find_last_checkpoint",
+    "read_measured_loss",
     "render_about",
     "set_aside",
-    "superfluous",
 ]
 
 ABOUT = "run.json"
@@ -70,7 +70,7 @@ class LastCheckpoint:
         return self.about.get("saved") is True
 
 
-def last_of(folder: Path) -> LastCheckpoint | None:
+def find_last_checkpoint(folder: Path) -> LastCheckpoint | None:
     """Return the last checkpoint in a run's folder, or None.
 
     Raises:
@@ -136,7 +136,7 @@ def set_aside(before: LastCheckpoint) -> Path:
     return place
 
 
-def measured_of(checkpoint: Path) -> float | None:
+def read_measured_loss(checkpoint: Path) -> float | None:
     """Return a checkpoint's loss on the rows held back, from its run.json; None if unknown."""
     file = checkpoint / ABOUT
     try:
@@ -146,7 +146,7 @@ def measured_of(checkpoint: Path) -> float | None:
     return measured if isinstance(measured, float) else None
 
 
-def superfluous(found: Sequence[tuple[int, Path]], keep: int) -> list[Path]:
+def checkpoints_to_delete(found: Sequence[tuple[int, Path]], keep: int) -> list[Path]:
     """Return the checkpoints to delete, so that the best and the last ones stay.
 
     Args:
@@ -156,7 +156,7 @@ def superfluous(found: Sequence[tuple[int, Path]], keep: int) -> list[Path]:
     if len(found) <= keep:
         return []
     last = found[-1][1]
-    measured = {folder: measured_of(folder) for _, folder in found}
+    measured = {folder: read_measured_loss(folder) for _, folder in found}
     known = {folder: loss for folder, loss in measured.items() if loss is not None}
     best = min(known, key=lambda folder: known[folder]) if known else last
     stay = {last} if keep == 1 else {last, best}

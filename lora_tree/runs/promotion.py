@@ -17,10 +17,10 @@ from ..provenance import SaveNote, TrainedWith
 from ..storage import as_path
 from ..system.reading import is_file, is_folder
 from ..tree import AdapterTree, Node
-from .checkpoint_factors import NODES, ancestors_now, ancestors_then
-from .checkpoint_place import where_it_lies
+from .checkpoint_factors import NODES, current_ancestors, recorded_ancestors
+from .checkpoint_place import locate_checkpoint
 from .place import ABOUT
-from .run_losses import losses_told
+from .run_losses import read_losses
 
 __all__ = ["promote", "promotion_note"]
 
@@ -47,16 +47,16 @@ def promote(
     name = path if node is None else node
     # The name becomes a part of a file's path below, so it is checked as text first.
     check_path(name)
-    folder = where_it_lies(as_path(checkpoint)) / NODES
+    folder = locate_checkpoint(as_path(checkpoint)) / NODES
     if not is_folder(folder):
         raise FolderError(
             f"{checkpoint}: no folder {NODES}/ in it", "name a checkpoint-N of a run over a tree"
         )
-    found = _nodes_in(folder)
-    if name not in found:
+    names = _nodes_in(folder)
+    if name not in names:
         raise PathError(
-            f"{checkpoint}: no node {name!r} in it{suggest_path(name, found)}",
-            f"it has: {listing(found)}",
+            f"{checkpoint}: no node {name!r} in it{suggest_path(name, names)}",
+            f"it has: {listing(names)}",
         )
     adapter = Adapter.load(folder / name)
     # A diverged run may have left such a checkpoint before it was noticed.
@@ -67,10 +67,10 @@ def promote(
             f"{checkpoint}: {name}: {listing(broken)}: the factors are not finite",
             "promote an earlier checkpoint",
         )
-    then, now = ancestors_then(folder.parent, name), ancestors_now(tree, path)
+    recorded, current = recorded_ancestors(folder.parent, name), current_ancestors(tree, path)
     # Compared by content: a parent that was renamed since is the same model.
-    if list(then.values()) != list(now.values()):
-        warnings.warn(_other_ancestors(path, name, then, now), StaleWarning, stacklevel=2)
+    if list(recorded.values()) != list(current.values()):
+        warnings.warn(_other_ancestors(path, name, recorded, current), StaleWarning, stacklevel=2)
     if path in tree:
         return tree.update(path, adapter=adapter)
     return tree.add(path, adapter=adapter)
@@ -88,13 +88,13 @@ def promotion_note(
     Raises:
         FolderError, FormatError: the checkpoint's run.json can't be read.
     """
-    file = where_it_lies(as_path(checkpoint)) / ABOUT
+    file = locate_checkpoint(as_path(checkpoint)) / ABOUT
     if not is_file(file):  # a TreeTrainer's checkpoint has none
         return SaveNote(by=by)
     about = strict_json.loads(disk.read_file(file), str(file))
     name = path if node is None else node
     losses: dict[str, tuple[float, float]] = {}
-    first, last = (losses_told(about, which, {name}).get(name) for which in ("first", "last"))
+    first, last = (read_losses(about, which, {name}).get(name) for which in ("first", "last"))
     if first is not None and last is not None:
         losses[path] = first, last
     try:

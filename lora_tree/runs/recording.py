@@ -62,8 +62,8 @@ class Recorder:
         done: int,
     ) -> None:
         identity = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
-        told = {**about, **more, "by": by, "began": utc_now(), "state": "stopped", "done": 0}
-        self.folder: Path = kept_run(runs_folder(place_of(zoo)), identity, told)
+        content = {**about, **more, "by": by, "began": utc_now(), "state": "stopped", "done": 0}
+        self.folder: Path = kept_run(runs_folder(place_of(zoo)), identity, content)
         held = locks.attempt(self.folder / RUN_LOCK)
         if held is None:
             raise FolderError(
@@ -74,7 +74,7 @@ class Recorder:
         try:
             file = self.folder / RUN_ABOUT
             # The file's own values stay: a resumed run keeps the time at which it first began.
-            self._told = strict_json.loads(disk.read_file(file, follow=False), str(file))
+            self._about = strict_json.loads(disk.read_file(file, follow=False), str(file))
             cut_after(self.folder, done)
             self._note("running", done, ended=None)
         except BaseException:
@@ -106,8 +106,8 @@ class Recorder:
             self._held.release()
 
     def _note(self, state: RunState, done: int, **more: Any) -> None:
-        self._told |= {"state": state, "done": done, **more}
-        write_about(self.folder, self._told)
+        self._about |= {"state": state, "done": done, **more}
+        write_about(self.folder, self._about)
 
 
 def _json(value: Any) -> Any:

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from ..formats.safetensors import read_tensors, render_tensors
 from ..model import TreeModel
-from .checkpoint_factors import FACTORS, ancestors_now, ancestors_then, load_factors
+from .checkpoint_factors import FACTORS, current_ancestors, load_factors, recorded_ancestors
 from .place import LastCheckpoint
 
-__all__ = ["STATE", "is_what_it_left", "render_state", "take_over"]
+__all__ = ["STATE", "is_unchanged_since", "render_state", "resume_state"]
 
 STATE = "optimizer.safetensors"
 
@@ -34,7 +34,7 @@ def render_state(optimizer: torch.optim.Optimizer) -> bytes:
     return render_tensors(tensors, {"format": "pt"})
 
 
-def take_over(model: TreeModel, optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
+def resume_state(model: TreeModel, optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
     """Put a checkpoint's numbers into the factors and into the optimiser.
 
     Raises:
@@ -54,23 +54,26 @@ def take_over(model: TreeModel, optimizer: torch.optim.Optimizer, checkpoint: Pa
     model.follow(optimizer)
 
 
-def is_what_it_left(model: TreeModel, nodes: Sequence[str], before: LastCheckpoint) -> bool:
+def is_unchanged_since(model: TreeModel, nodes: Sequence[str], before: LastCheckpoint) -> bool:
     """Tell whether the nodes, and those above them, are still what a finished run saved."""
     file = before.folder / FACTORS
-    left, _ = read_tensors(file, str(file))
+    saved, _ = read_tensors(file, str(file))
     # The user may have trained the node elsewhere since, or replaced its files.
-    now: dict[str, Tensor] = {}
+    current: dict[str, Tensor] = {}
     for name, parameter in model.factors.named_parameters():
         if parameter.requires_grad:
-            now[name] = parameter.detach().cpu()
-    if left.keys() != now.keys():
+            current[name] = parameter.detach().cpu()
+    if saved.keys() != current.keys():
         return False
-    for name, tensor in left.items():
-        if not torch.equal(tensor, now[name]):
+    for name, tensor in saved.items():
+        if not torch.equal(tensor, current[name]):
             return False
     for node in nodes:
         # Compared by content, not by name: a parent that was renamed is the same model.
-        then, above = ancestors_then(before.folder, node), ancestors_now(model.tree, node)
-        if list(then.values()) != list(above.values()):
+        recorded, ancestors = (
+            recorded_ancestors(before.folder, node),
+            current_ancestors(model.tree, node),
+        )
+        if list(recorded.values()) != list(ancestors.values()):
             return False
     return True

@@ -99,17 +99,17 @@ def plan_retraining(
             "the tree was not opened from a folder, so how it was trained is unknown",
             "open a saved tree: lora_tree.load('zoo/')",
         )
-    first = [path for path in tree.paths() if tree[path].stale]
+    named = [path for path in tree.paths() if tree[path].stale]
     if nodes is not None:
-        first = tree.matching(nodes)
-    wanted: set[str] = set()
-    for path in first:
-        wanted.update(below for below in (path, *tree.paths(path)) if tree[below].has_adapter)
+        named = tree.matching(nodes)
+    selected: set[str] = set()
+    for path in named:
+        selected.update(below for below in (path, *tree.paths(path)) if tree[below].has_adapter)
     files = _DataFiles(tree.home.parent)
     left: dict[str, str] = {}
     able: dict[str, TrainedWith] = {}
     for path in tree.paths():  # parents first, so that a reason reaches all below
-        if path not in wanted:
+        if path not in selected:
             continue
         training = _training_of(tree, path)
         reason = _why_not(tree, path, training, left, files)
@@ -145,9 +145,9 @@ def _why_not(
         return "no save recorded how it was trained"
     if path not in training.nodes:
         return f"it was trained as {listing(training.nodes)}, and the rows name that"
-    gone = files.gone(training)
-    if gone:
-        return f"its rows are gone: {listing(gone)}"
+    missing = files.missing(training)
+    if missing:
+        return f"its rows are gone: {listing(missing)}"
     try:
         _settings(tree, [path], training)
     except LoraTreeError as error:
@@ -221,7 +221,7 @@ class _DataFiles:
         """Return the place of a file, given its path relative to the tree's folder."""
         return Path(os.path.normpath(self._home / path))
 
-    def gone(self, training: TrainedWith) -> list[str]:
+    def missing(self, training: TrainedWith) -> list[str]:
         """Return the files that no longer exist."""
         files = [*training.data, *_held_out(training)]
         return [file.path for file in files if not is_file(self.place(file.path))]

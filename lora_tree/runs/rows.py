@@ -175,7 +175,7 @@ def _lines(file: Path) -> Iterator[tuple[str, bytes]]:
 def _row(
     data: Mapping[str, Any], where: str, tree: AdapterTree, tokenizer: Any, max_length: int
 ) -> Row:
-    keys, extra = _way(data)
+    keys, extra = _split_columns(data)
     path = _path(data, extra)
     tree.lineage(path)  # raises if it is not in the tree
     made = []
@@ -237,7 +237,7 @@ def _answers(data: Mapping[str, Any], keys: set[str]) -> list[dict[str, Any]]:
     return [{key: data[key] for key in keys}]
 
 
-def _way(data: Mapping[str, Any]) -> tuple[set[str], set[str]]:
+def _split_columns(data: Mapping[str, Any]) -> tuple[set[str], set[str]]:
     """Return the columns by which a row says what is learnt, and those that are the user's own.
 
     Raises:

@@ -23,8 +23,8 @@ from ..folder import disk
 from ..model import TreeModel
 from ..system.reading import is_file
 from .checkpoint_factors import save_factors
-from .checkpoint_place import appearing, retire
-from .place import ABOUT, checkpoints, measured_of, render_about, superfluous
+from .checkpoint_place import retire, staged_checkpoint
+from .place import ABOUT, checkpoints, checkpoints_to_delete, read_measured_loss, render_about
 from .resume import STATE, render_state
 from .watching import RunWatch
 
@@ -76,7 +76,7 @@ class RunCheckpoints:
         folder = self._of(step)
         with disk.named("make it", self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
-        with appearing(self._folder, folder.name, writes=True, meet=lambda: None) as stage:
+        with staged_checkpoint(self._folder, folder.name, writes=True, meet=lambda: None) as stage:
             filled = stage / folder.name
             save_factors(model, filled)
             disk.write(filled / STATE, render_state(optimizer))
@@ -85,7 +85,7 @@ class RunCheckpoints:
             disk.write(filled / ABOUT, render_about(about))
         # Only now: a crash between the two leaves one checkpoint too many, never none.
         found = [(number, old) for number, old in checkpoints(self._folder) if number <= step]
-        for old in superfluous(found, self._keep):
+        for old in checkpoints_to_delete(found, self._keep):
             retire(old)
         return folder
 
@@ -102,7 +102,7 @@ class RunCheckpoints:
 
     def kept(self) -> dict[Path, float | None]:
         """Return the checkpoints with their losses on the rows held back, as far as known."""
-        return {folder: measured_of(folder) for _, folder in checkpoints(self._folder)}
+        return {folder: read_measured_loss(folder) for _, folder in checkpoints(self._folder)}
 
     def _of(self, step: int) -> Path:
         return self._folder / f"checkpoint-{step}"

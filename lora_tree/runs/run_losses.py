@@ -15,7 +15,7 @@ from typing import Any
 
 from ..tree import AdapterTree
 
-__all__ = ["RunLosses", "losses_told"]
+__all__ = ["RunLosses", "read_losses"]
 
 
 class RunLosses:
@@ -55,22 +55,22 @@ class RunLosses:
 
     def resume(self, about: Mapping[str, Any], known: set[str]) -> None:
         """Go on from the losses in a checkpoint's run.json, those of ``known`` paths alone."""
-        self.first.update(losses_told(about, "first", known))
-        self.last.update(losses_told(about, "last", known))
+        self.first.update(read_losses(about, "first", known))
+        self.last.update(read_losses(about, "last", known))
 
 
-def losses_told(about: Mapping[str, Any], which: str, known: set[str]) -> dict[str, float]:
+def read_losses(about: Mapping[str, Any], which: str, known: set[str]) -> dict[str, float]:
     """Return the losses in a run.json: ``which`` is ``first`` or ``last``.
 
     Anything in the file that is no loss of a known path is ignored: the losses are only shown, and
     nothing is computed from them.
     """
     losses = about.get("losses")
-    told = losses.get(which) if isinstance(losses, Mapping) else None
-    if not isinstance(told, Mapping):
+    recorded = losses.get(which) if isinstance(losses, Mapping) else None
+    if not isinstance(recorded, Mapping):
         return {}
     found = {}
-    for path, loss in told.items():
+    for path, loss in recorded.items():
         if path in known and isinstance(loss, (int, float)):
             found[path] = float(loss)
     return found
@@ -82,7 +82,7 @@ def _means(
     """Return node → the mean loss of the paths that go through it, if any has a loss."""
     found = {}
     for node in nodes:
-        mine = [loss for path, loss in by_path.items() if path and node in tree.lineage(path)]
-        if mine:
-            found[node] = sum(mine) / len(mine)
+        own_losses = [loss for path, loss in by_path.items() if path and node in tree.lineage(path)]
+        if own_losses:
+            found[node] = sum(own_losses) / len(own_losses)
     return found

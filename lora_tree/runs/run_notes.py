@@ -56,7 +56,7 @@ class RunNotes:
             data=list(self.data),
             settings=self.settings.plain(),
             max_length=self.max_length,
-            run=self.seen_folder,
+            run=self.relative_folder,
             held_out=self.watched,
         )
 
@@ -68,8 +68,8 @@ class RunNotes:
             losses: node → its first and last loss.
         """
         training = self.training
-        told = {} if training is None else dict.fromkeys(self.nodes, training)
-        return SaveNote(by=by, training=told, losses=dict(losses))
+        training_by_node = {} if training is None else dict.fromkeys(self.nodes, training)
+        return SaveNote(by=by, training=training_by_node, losses=dict(losses))
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -81,7 +81,7 @@ class RunNotes:
         }
 
     @property
-    def seen_folder(self) -> str:
+    def relative_folder(self) -> str:
         """The folder of the checkpoints as seen from the tree, as the paths of its data are."""
         # Computed at each call: the tree has no home before it is first saved.
         home = self.tree.home

@@ -103,9 +103,9 @@ def take_step(
     # state of it is restored afterwards.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(_seed_of(settings.seed, done))
-        for some in batches:
+        for micro_batch in batches:
             run = _prefer if prefers else _learn
-            for path, part in run(model, some, settings, shares).by_path.items():
+            for path, part in run(model, micro_batch, settings, shares).by_path.items():
                 losses[path] = losses.get(path, 0.0) + float(part)
         for group in optimizer.param_groups:
             if group["name"] in frozen:
@@ -123,7 +123,7 @@ def take_step(
         model.factors, losses, step=done + 1, cause=lambda lost: frozen_cause(model, lost, inputs)
     )
     time_s = time.perf_counter() - began_s
-    told = []
+    metrics = []
     for group in optimizer.param_groups:
         node = group["name"]
         if node in frozen:
@@ -133,13 +133,13 @@ def take_step(
         if count == 0:
             continue
         loss = sum(losses[path] * counts[path] for path in through) / count
-        own = [row for row in answers_of(rows) if row.path in through]
-        tokens = sum(row.learnt for row in own)
-        told.append(
+        answers = [row for row in answers_of(rows) if row.path in through]
+        tokens = sum(row.learnt for row in answers)
+        metrics.append(
             NodeMetric(done + 1, node, loss, tokens, norms[node], float(group["lr"]), time_s)
         )
     total = sum(row.learnt for row in answers_of(rows))
-    return StepLosses(done + 1, losses, total, tuple(told))
+    return StepLosses(done + 1, losses, total, tuple(metrics))
 
 
 def _inputs_of_path(

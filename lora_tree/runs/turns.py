@@ -40,20 +40,20 @@ def tokens_of_messages(
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        asked_text = _templated(tokenizer, messages[:i], asked=True)
-        after = _templated(tokenizer, messages[: i + 1], asked=False)
+        prompt_text = _templated(tokenizer, messages[:i], add_generation_prompt=True)
+        after = _templated(tokenizer, messages[: i + 1], add_generation_prompt=False)
         # Some templates drop an earlier turn's reasoning once another turn follows. Such a turn
         # has no text of its own in the whole, so its tokens can't be told from the others.
-        if not (asked_text.startswith(text) and after.startswith(asked_text)):
+        if not (prompt_text.startswith(text) and after.startswith(prompt_text)):
             raise SpecError(
                 f"the chat template changes the earlier turns when turn {i + 1} follows, "
                 "so the text of that turn can't be found",
                 PROMPT_INSTEAD,
             )
-        asked = _grown(ids, text, asked_text, tokenizer)
-        answered = _grown(asked, asked_text, after, tokenizer)
-        learnt = answered[len(asked) :]
-        labels += [IGNORED] * (len(asked) - len(ids))
+        prompt = _grown(ids, text, prompt_text, tokenizer)
+        answered = _grown(prompt, prompt_text, after, tokenizer)
+        learnt = answered[len(prompt) :]
+        labels += [IGNORED] * (len(prompt) - len(ids))
         labels += learnt if i >= before else [IGNORED] * len(learnt)
         text, ids = after, answered
     if not ids:
@@ -107,8 +107,12 @@ def _read_back(tokenizer: Any, ids: list[int]) -> str:
     return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
-def _templated(tokenizer: Any, messages: list[Any], *, asked: bool) -> str:
-    """Return the text of some messages; ``asked`` adds the words that begin an answer."""
+def _templated(tokenizer: Any, messages: list[Any], *, add_generation_prompt: bool) -> str:
+    """Return the text of some messages, with the words that begin an answer if requested."""
     if not messages:
         return ""
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asked))
+    return str(
+        tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    )

@@ -80,12 +80,12 @@ def _target_modules(base: nn.Module, spec: LoraSpec, patterns: Patterns) -> set[
     elif wanted.lower() == "all-linear":
         found = _all_linear(base)
     else:
-        found = {name for name in modules if patterns.whole(wanted, name)}
+        found = {name for name in modules if patterns.matches(wanted, name)}
         if not found:
             _refuse_target(wanted, modules)
     excluded = spec.exclude_modules
     if isinstance(excluded, str):
-        found = {name for name in found if not patterns.whole(excluded, name)}
+        found = {name for name in found if not patterns.matches(excluded, name)}
     elif excluded:
         found = {name for name in found if not _ends_with(name, excluded)}
     if spec.layers_to_transform is not None:
@@ -239,7 +239,7 @@ def _layer_of(name: str, spec: LoraSpec, patterns: Patterns) -> int | None:
 def _first(values: dict[str, T] | None, name: str, default: T, patterns: Patterns) -> T:
     """Return the value of the first key that matches the name, or its end after a dot."""
     for key, value in (values or {}).items():
-        if patterns.ends(key, name):
+        if patterns.matches_end(key, name):
             return value
     return default
 

@@ -17,7 +17,7 @@ from .export import DTYPES, Dtype
 
 __all__ = ["absorb_adapter"]
 
-_TOLD = 3  # of the compared nodes, the nearest first
+_MOST_SHOWN = 3  # of the compared nodes, the nearest first
 
 
 def absorb_adapter(
@@ -33,7 +33,7 @@ def absorb_adapter(
 ) -> None:
     """Add a flat adapter below the node that has most of it already; store only the rest."""
     work = Work(load(folder), folder, dry_run=dry_run)
-    found = absorb(
+    absorbed = absorb(
         work.tree,
         name,
         Adapter.load(adapter),
@@ -42,7 +42,7 @@ def absorb_adapter(
         max_error=max_error,
         dtype=DTYPES[dtype] if dtype else None,
     )
-    nearest = list(found.left.items())[:_TOLD]
+    nearest = list(absorbed.left.items())[:_MOST_SHOWN]
     notes = [f"below {path or 'the root'}, {part:.0%} of it remains" for path, part in nearest]
-    edited = replace(found.edited, notes=(*notes, *found.edited.notes))
-    work.done(edited, as_json=as_json, parent=found.parent, left=dict(found.left))
+    edited = replace(absorbed.edited, notes=(*notes, *absorbed.edited.notes))
+    work.finish(edited, as_json=as_json, parent=absorbed.parent, left=dict(absorbed.left))

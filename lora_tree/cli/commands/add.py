@@ -16,7 +16,7 @@ from ...formats.peft import WEIGHTS, adapter_name_of
 from ...formats.recognise import recognise
 from ...tree import AdapterTree
 from ...weights import Weight
-from ..arguments import AsJson, Folder, WeightText, given_weight
+from ..arguments import AsJson, Folder, WeightText, parse_weight_option
 from ..editing import DryRun, Work
 
 __all__ = ["add_node"]
@@ -43,19 +43,19 @@ def add_node(
     as_json: AsJson = False,
 ) -> None:
     """Add a node: an adapter of any known format, a group, a fresh one, or another tree."""
-    said = given_weight(weight)
-    own = 1.0 if said is None else said
+    parsed_weight = parse_weight_option(weight)
+    node_weight = 1.0 if parsed_weight is None else parsed_weight
     work = Work(load(folder), folder, dry_run=dry_run)
     given = {"r": r, "lora_alpha": lora_alpha, "target_modules": target or None}
     lora = {word: value for word, value in given.items() if value is not None}
     if adapter is None or lora or group:
         # Options of a fresh node are passed on even beside an adapter: the tree refuses that
         # mixture, while leaving them out here would ignore them silently.
-        work.tree.add(path, adapter=adapter, weight=own, group=group, **lora)
+        work.tree.add(path, adapter=adapter, weight=node_weight, group=group, **lora)
         edited = Edited(added=(path,))
     else:
-        edited = _from_files(work.tree, path, adapter, own)
-    work.done(edited, as_json=as_json, copy_files=copy)
+        edited = _from_files(work.tree, path, adapter, node_weight)
+    work.finish(edited, as_json=as_json, copy_files=copy)
 
 
 def _from_files(tree: AdapterTree, path: str, adapter: Path, weight: Weight) -> Edited:

@@ -48,11 +48,11 @@ def bisect_steps(
         max_length=max_length,
         trust_remote_code=trust_remote_code,
     )
-    found = bisect(model, steps, rows, batch=batch)
+    bisection = bisect(model, steps, rows, batch=batch)
     if as_json:
-        print_json(found.as_dict())
+        print_json(bisection.as_dict())
     else:
-        _tell(found)
+        _tell(bisection)
 
 
 def _tell(found: Bisection) -> None:

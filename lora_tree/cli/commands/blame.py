@@ -64,11 +64,11 @@ def blame_parts(
         max_length=max_length,
         trust_remote_code=trust_remote_code,
     )
-    found = blame(model, path, rows, by=by.value, nodes=node or None, batch=batch)
+    blamed = blame(model, path, rows, by=by.value, nodes=node or None, batch=batch)
     if as_json:
-        print_json(found.as_dict())
+        print_json(blamed.as_dict())
     else:
-        _tell(found, most)
+        _tell(blamed, most)
 
 
 def _tell(found: Blame, most: int) -> None:

@@ -1,6 +1,6 @@
 """``lora-tree check``: all problems of a folder, of its nodes together, and with a base.
 
-With ``--merged`` it checks a merged checkpoint instead (`check_told`).
+With ``--merged`` it checks a merged checkpoint instead (`check_output`).
 
 Only the base's modules are needed. The base is built without memory for its weights, so a model of
 any size is checked at once.
@@ -21,7 +21,7 @@ from ...folder import StaleWarning, check, load, moved_branches, notes
 from ...folder.problem import HARMLESS
 from ...tree import AdapterTree
 from ..arguments import AsJson, TrustRemoteCode
-from ..check_told import tell_comparison
+from ..check_output import tell_comparison
 from ..console import out, print_json
 from ..open_base import skeleton_of
 
@@ -88,8 +88,8 @@ def list_problems(
     if without:
         remarks.append(f"increments under an override do not count: {listing(without)}")
     if as_json:
-        told = [{"node": node, "kind": kind, "text": text} for node, kind, text in problems]
-        print_json({"folder": str(folder), "problems": told, "notes": remarks})
+        entries = [{"node": node, "kind": kind, "text": text} for node, kind, text in problems]
+        print_json({"folder": str(folder), "problems": entries, "notes": remarks})
     else:
         for _, kind, text in problems:
             out().print(f"{kind}: {text}", soft_wrap=True)

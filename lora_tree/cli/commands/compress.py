@@ -32,7 +32,7 @@ def compress_nodes(
 ) -> None:
     """Cut the nodes, with ranks chosen across all of them so that the error is least."""
     work = Work(load(folder), folder, dry_run=dry_run)
-    found = compress(
+    compressed = compress(
         work.tree,
         nodes or None,
         rank=rank,
@@ -40,9 +40,9 @@ def compress_nodes(
         budget_bytes=budget,
         dtype=DTYPES[dtype] if dtype else None,
     )
-    size = f"{found.bytes_before:,} → {found.bytes_after:,} bytes"
-    note = f"{size}, relative error {found.relative_error:.2g} over all nodes"
-    edited = replace(found.edited, notes=(note, *found.edited.notes))
-    figures: dict[str, Any] = found.as_dict()
-    whole = ("bytes_before", "bytes_after", "ranks", "error", "relative_error")
-    work.done(edited, as_json=as_json, **{name: figures[name] for name in whole})
+    size = f"{compressed.bytes_before:,} → {compressed.bytes_after:,} bytes"
+    note = f"{size}, relative error {compressed.relative_error:.2g} over all nodes"
+    edited = replace(compressed.edited, notes=(note, *compressed.edited.notes))
+    figures: dict[str, Any] = compressed.as_dict()
+    shown = ("bytes_before", "bytes_after", "ranks", "error", "relative_error")
+    work.finish(edited, as_json=as_json, **{name: figures[name] for name in shown})

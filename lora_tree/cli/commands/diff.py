@@ -48,9 +48,9 @@ def difference(
     else:
         tree, (path, *_) = load_versions(folder, a, *(on or ()))
         # The path may have been renamed between the two trees; then B is its name in the other one.
-        theirs = load(other).flatten(path if b is None else b)
+        other_adapter = load(other).flatten(path if b is None else b)
         names = f"{folder}: {a}", f"{other}: {path if b is None else b}"
-        found = diff(tree.flatten(path), theirs, names=names)
+        found = diff(tree.flatten(path), other_adapter, names=names)
     _tell_any(found, most, as_json=as_json)
 
 
@@ -77,10 +77,10 @@ def _tell_any(found: Diff | TreeDiff, most: int, *, as_json: bool) -> None:
 
 def _tell(found: Diff, most: int) -> None:
     if found.is_nothing:
-        told = f"{found.a} and {found.b} are the same"
+        text = f"{found.a} and {found.b} are the same"
         if found.add_nothing:
-            told = f"{found.a} and {found.b} add nothing: what differs between them never trained"
-        out().print(told, soft_wrap=True)
+            text = f"{found.a} and {found.b} add nothing: what differs between them never trained"
+        out().print(text, soft_wrap=True)
         return
     out().print(f"{found.a} → {found.b}: {_figures(found)}", soft_wrap=True)
     for name in found.overrides:

@@ -26,7 +26,7 @@ from ..arguments import (
     Quiet,
     SkipBroken,
     TrustRemoteCode,
-    offered_skip,
+    advise_skip,
 )
 from ..console import out, print_json
 from ..open_measured import open_measured
@@ -81,7 +81,7 @@ def evaluation(
     )
     # The bare base is measured beside the nodes, so the bar has one step more than there are nodes.
     count = 1 + len(chosen or [path for path in tree.paths() if tree[path].has_adapter])
-    with offered_skip(folder, skips=skip_broken), steps_done("evaluating", count, 0) as bar:
+    with advise_skip(folder, skips=skip_broken), steps_done("evaluating", count, 0) as bar:
         matrix = evaluate(model, rows, nodes=chosen, batch=batch, beta=beta, tick=lambda: bar(""))
     matrix = replace(matrix, paths=tuple(names.get(path, path) for path in matrix.paths))
     # Written before the table is printed, so that an error is the only output.

@@ -36,7 +36,7 @@ def explore(
         Path | None,
         typer.Option("--eval", help="Losses to show, as lora-tree eval --json prints them."),
     ] = None,
-    alike: Annotated[
+    similar_nodes: Annotated[
         list[str] | None,
         typer.Option(
             "--similar", help="Compare these nodes: a path or pattern; all where they are few."
@@ -71,16 +71,16 @@ def explore(
         disk.check_parent(html)
     losses = None if evaluation is None else read_evaluation(evaluation)
     with steps_done("reading", 100, 0) as step:
-        told = 0
+        shown_percent = 0
 
         def progress(done: int, total: int) -> None:
-            nonlocal told
-            while told < 100 * done // max(total, 1):
-                told += 1
+            nonlocal shown_percent
+            while shown_percent < 100 * done // max(total, 1):
+                shown_percent += 1
                 step("")
 
         facts = explore_facts(
-            folder, alike=alike or None, norms=norms, evaluation=losses, progress=progress
+            folder, alike=similar_nodes or None, norms=norms, evaluation=losses, progress=progress
         )
     if html is not None:
         data = explore_page(facts.as_dict()).encode()

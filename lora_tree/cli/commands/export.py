@@ -25,10 +25,10 @@ from ...export import (
 )
 from ...folder import load_versions
 from ...tree import AdapterTree
-from ..arguments import AsJson, Folder, On, Quiet, SkipBroken, TrustRemoteCode, offered_skip
+from ..arguments import AsJson, Folder, On, Quiet, SkipBroken, TrustRemoteCode, advise_skip
 from ..console import print_json
+from ..export_output import plain_portable, tell_files, tell_flat, tell_merged, tell_portable
 from ..export_place import Replace, check_free, check_place
-from ..export_told import plain_portable, tell_files, tell_flat, tell_merged, tell_portable
 from ..open_base import skeleton_of
 from ..progress import Bar
 
@@ -237,12 +237,12 @@ def export(
         made.save(to)
         written = {to: made}
     else:
-        with offered_skip(folder, skips=skip_broken):
+        with advise_skip(folder, skips=skip_broken):
             leaves = _leaves(tree, to, workers, form)
         written = {str(Path(to, leaf.path)): leaf for leaf in leaves}
     if as_json:
-        told = [plain_portable(one, where) for where, one in written.items()]
-        print_json({"exports": told} if every else told[0])
+        exports = [plain_portable(one, where) for where, one in written.items()]
+        print_json({"exports": exports} if every else exports[0])
     else:
         for where, one in written.items():
             tell_portable(one, where, per_module=per_module)
@@ -302,14 +302,14 @@ def _merged(
         )
 
 
-def _shapes(told: Iterable[str]) -> dict[str, tuple[int, int]]:
+def _shapes(texts: Iterable[str]) -> dict[str, tuple[int, int]]:
     """Read ``k_proj=1024x4096`` as k_proj: (1024, 4096).
 
     Raises:
         SpecError: a text has another form.
     """
     shapes = {}
-    for text in told:
+    for text in texts:
         # Nine digits are more than any module needs. int() refuses text of more than 4300 digits
         # with a ValueError of its own, which would be reported as a bug in this package.
         found = re.fullmatch(r"([^=]+)=([0-9]{1,9})[x×]([0-9]{1,9})", text)

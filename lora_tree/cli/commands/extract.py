@@ -72,9 +72,9 @@ def extract_difference(
             }
         )
         return
-    several = "/".join(map(str, sorted(set(ranks.values()))))
+    ranks_text = "/".join(map(str, sorted(set(ranks.values()))))
     modules = plural(len(made.adapter), "module")
-    text = f"{tuned} − {base} → {to}: {modules}, r={several}, "
+    text = f"{tuned} − {base} → {to}: {modules}, r={ranks_text}, "
     text += f"relative error at most {made.worst:.2g} in a module; {made.unchanged} unchanged"
     out().print(text, markup=False, soft_wrap=True)
     for name, reason in made.left.items():

@@ -40,7 +40,7 @@ def grow_tree(
     columns = (TextColumn("fitting"), BarColumn(), MofNCompleteColumn(), TextColumn("modules"))
     with Bar(*columns) as bar:
         task = bar.add_task("", total=None)
-        found = grow(
+        grown = grow(
             work.tree,
             nodes or None,
             max_error=max_error,
@@ -50,9 +50,9 @@ def grow_tree(
             by_norm=by_norm,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
-    size = f"{found.bytes_before:,} → {found.bytes_after:,} bytes"
-    note = f"{size}, relative error {found.relative_error:.2g} over all adapters"
-    edited = replace(found.edited, notes=(note, *found.edited.notes))
-    figures: dict[str, Any] = found.as_dict()
-    whole = ("bytes_before", "bytes_after", "relative_error")
-    work.done(edited, as_json=as_json, **{name: figures[name] for name in whole})
+    size = f"{grown.bytes_before:,} → {grown.bytes_after:,} bytes"
+    note = f"{size}, relative error {grown.relative_error:.2g} over all adapters"
+    edited = replace(grown.edited, notes=(note, *grown.edited.notes))
+    figures: dict[str, Any] = grown.as_dict()
+    shown = ("bytes_before", "bytes_after", "relative_error")
+    work.finish(edited, as_json=as_json, **{name: figures[name] for name in shown})

@@ -54,4 +54,4 @@ def hoist_shared(
         space=space.value,
         seed=seed,
     )
-    work.done(edited, as_json=as_json)
+    work.finish(edited, as_json=as_json)

@@ -10,10 +10,10 @@ import typer
 from ...errors import FolderError, SpecError, plural
 from ...folder import load
 from ...tree import AdapterTree
-from ..arguments import AsJson, SkipBroken, offered_skip
+from ..arguments import AsJson, SkipBroken, advise_skip
+from ..command_notes import command_note
 from ..console import out, print_json
 from ..editing import DryRun
-from ..typed import command_note
 
 __all__ = ["new_tree"]
 
@@ -64,11 +64,11 @@ def new_tree(
     if not dry_run:
         # The new tree gets copies of the source's files. If tree.yaml only pointed to them, a
         # change of the source would change this tree as well.
-        with offered_skip(source or folder, skips=skip_broken or source is None):
+        with advise_skip(source or folder, skips=skip_broken or source is None):
             tree.save(folder, copy=source is not None, note=command_note())
     if as_json:
-        told = {"base": tree.base, "nodes": tree.paths(), "dry_run": dry_run}
-        print_json({"folder": str(folder), **told})
+        summary = {"base": tree.base, "nodes": tree.paths(), "dry_run": dry_run}
+        print_json({"folder": str(folder), **summary})
         return
     over = tree.base or "an unnamed base"
     nodes = plural(len(tree), "node")

@@ -33,10 +33,10 @@ def llama_args(
     """Print the --lora flags of a llama.cpp server, or a path's list for its requests."""
     tree = load(folder)
     # The flags name every file and don't depend on the path, so without one the bare base will do.
-    said = llama_request(tree, files, path or "")
+    request = llama_request(tree, files, path or "")
     if as_json:
-        print_json({"arguments": said.arguments, "lora": said.body})
+        print_json({"arguments": request.arguments, "lora": request.body})
     elif path is None:
-        out().print(shlex.join(said.arguments), markup=False, soft_wrap=True)
+        out().print(shlex.join(request.arguments), markup=False, soft_wrap=True)
     else:
-        out().print(json.dumps(said.body), markup=False, soft_wrap=True)
+        out().print(json.dumps(request.body), markup=False, soft_wrap=True)

@@ -26,28 +26,28 @@ def accept_files(
     as_json: AsJson = False,
 ) -> None:
     """Accept the present files: write tree.lock, and say what has changed since."""
-    found = relock(folder, accept_stale=accept_stale)
+    changes = relock(folder, accept_stale=accept_stale)
     if as_json:
         print_json(
             {
                 "folder": str(folder),
-                "nodes": len(found.lock.nodes),
-                "accepted": found.accepted,
-                "moved": found.moved,
-                "gone": found.gone,
-                "stale": found.stale,
+                "nodes": len(changes.lock.nodes),
+                "accepted": changes.accepted,
+                "moved": changes.moved,
+                "gone": changes.gone,
+                "stale": changes.stale,
             }
         )
         return
     lines = [f"locked {folder}"]
-    if found.accepted:
-        lines.append(f"accepted: {listing(found.accepted)}")
-    for node, before in found.moved.items():
+    if changes.accepted:
+        lines.append(f"accepted: {listing(changes.accepted)}")
+    for node, before in changes.moved.items():
         lines.append(
             f"moved: {node} has the files of {before}, and takes over what they were trained on"
         )
-    if found.gone:
-        lines.append(f"gone: {listing(found.gone)}")
-    lines += [f"stale: {text}" for text in found.stale.values()]
+    if changes.gone:
+        lines.append(f"gone: {listing(changes.gone)}")
+    lines += [f"stale: {text}" for text in changes.stale.values()]
     for line in lines:
         out().print(line, markup=False, soft_wrap=True)

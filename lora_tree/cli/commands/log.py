@@ -26,8 +26,8 @@ def list_versions(folder: Folder, nodes: Nodes = None, as_json: AsJson = False) 
     found = history(folder)
     wanted = _chosen(found, nodes or [])
     if as_json:
-        told = {path: _plain_versions(found[path]) for path in wanted}
-        print_json({"folder": str(folder), "nodes": told})
+        versions = {path: _plain_versions(found[path]) for path in wanted}
+        print_json({"folder": str(folder), "nodes": versions})
         return
     # Without names, nodes that have never changed are left out: they would only fill the screen.
     shown = [path for path in wanted if nodes or len(found[path]) > 1 or _is_removed(found[path])]
@@ -62,10 +62,10 @@ def _is_removed(versions: list[Version]) -> bool:
 
 def _tell(path: str, versions: list[Version]) -> None:
     last = versions[-1]
-    gone = ""
+    removal = ""
     if last.until is not None:
-        gone = f": removed {last.until} by {last.ended_by}"
-    out().print(f"{path}{gone}", soft_wrap=True)
+        removal = f": removed {last.until} by {last.ended_by}"
+    out().print(f"{path}{removal}", soft_wrap=True)
     if sys.stdout.isatty():
         _tell_in_lines(versions)
         return

@@ -74,7 +74,9 @@ def merge_nodes(
         max_error=max_error,
         seed=seed,
     )
-    apart = dict(zip(paths, merged.distances, strict=True))
-    notes = [f"{path}: the merge differs by {far:.2g} of its norm" for path, far in apart.items()]
-    told = Edited(edited.added, errors=edited.errors, notes=(*edited.notes, *notes))
-    work.done(told, as_json=as_json, distances=apart)
+    distances = dict(zip(paths, merged.distances, strict=True))
+    notes = []
+    for path, distance in distances.items():
+        notes.append(f"{path}: the merge differs by {distance:.2g} of its norm")
+    with_notes = Edited(edited.added, errors=edited.errors, notes=(*edited.notes, *notes))
+    work.finish(with_notes, as_json=as_json, distances=distances)

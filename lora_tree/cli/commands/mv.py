@@ -41,4 +41,4 @@ def move_node(
         below = work.tree.paths(path)
         work.tree.move(path, to)
         edited = Edited(moved={old: to + old[len(path) :] for old in (path, *below)})
-    work.done(edited, as_json=as_json)
+    work.finish(edited, as_json=as_json)

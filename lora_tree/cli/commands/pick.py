@@ -23,4 +23,4 @@ def pick_node(
 ) -> None:
     """Add a copy of a node elsewhere: the same increments, on other ancestors."""
     work = Work(load(folder), folder, dry_run=dry_run)
-    work.done(pick(work.tree, path, to=to), as_json=as_json)
+    work.finish(pick(work.tree, path, to=to), as_json=as_json)

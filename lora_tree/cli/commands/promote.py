@@ -15,10 +15,10 @@ from ...folder import load
 from ...runs import Comparison, SliceLosses, compare_trees, promote, promotion_note
 from ...tree import AdapterTree
 from ..arguments import AsJson, Base, Folder, Length, Quiet, TrustRemoteCode
+from ..command_notes import command_note
 from ..console import err, out, print_json
 from ..open_base import open_model, open_tokenizer
 from ..open_rows import open_rows
-from ..typed import command_note
 
 __all__ = ["promotion"]
 
@@ -76,7 +76,7 @@ def promotion(
         raise SpecError("--if-better compares on rows held out", "name them: --data held-out.jsonl")
     tree = load(folder)
     made = promote(tree, path, checkpoint, node=node)
-    found: Comparison | None = None
+    comparison: Comparison | None = None
     if data:
         name, tokenizer = open_tokenizer(
             tree, folder, base, what="promote", trust_remote_code=trust_remote_code
@@ -84,27 +84,29 @@ def promotion(
         # Rows are read when the tree has the promoted node, since they may be for a new node.
         rows = open_rows(data, tree, tokenizer, max_length=max_length, slice_by=slice_by)
         model = open_model(name, trust_remote_code=trust_remote_code)
-        found = compare_trees(_as_it_is(folder), tree, path, model, rows, batch=batch, beta=beta)
-    refused = found is not None and if_better and not found.is_better
+        comparison = compare_trees(
+            _load_unchanged(folder), tree, path, model, rows, batch=batch, beta=beta
+        )
+    refused = comparison is not None and if_better and not comparison.is_better
     if not refused:
         note = promotion_note(command_note().by, path, checkpoint, node=node)
         # One save writes the node, its entry in tree.yaml and the lock, or nothing.
         tree.save(folder, note=note)
     if as_json:
-        told = {"path": made.path, "checkpoint": str(checkpoint), "node": node or path}
-        print_json(told | {"promoted": not refused} | _plain(found))
+        outcome = {"path": made.path, "checkpoint": str(checkpoint), "node": node or path}
+        print_json(outcome | {"promoted": not refused} | _plain(comparison))
     else:
-        if found is not None:
-            out().print(_table(found))
+        if comparison is not None:
+            out().print(_table(comparison))
         if not refused:
             out().print(f"{made.path}: now has the adapter of {node or path} in {checkpoint}")
-    if refused and found is not None:
-        worse = f": worse on {', '.join(found.worse)}" if found.worse else ""
+    if refused and comparison is not None:
+        worse = f": worse on {', '.join(comparison.worse)}" if comparison.worse else ""
         err().print(f"{path}: not better{printable(worse)}; the tree stays as it is")
         raise typer.Exit(1)
 
 
-def _as_it_is(folder: Path) -> AdapterTree:
+def _load_unchanged(folder: Path) -> AdapterTree:
     # A second tree is opened: the first one has the promoted node already.
     return load(folder)
 

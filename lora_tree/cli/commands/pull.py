@@ -14,7 +14,7 @@ from ...integrations.hub import pull
 from ..arguments import AsJson, Quiet
 from ..console import out, print_json
 from ..editing import DryRun
-from ..hub_told import tell_changes
+from ..hub_output import tell_changes
 from ..progress import bars_are_wanted
 
 __all__ = ["pull_tree"]

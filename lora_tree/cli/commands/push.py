@@ -13,7 +13,7 @@ from ...integrations.hub import push
 from ..arguments import AsJson, Folder, Quiet
 from ..console import note, out, print_json
 from ..editing import DryRun
-from ..hub_told import tell_changes
+from ..hub_output import tell_changes
 from ..progress import bars_are_wanted
 
 __all__ = ["push_tree"]

@@ -14,7 +14,7 @@ import typer
 from ...adapter import Adapter
 from ...algebra import rebase_all
 from ...folder import load
-from ..arguments import AsJson, Folder, given_weight
+from ..arguments import AsJson, Folder, parse_weight_option
 from ..editing import DryRun, MaxError, Rank, Work
 
 __all__ = ["rebase_children"]
@@ -38,6 +38,6 @@ def rebase_children(
     work = Work(load(folder), folder, dry_run=dry_run)
     # No node has the former adapter any more, so it is read from its folder, not from the tree.
     old = None if was is None else Adapter.load(was)
-    own = given_weight(None if was_weight is None else [was_weight], "--was-weight")
+    own = parse_weight_option(None if was_weight is None else [was_weight], "--was-weight")
     edited = rebase_all(work.tree, path, was=old, was_weight=own, rank=rank, max_error=max_error)
-    work.done(edited, as_json=as_json)
+    work.finish(edited, as_json=as_json)

@@ -9,8 +9,8 @@ import typer
 from ...errors import listing
 from ...folder import restore
 from ..arguments import AsJson, Folder
+from ..command_notes import command_note
 from ..console import out, print_json
-from ..typed import command_note
 
 __all__ = ["bring_back"]
 
@@ -29,19 +29,19 @@ def bring_back(
     """Bring back earlier versions of nodes; the present ones are kept, too."""
     restored = restore(folder, *versions, note=command_note())
     if as_json:
-        told = []
-        for one in restored:
-            entry = {"path": one.path, "version": one.number, "content": one.version.content}
-            told.append(entry | {"was_removed": one.was_removed, "stale": one.stale})
-        print_json({"folder": str(folder), "restored": told})
+        entries = []
+        for node in restored:
+            entry = {"path": node.path, "version": node.number, "content": node.version.content}
+            entries.append(entry | {"was_removed": node.was_removed, "stale": node.stale})
+        print_json({"folder": str(folder), "restored": entries})
         return
-    for one in restored:
-        what = "brought back" if one.was_removed else "restored"
-        content, weight = f"{one.version.content[:12]}…", f"{one.version.weight:g}"
+    for node in restored:
+        what = "brought back" if node.was_removed else "restored"
+        content, weight = f"{node.version.content[:12]}…", f"{node.version.weight:g}"
         out().print(
-            f"{what} {one.path}: version {one.number}, content {content}, weight {weight}",
+            f"{what} {node.path}: version {node.number}, content {content}, weight {weight}",
             soft_wrap=True,
         )
-    stale = [one.path for one in restored if one.stale]
+    stale = [node.path for node in restored if node.stale]
     if stale:
         out().print(f"stale now: {listing(stale)}: trained on another lineage", soft_wrap=True)

@@ -18,14 +18,14 @@ from ...provenance import data_files
 from ...runs import HeldOut, Retraining, RetrainJob, Row, Run, plan_retraining
 from ...tree import AdapterTree
 from ..arguments import AsJson, Base, Folder, Nodes, Quiet, TrustRemoteCode
+from ..command_notes import command_note
 from ..console import note, out, print_json
 from ..open_base import open_model, open_tokenizer
 from ..open_rows import open_rows
 from ..outcome_table import outcome_table
 from ..run_training import run_to_the_end
 from ..train_options import run_folder
-from ..train_told import foretell
-from ..typed import command_note
+from ..train_output import tell_plan
 
 __all__ = ["train_again"]
 
@@ -73,9 +73,9 @@ def train_again(
         rows = [_rows(job, job.data, tree, tokenizer) for job in plan.jobs]
         held_out = [_held_out(job, tree, tokenizer) for job in plan.jobs]
         model = open_model(name, trust_remote_code=trust_remote_code)
-        for job, own, watch in zip(plan.jobs, rows, held_out, strict=True):
+        for job, own_rows, watch in zip(plan.jobs, rows, held_out, strict=True):
             trained.update(
-                _train(job, own, watch, folder, model, save_every=save_every, fresh=fresh)
+                _train(job, own_rows, watch, folder, model, save_every=save_every, fresh=fresh)
             )
         tree = _opened(folder)
     still = [path for path in tree.paths() if tree[path].stale]
@@ -133,8 +133,8 @@ def _ask(*, yes: bool, as_json: bool) -> None:
 def _rows(job: RetrainJob, files: Sequence[Path], tree: AdapterTree, tokenizer: Any) -> list[Row]:
     length = job.training.max_length or 1024
     rows = open_rows(files, tree, tokenizer, max_length=length)
-    mine = set(job.nodes)
-    return [row for row in rows if mine.intersection(tree.lineage(row.path))]
+    nodes = set(job.nodes)
+    return [row for row in rows if nodes.intersection(tree.lineage(row.path))]
 
 
 def _held_out(job: RetrainJob, tree: AdapterTree, tokenizer: Any) -> HeldOut | None:
@@ -181,10 +181,10 @@ def _train(
             by=command_note().by,
             fresh=fresh,
         )
-        foretell(running, len(rows))
+        tell_plan(running, len(rows))
         run_to_the_end(running, folder, save_every=save_every)
         if running.was_over:
-            # `foretell` has said that this run is finished, and so the tree is not saved again.
+            # `tell_plan` has said that this run is finished, and so the tree is not saved again.
             other = "" if fresh else "; --fresh trains from new factors"
             note(f"left as it is: {', '.join(job.nodes)}{other}")
             return {}
@@ -214,7 +214,9 @@ def _plain(
                 "settings": job.settings.plain(),
             }
         )
-    losses = {node: {"first": one.first, "last": one.last} for node, one in trained.items()}
+    losses = {
+        node: {"first": outcome.first, "last": outcome.last} for node, outcome in trained.items()
+    }
     return {
         "folder": str(folder),
         "dry_run": dry_run,
@@ -222,6 +224,6 @@ def _plain(
         "jobs": jobs,
         "left": plan.left,
         "losses": losses,
-        "outcomes": {node: vars(one) for node, one in trained.items()},
+        "outcomes": {node: vars(outcome) for node, outcome in trained.items()},
         "stale": still,
     }

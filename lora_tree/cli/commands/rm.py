@@ -31,4 +31,4 @@ def remove_nodes(
         work.tree.remove(path, recursive=recursive)
     # The removed nodes need not be listed here: `done` finds them by comparing the tree with its
     # earlier state.
-    work.done(Edited(), as_json=as_json)
+    work.finish(Edited(), as_json=as_json)

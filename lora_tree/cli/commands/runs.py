@@ -44,10 +44,10 @@ def list_runs(
     if picture is not None:
         disk.replace(picture, curves_picture(drawn).encode())
     if as_json:
-        told: dict[str, Any] = {"folder": str(folder), "runs": [_plain(one) for one in chosen]}
+        document: dict[str, Any] = {"folder": str(folder), "runs": [_plain(one) for one in chosen]}
         if len(chosen) > 1 and numbers:
-            told["comparison"] = compare_runs(chosen).as_dict()
-        print_json(told)
+            document["comparison"] = compare_runs(chosen).as_dict()
+        print_json(document)
         return
     if not found:
         out().print("no run of this tree is kept")
@@ -147,12 +147,12 @@ def _loss(outcome: NodeOutcome | None) -> str:
     """Return a node's last losses: ``1.871, held-out 2.604 at 120``."""
     if outcome is None or outcome.last is None:
         return ""
-    said = f"{outcome.last:.3f}"
+    text = f"{outcome.last:.3f}"
     if outcome.after is not None:
-        said += f", held-out {outcome.after:.3f}"
+        text += f", held-out {outcome.after:.3f}"
     if outcome.best_step is not None:
-        said += f" at {outcome.best_step}"
-    return said
+        text += f" at {outcome.best_step}"
+    return text
 
 
 def _value(value: Any) -> str:

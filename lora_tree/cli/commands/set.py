@@ -13,7 +13,7 @@ from ...errors import SpecError
 from ...folder import load
 from ...formats.block_weights import block_weights
 from ...weights import as_weight
-from ..arguments import AsJson, Folder, WeightText, given_weight
+from ..arguments import AsJson, Folder, WeightText, parse_weight_option
 from ..editing import DryRun, MaxError, Rank, Work
 
 __all__ = ["set_node"]
@@ -47,20 +47,20 @@ def set_node(
         raise SpecError("--weight and --blocks both say the weight", "leave one of them out")
     if not keep_effective and (rank, max_error) != (None, None):
         raise SpecError("--rank and --max-error are for --keep-effective")
-    own = given_weight(weight)
+    node_weight = parse_weight_option(weight)
     work = Work(load(folder), folder, dry_run=dry_run)
     if blocks is not None:
         # Weights by block need module names: those of the new adapter, or of the node's own.
         named = work.tree.outline(path) if adapter is None else Adapter.load(adapter)
-        own = as_weight(block_weights(_numbers(blocks), named or Adapter({})))
+        node_weight = as_weight(block_weights(_numbers(blocks), named or Adapter({})))
     if keep_effective:
         edited = rebase_all(
-            work.tree, path, adapter=adapter, weight=own, rank=rank, max_error=max_error
+            work.tree, path, adapter=adapter, weight=node_weight, rank=rank, max_error=max_error
         )
     else:
-        work.tree.update(path, adapter=adapter, weight=own)
+        work.tree.update(path, adapter=adapter, weight=node_weight)
         edited = Edited(changed=(path,))
-    work.done(edited, as_json=as_json)
+    work.finish(edited, as_json=as_json)
 
 
 def _numbers(text: str) -> list[float]:

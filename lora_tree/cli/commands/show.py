@@ -17,8 +17,8 @@ from typing import Annotated, Any
 import typer
 from rich.filesize import decimal
 
-from ...drawn.drawing import DrawnNode, arranged
-from ...drawn.node_lines import NodeLine, below, lines_of, matching_lines
+from ...drawn.drawing import DrawnNode, arrange_nodes
+from ...drawn.node_lines import NodeLine, lines_below, lines_of, matching_lines
 from ...drawn.tree_picture import tree_picture
 from ...errors import LoraTreeError, plural
 from ...folder import Problem, StaleWarning, disk, load, load_versions, notes, survey
@@ -90,8 +90,8 @@ def show(
     tree, problems, error = _opened(folder, versions)
     if node is not None:
         node = node.partition("@")[0]
-    whole, broken = lines_of(tree, problems)
-    lines = whole if node is None else below(whole, node)
+    all_lines, broken = lines_of(tree, problems)
+    lines = all_lines if node is None else lines_below(all_lines, node)
     matched = lines if pattern is None else matching_lines(lines, pattern)
     remarks = notes(folder)
     known = {line.path: line for line in lines}
@@ -100,7 +100,7 @@ def show(
     context = _ancestors(paths) & known.keys() - paths
 
     def drawing(most: int | None) -> list[DrawnNode]:
-        return arranged(
+        return arrange_nodes(
             paths | context,
             key=_order(sort, known),
             depth=depth,
@@ -109,7 +109,7 @@ def show(
             always=[path for path in broken if path in paths],
         )
 
-    total = _total(tree, matched, whole, broken)
+    total = _total(tree, matched, all_lines, broken)
     if svg is not None:
         # Written before the table is printed, so that an error is the only output, and before the
         # terminal's limit is set, which does not apply to a picture.
@@ -147,10 +147,10 @@ def show(
             )
         if is_terminal:
             _print_reasons(drawn, broken, str(error))
-        for each in drawn:
-            weight = known[each.path].weight
+        for line in drawn:
+            weight = known[line.path].weight
             if not isinstance(weight, float):
-                out().print(f"weight of {each.path}: {weight:g}", soft_wrap=True)
+                out().print(f"weight of {line.path}: {weight:g}", soft_wrap=True)
         for note in remarks:
             out().print(f"note: {note}", soft_wrap=True)
     if error is not None:
@@ -189,16 +189,16 @@ def _print_json(
     broken: Mapping[str, Problem],
     remarks: Sequence[str],
 ) -> None:
-    told = []
+    entries = []
     for problem in broken.values():
-        told.append({"node": problem.node, "kind": problem.kind, "text": problem.text})
+        entries.append({"node": problem.node, "kind": problem.kind, "text": problem.text})
     print_json(
         {
             "folder": str(folder),
             "versions": versions,
             "base": tree.base,
             "nodes": [line.as_dict() for line in lines],
-            "problems": told,
+            "problems": entries,
             "notes": remarks,
         }
     )
@@ -232,11 +232,11 @@ def _order(sort: Sort, lines: Mapping[str, NodeLine]) -> Callable[[str], Any] | 
     if sort is Sort.rank:
         return lambda path: -max(lines[path].ranks, default=0)
     if sort is Sort.weight:
-        return lambda path: -_most(lines[path].weight)
+        return lambda path: -_largest_number(lines[path].weight)
     return lambda path: -getattr(lines[path], sort.value)
 
 
-def _most(weight: Weight) -> float:
+def _largest_number(weight: Weight) -> float:
     """Return the largest number of a weight."""
     numbers = [weight] if isinstance(weight, float) else plain_weight(weight).values()
     return max(numbers)

@@ -11,11 +11,11 @@ import typer
 from ...algebra import similar
 from ...errors import plural
 from ...folder import disk, load
-from ..arguments import AsJson, Folder, Nodes, SkipBroken, offered_skip
+from ..arguments import AsJson, Folder, Nodes, SkipBroken, advise_skip
 from ..console import out, print_json
 from ..picture_place import check_picture_place
 
-__all__ = ["alike"]
+__all__ = ["similar_nodes"]
 
 
 class Of(StrEnum):
@@ -25,7 +25,7 @@ class Of(StrEnum):
     lineage = "lineage"
 
 
-def alike(
+def similar_nodes(
     folder: Folder,
     nodes: Nodes = None,
     of: Annotated[
@@ -52,22 +52,22 @@ def alike(
     """Compare all pairs of nodes, from their factors: the nearest pairs and the clusters."""
     check_picture_place(picture)
     tree = load(folder, skip_broken=skip_broken)
-    with offered_skip(folder, skips=skip_broken):
-        found = similar(tree, nodes or None, of=of.value, exact=exact)
-    clusters = found.groups(cosine)
+    with advise_skip(folder, skips=skip_broken):
+        likeness = similar(tree, nodes or None, of=of.value, exact=exact)
+    clusters = likeness.groups(cosine)
     if picture is not None:
         # Written before anything is printed, so that an error is the only output.
-        disk.replace(picture, found.picture().encode())
+        disk.replace(picture, likeness.picture().encode())
     if as_json:
-        print_json({"of": of, "clusters": clusters, **found.as_dict()})
+        print_json({"of": of, "clusters": clusters, **likeness.as_dict()})
         return
-    how = "exact" if found.error == 0.0 else f"sketched: each cosine ± {found.error:.2g}"
-    out().print(f"{plural(len(found.names), 'adapter')}, {how}", soft_wrap=True)
-    for one, other, value in found.nearest(most):
+    how = "exact" if likeness.error == 0.0 else f"sketched: each cosine ± {likeness.error:.2g}"
+    out().print(f"{plural(len(likeness.names), 'adapter')}, {how}", soft_wrap=True)
+    for one, other, value in likeness.nearest(most):
         out().print(f"{value:7.3f}   {one}   {other}", soft_wrap=True)
-    many = [names for names in clusters if len(names) > 1]
-    for names in many:
+    joined = [names for names in clusters if len(names) > 1]
+    for names in joined:
         out().print(f"alike: {', '.join(names)}", soft_wrap=True)
-    alone = len(clusters) - len(many)
+    alone = len(clusters) - len(joined)
     if alone:
         out().print(f"like no other by {cosine:g}: {alone}", soft_wrap=True)

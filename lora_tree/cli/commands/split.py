@@ -32,4 +32,4 @@ def split_node(
     """Move a part of a node into a new child, and its children below that; their models stay."""
     work = Work(load(folder), folder, dry_run=dry_run)
     edited = split(work.tree, path, to=to, rank=rank, modules=module or None)
-    work.done(edited, as_json=as_json)
+    work.finish(edited, as_json=as_json)

@@ -26,4 +26,4 @@ def squash_lineage(
     """Add one node whose effective weight is that of a whole lineage, exact or cut."""
     work = Work(load(folder), folder, dry_run=dry_run)
     edited = squash(work.tree, path, to=to, rank=rank, max_error=max_error)
-    work.done(edited, as_json=as_json)
+    work.finish(edited, as_json=as_json)

@@ -14,13 +14,13 @@ from ...model import attach
 from ...provenance import data_files
 from ...runs import Run, Settings
 from ..arguments import AsJson, Base, Data, Folder, Length, Nodes, Quiet, TrustRemoteCode
+from ..command_notes import command_note
 from ..open_base import open_model, open_tokenizer
 from ..open_rows import open_rows
 from ..picture_place import check_picture_place
 from ..run_training import run_to_the_end
-from ..train_options import given_held_out, numbers, numbers_by_depth, run_folder
-from ..train_told import draw_run, foretell, tell_outcome
-from ..typed import command_note
+from ..train_options import numbers, numbers_by_depth, read_held_out_options, run_folder
+from ..train_output import draw_run, tell_outcome, tell_plan
 
 __all__ = ["train"]
 
@@ -211,7 +211,7 @@ def train(
     # Rows are read before the base is opened: a mistake in the data is reported in seconds, while
     # the base may take minutes.
     rows = open_rows(data, tree, tokenizer, max_length=max_length)
-    held_out = given_held_out(
+    held_out = read_held_out_options(
         eval_data,
         eval_every,
         patience,
@@ -238,7 +238,7 @@ def train(
         records=folder,
         by=command_note().by,
     )
-    foretell(running, len(rows))
+    tell_plan(running, len(rows))
     resumed = running.done
     kept, verdicts = run_to_the_end(running, folder, save_every=save_every, trackers=trackers)
     if picture is not None:

@@ -25,7 +25,7 @@ from .checkpoint_pair import CheckpointPair
 from .merge_guess import Fit
 from .writes import Write
 
-__all__ = ["Looking", "ground_of", "sides_of"]
+__all__ = ["NodeSearch", "base_with_overrides", "sides_of"]
 
 MOST_SAMPLES = 4
 MOST_ADDED = 3
@@ -34,7 +34,7 @@ LEAST_SHARE = 0.2
 
 
 @dataclass
-class Looking:
+class NodeSearch:
     """The state of a search.
 
     Args:
@@ -54,7 +54,7 @@ class Looking:
         writes: Mapping[str, Write],
         fits: Sequence[Fit],
         multiples: Mapping[str, float],
-    ) -> Looking:
+    ) -> NodeSearch:
         """Take the parameters with the largest unexplained parts."""
 
         def left(fit: Fit) -> float:
@@ -65,10 +65,10 @@ class Looking:
         rests: dict[str, Tensor] = {}
         for fit in sorted(fits, key=left, reverse=True)[:MOST_SAMPLES]:
             write = sampled[fit.name] = writes[fit.name]
-            both = pair.both(fit.name)
+            both = pair.read_both(fit.name)
             assert both is not None, "it was read before"
             rows = write.site.rows(both[1]).double()
-            rows = rows - write.site.rows(ground_of(write, both[0])).double()
+            rows = rows - write.site.rows(base_with_overrides(write, both[0])).double()
             for node, value in zip(write.nodes, write.values, strict=True):
                 rows = rows - multiples[node] * _product(write, value)
             rests[fit.name] = rows
@@ -146,7 +146,7 @@ class Looking:
                 self.rests[name] = self.rests[name] - times * _product(write, value)
 
 
-def ground_of(write: Write | None, own: Tensor) -> Tensor:
+def base_with_overrides(write: Write | None, own: Tensor) -> Tensor:
     """Return the tensor to which a path's increments are added: the base's, with its overrides."""
     if write is None or not write.overrides:
         return own

@@ -17,17 +17,24 @@ import torch
 from torch import Tensor
 
 from .merge_guess import Fit
-from .merge_looking import sides_of
+from .node_search import sides_of
 from .writes import Write
 
-__all__ = ["NARROW", "TensorLook", "WeightPart", "look_at", "rounding_unit", "same_bits"]
+__all__ = [
+    "NARROW",
+    "TensorComparison",
+    "WeightPart",
+    "compare_tensor",
+    "rounding_unit",
+    "same_bits",
+]
 
 BLOCK_NUMBERS = 1 << 21
 NARROW = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
-class TensorLook:
+class TensorComparison:
     """The comparison of one weight.
 
     Args:
@@ -51,9 +58,9 @@ class WeightPart:
     rank: int
 
 
-def look_at(
-    write: Write, own: Sequence[WeightPart], name: str, old: Tensor, new: Tensor
-) -> TensorLook:
+def compare_tensor(
+    write: Write, parts: Sequence[WeightPart], name: str, old: Tensor, new: Tensor
+) -> TensorComparison:
     """Compare a weight with its sum, one block of rows at a time, in fp64."""
     before, after = write.site.rows(old), write.site.rows(new)
     sides = [sides_of(write, value) for value in write.values]
@@ -69,7 +76,7 @@ def look_at(
         if torch.finfo(dtype).eps > torch.finfo(stored).eps:
             worst[dtype] = 0.0
     along = torch.zeros(count, dtype=torch.float64)
-    found = noise = off = 0.0
+    change_square = noise = rest_square = 0.0
     for batch, part in _blocks(before):
         base, got = before[batch, part].double(), after[batch, part].double()
         change = got - base
@@ -80,8 +87,8 @@ def look_at(
             want += top @ side
             size += top.abs() @ side.abs()
         rest = change - want
-        found += float(change.square().sum())
-        off += float(rest.square().sum())
+        change_square += float(change.square().sum())
+        rest_square += float(rest.square().sum())
         for dtype in worst:
             unit = rounding_unit(dtype)
             # Every partial sum may have been rounded, and so may the factors and the products.
@@ -93,15 +100,15 @@ def look_at(
     fit = Fit(
         name,
         tuple(write.nodes),
-        tuple(part.scale for part in own),
-        tuple(part.weight for part in own),
-        tuple(part.rank for part in own),
+        tuple(part.scale for part in parts),
+        tuple(part.weight for part in parts),
+        tuple(part.rank for part in parts),
         gram,
         along,
-        found,
+        change_square,
         noise,
     )
-    return TensorLook(fit, math.sqrt(off) / (math.sqrt(fit.expected) or 1.0), worst)
+    return TensorComparison(fit, math.sqrt(rest_square) / (math.sqrt(fit.expected) or 1.0), worst)
 
 
 def _blocks(rows: Tensor) -> Iterator[tuple[int, slice]]:

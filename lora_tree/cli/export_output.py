@@ -15,31 +15,32 @@ from .console import out, print_json
 __all__ = ["plain_portable", "tell_files", "tell_flat", "tell_merged", "tell_portable"]
 
 
-def tell_portable(one: Portable, where: str, *, per_module: bool) -> None:
+def tell_portable(portable: Portable, where: str, *, per_module: bool) -> None:
     """Print the line of a portable adapter, and with ``per_module`` a line for each module."""
-    zeros = f" ({len(one.added)} of them zeros)" if one.added else ""
-    modules = f"{plural(len(one.adapter), 'module')}{zeros}"
-    _say(f"{one.path} → {where}: {modules}, r={one.rank}, {_cost(one)}{_left(one)}")
+    zeros = f" ({len(portable.added)} of them zeros)" if portable.added else ""
+    modules = f"{plural(len(portable.adapter), 'module')}{zeros}"
+    quality = f"{_cost(portable)}{_incomplete_note(portable)}"
+    _say(f"{portable.path} → {where}: {modules}, r={portable.rank}, {quality}")
     if per_module:
-        for name, error in one.errors.items():
+        for name, error in portable.errors.items():
             _say(f"  {error:.2e}  {name}")
 
 
-def plain_portable(one: Portable, where: str) -> dict[str, Any]:
+def plain_portable(portable: Portable, where: str) -> dict[str, Any]:
     """Return the JSON value of a portable adapter."""
     return {
-        "path": one.path,
+        "path": portable.path,
         "out": where,
         "as": "portable",
-        "modules": len(one.adapter),
-        "rank": one.rank,
-        "parameters": one.adapter.numel,
-        "bytes": one.adapter.nbytes,
-        "error": one.error,
-        "worst": one.worst,
-        "errors": dict(one.errors),
-        "added": list(one.added),
-        "incomplete": list(one.incomplete),
+        "modules": len(portable.adapter),
+        "rank": portable.rank,
+        "parameters": portable.adapter.numel,
+        "bytes": portable.adapter.nbytes,
+        "error": portable.error,
+        "worst": portable.worst,
+        "errors": dict(portable.errors),
+        "added": list(portable.added),
+        "incomplete": list(portable.incomplete),
     }
 
 
@@ -64,9 +65,9 @@ def tell_flat(
             }
         )
         return
-    told = "/".join(map(str, ranks)) or "-"
+    ranks_text = "/".join(map(str, ranks)) or "-"
     modules = plural(len(flat), "module")
-    _say(f"{path} → {to}: {modules}, r={told}, {_exactness(flat, dtype)}")
+    _say(f"{path} → {to}: {modules}, r={ranks_text}, {_exactness(flat, dtype)}")
 
 
 def tell_files(files: Sequence[Path], *, as_json: bool) -> None:
@@ -101,25 +102,26 @@ def _say(line: str) -> None:
     out().print(line, soft_wrap=True)
 
 
-def _left(one: Portable) -> str:
+def _incomplete_note(portable: Portable) -> str:
     """Return a note about the members of q/k/v and gate/up that no node changes."""
-    if not one.incomplete:
+    if not portable.incomplete:
         return ""
-    kinds = sorted({name.rpartition(".")[2] for name in one.incomplete})
+    kinds = sorted({name.rpartition(".")[2] for name in portable.incomplete})
     words = f"; no node changes {', '.join(kinds)}: left as they are"
     # Said only where it matters: SGLang refuses q_proj without v_proj, other engines take both.
-    if without_v(one.adapter.modules):
+    if without_v(portable.adapter.modules):
         words += " (SGLang needs v_proj where q_proj is: --complete adds zeros)"
     return words
 
 
-def _cost(one: Portable) -> str:
+def _cost(portable: Portable) -> str:
     # `portable` gives exactly zero where nothing was cut or rounded, so no tolerance is wanted:
     # with one, a small loss would be called exact.
-    if one.worst == 0.0:
+    if portable.worst == 0.0:
         return "exact"
-    worst = max(one.errors, key=lambda name: one.errors[name])
-    return f"relative error {one.error:.2g} in total, at most {one.worst:.2g} in a module ({worst})"
+    worst = max(portable.errors, key=lambda name: portable.errors[name])
+    at_most = f"at most {portable.worst:.2g} in a module ({worst})"
+    return f"relative error {portable.error:.2g} in total, {at_most}"
 
 
 def _exactness(flat: Adapter, dtype: str | None) -> str:

@@ -13,10 +13,10 @@ from ..weights import plain_weight
 from .console import note, out, print_json
 from .outcome_table import outcome_table
 
-__all__ = ["draw_run", "foretell", "tell_outcome"]
+__all__ = ["draw_run", "tell_outcome", "tell_plan"]
 
 
-def foretell(running: Run, rows: int) -> None:
+def tell_plan(running: Run, rows: int) -> None:
     """Say what a run is about to do.
 
     Args:

@@ -22,9 +22,9 @@ from pathlib import Path
 from ..errors import FolderError
 from ..folder import disk
 from ..system.reading import Inside
-from .shards import INDEX, SINGLE, Checkpoint, leads_outside, own_files
+from .shards import INDEX, SINGLE, Checkpoint, outside_link_error, own_files
 
-__all__ = ["OtherFiles", "beside_weights"]
+__all__ = ["OtherFiles", "sort_other_files"]
 
 LAST = (INDEX, "config.json")
 """These are written last: without a config no program mistakes a partly written folder for a
@@ -49,7 +49,9 @@ class OtherFiles:
     left_out: tuple[str, ...]
 
 
-def beside_weights(folder: Path, checkpoint: Checkpoint, *, with_code: bool = False) -> OtherFiles:
+def sort_other_files(
+    folder: Path, checkpoint: Checkpoint, *, with_code: bool = False
+) -> OtherFiles:
     """Sort the files of a base's folder into copied and left out; ignore hidden ones.
 
     Args:
@@ -109,7 +111,7 @@ def _check_inside(file: Path, inside: Inside) -> None:
     # Check the real path: a link to another file inside the folder is fine.
     real = os.path.realpath(file)
     if not inside(real):
-        raise leads_outside(file)
+        raise outside_link_error(file)
     try:
         plain = stat.S_ISREG(os.stat(real).st_mode)
     except OSError as error:

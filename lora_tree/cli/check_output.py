@@ -37,10 +37,13 @@ def tell_comparison(
         path: the path or blend; None: it was given as the only argument.
         merged, base: as the user gave them.
     """
-    tree, path = (_here(folder, merged), str(folder)) if path is None else (load(folder), path)
+    if path is None:
+        tree, path = _load_working_tree(folder, merged), str(folder)
+    else:
+        tree = load(folder)
     with Bar() as bar:
         task = bar.add_task("comparing", total=None)
-        found = check_merged(
+        check = check_merged(
             tree,
             path,
             merged,
@@ -49,14 +52,14 @@ def tell_comparison(
             trust_remote_code=trust_remote_code,
         )
     if as_json:
-        print_json({"merged": merged, "is_that_path": found.is_that_path, **asdict(found)})
+        print_json({"merged": merged, "is_that_path": check.is_that_path, **asdict(check)})
     else:
-        _print(found, merged)
-    if not found.is_that_path:
+        _print(check, merged)
+    if not check.is_that_path:
         raise typer.Exit(1)
 
 
-def _here(path: Path, merged: str) -> AdapterTree:
+def _load_working_tree(path: Path, merged: str) -> AdapterTree:
     """Return the working directory's tree, for a user who gave a path and no folder."""
     try:
         tree = load(".")
@@ -69,12 +72,12 @@ def _here(path: Path, merged: str) -> AdapterTree:
     return tree
 
 
-def _print(found: MergedCheck, merged: str) -> None:
-    for tensor in found.tensors:
+def _print(check: MergedCheck, merged: str) -> None:
+    for tensor in check.tensors:
         if tensor.verdict == "other":
             text = f"other: {tensor.name}: {tensor.said} (error {tensor.error:.2g})"
             out().print(text, soft_wrap=True)
-    out().print(f"{merged}: {found.guess}", soft_wrap=True)
-    text = f"{plural(len(found.tensors), 'tensor')}: {found.count('equal')} bit-equal, "
-    text += f"{found.count('rounding')} a rounding off, {found.count('other')} another sum"
+    out().print(f"{merged}: {check.guess}", soft_wrap=True)
+    text = f"{plural(len(check.tensors), 'tensor')}: {check.count('equal')} bit-equal, "
+    text += f"{check.count('rounding')} a rounding off, {check.count('other')} another sum"
     out().print(text, soft_wrap=True)
