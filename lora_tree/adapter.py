@@ -379,7 +379,7 @@ class Adapter:
             assumed=known.assumed,
         )
 
-    def told_apart(self, own: Mapping[str, Tensor]) -> Adapter:
+    def split_unchanged(self, own: Mapping[str, Tensor]) -> Adapter:
         """Compare the carried tensors (`unchanged`) with the base's own, and return the adapter
         with those that differ as overrides.
 

@@ -117,8 +117,8 @@ class AssemblyNames:
             errors[own] = max(adapter.errors.get(name, 0.0) for name in sources[own])
             if not adapter.rounded.isdisjoint(sources[own]):
                 rounded.add(own)
-        told = {own: error for own, error in errors.items() if error}
-        return replace(adapter, modules=modules, errors=told, rounded=frozenset(rounded))
+        nonzero_errors = {own: error for own, error in errors.items() if error}
+        return replace(adapter, modules=modules, errors=nonzero_errors, rounded=frozenset(rounded))
 
     def _placed(self, name: str, value: LowRank) -> Mapping[str, LowRank]:
         """Return the modules of the base that a name stands for, each with its value.

@@ -85,10 +85,10 @@ class Budgets:
         # Each budget by itself: a program may name one in code and leave the other to the
         # environment.
         found = []
-        for (name, variable), asked, in_yaml in zip(
+        for (name, variable), requested, in_yaml in zip(
             VARIABLES.items(), (host, device), spec, strict=True
         ):
-            text, where = asked, f"{name}_budget"
+            text, where = requested, f"{name}_budget"
             # A variable that is set to nothing is how a shell unsets it for one command.
             if text is None and environment.get(variable, "").strip():
                 text, where = environment[variable], variable

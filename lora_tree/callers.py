@@ -103,8 +103,8 @@ def locals_of_call(method: str, owner: object, names: Collection[str]) -> dict[s
     found = _nearest(runs)
     if found is None:
         return None
-    said = found.f_locals
-    return {name: said[name] for name in names if name in said}
+    variables = found.f_locals
+    return {name: variables[name] for name in names if name in variables}
 
 
 def _nearest(matches: Callable[[FrameType], bool]) -> FrameType | None:

@@ -97,11 +97,11 @@ def foreign(what: str, *todo: str) -> Iterator[None]:
         raise
     except Exception as error:
         # The first line: transformers adds paragraphs of links to its own documentation.
-        said = next(iter(str(error).strip().splitlines()), "")
-        if len(said) > MOST_CHARACTERS:
-            said = f"{said[:MOST_CHARACTERS]}…"
+        first_line = next(iter(str(error).strip().splitlines()), "")
+        if len(first_line) > MOST_CHARACTERS:
+            first_line = f"{first_line[:MOST_CHARACTERS]}…"
         raise SpecError(
-            f"{what}: {type(error).__name__}: {said}".removesuffix(": "), *todo
+            f"{what}: {type(error).__name__}: {first_line}".removesuffix(": "), *todo
         ) from error
 
 

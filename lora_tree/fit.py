@@ -105,11 +105,11 @@ def dropped(tree: AdapterTree) -> list[str]:
             outlines[path] = outline
     lines: dict[str, None] = {}
     for path, own in outlines.items():
-        stands = {tensor: ((path, override),) for tensor, override in own.overrides.items()}
+        effective = {tensor: ((path, override),) for tensor, override in own.overrides.items()}
         for above in tree.lineage(path)[:-1]:
-            if stands and above in outlines:
-                _, found = counted_modules(above, outlines[above].modules, stands)
-                lines |= dict.fromkeys(found)
+            if effective and above in outlines:
+                _, dropped_lines = counted_modules(above, outlines[above].modules, effective)
+                lines |= dict.fromkeys(dropped_lines)
     return list(lines)
 
 

@@ -64,18 +64,18 @@ def resolved(terms: NodeTerms, lineages: list[list[str]]) -> NodeTerms:
     Raises:
         SpecError: two paths have different overrides of a tensor.
     """
-    stands = standing(lineages, {node: adapter.overrides for node, _, adapter in terms})
+    effective = standing(lineages, {node: adapter.overrides for node, _, adapter in terms})
     counts: dict[str, dict[str, Override]] = {}
-    for tensor, stack in stands.items():
+    for tensor, stack in effective.items():
         for node, override in stack:
             counts.setdefault(node, {})[tensor] = override
     found = []
     dropped: list[str] = []
     for node, coefficient, adapter in terms:
-        modules, lines = counted_modules(node, adapter.modules, stands)
+        modules, lines = counted_modules(node, adapter.modules, effective)
         dropped += lines
         # A carried tensor of the base is dropped if an override replaces that tensor.
-        unchanged = {name: t for name, t in adapter.unchanged.items() if name not in stands}
+        unchanged = {name: t for name, t in adapter.unchanged.items() if name not in effective}
         own = counts.get(node, {})
         made = replace(adapter, modules=modules, unchanged=unchanged, overrides=own)
         found.append((node, coefficient, made))

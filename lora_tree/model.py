@@ -38,7 +38,7 @@ from .engine.fresh import settle_fresh
 from .engine.host import CompileWatch, MergedWarning, claim, let_go, unwrapped
 from .engine.plan import Plan
 from .engine.planner import KEPT_PLANS, Planner
-from .engine.prepared import Prepared, increments_beside
+from .engine.prepared import Prepared, side_path_increments
 from .engine.routing.expansion import expansions
 from .engine.routing.forms import Strategy
 from .engine.rows.batch import Batch
@@ -175,7 +175,7 @@ class TreeModel(AnswersForBase):
 
         def keeps(plan: Plan) -> bool:
             # A plan keeps its adapters alive, and under a budget the cache decides about memory.
-            return cache.reclaims and plan.lies_in_buffers
+            return cache.reclaims and plan.is_in_buffers
 
         name = getattr(inner, "name_or_path", None)
         own_name = name if isinstance(name, str) and name else None
@@ -249,7 +249,7 @@ class TreeModel(AnswersForBase):
         >>> model = attach(tree, base)
         >>> with model.using("fr"):
         ...     model.pristine
-        Copies(asked='auto', device_bytes=0, host_bytes=48, log_bytes=0)
+        Copies(requested='auto', device_bytes=0, host_bytes=48, log_bytes=0)
         """
         return self._merged.pristine.copies
 
@@ -258,7 +258,7 @@ class TreeModel(AnswersForBase):
         """The path or blend that is active now; ``""`` is the bare base; one for each row if
         routed.
         """
-        return self._stage.current.request.asked
+        return self._stage.current.request.selection
 
     @property
     def state(self) -> State:
@@ -298,8 +298,8 @@ class TreeModel(AnswersForBase):
                 near = suggest(str(mode), get_args(Mode))
                 raise SpecError(f"mode must be 'merged' or 'unmerged', got {mode!r}{near}")
             # A copy: the caller may go on to change the mapping, and a block may bring this back.
-            asked = dict(blend) if isinstance(blend, Mapping) else blend
-            self._stage.become(Request(asked, mode))
+            copied = dict(blend) if isinstance(blend, Mapping) else blend
+            self._stage.become(Request(copied, mode))
 
     def deactivate(self) -> None:
         """Make the base bare again, as it was before `attach`: weights, buffers, hooks."""
@@ -418,8 +418,8 @@ class TreeModel(AnswersForBase):
         """
         with self._lock:
             self._usable()
-            asked = dict(blend) if isinstance(blend, Mapping) else blend
-            return self._path_models.add(asked, owner=self)
+            copied = dict(blend) if isinstance(blend, Mapping) else blend
+            return self._path_models.add(copied, owner=self)
 
     def prefetch(self, paths: Blend | Iterable[Blend]) -> None:
         """Load the nodes of some paths or blends in the background, and return at once.
@@ -558,7 +558,7 @@ class TreeModel(AnswersForBase):
             # Nodes may have been added since `attach`. Each needs its adapter now, because a buffer
             # is laid out for the increments of all nodes at its site, and its size is fixed.
             settle_fresh(self.tree, self.base, self.tree.paths(), self._binder.own_value)
-            values = increments_beside(self.tree, self._binder)
+            values = side_path_increments(self.tree, self._binder)
             # A function, because the stage makes the new side paths itself: it puts the earlier
             # ones back if the switch to the new ones fails.
             paths = self.tree.paths()

@@ -236,23 +236,23 @@ def tensor_owner(tensor: str) -> tuple[str, str]:
 
 
 def counted_modules(
-    node: str, modules: Mapping[str, LowRank], stands: Standing
+    node: str, modules: Mapping[str, LowRank], effective: Standing
 ) -> tuple[dict[str, LowRank], list[str]]:
     """Return the increments of a node that count, and a line for each that is dropped or cut.
 
     Args:
         node: the node that has the increments.
         modules: its increments.
-        stands: as `standing` returned it.
+        effective: as `standing` returned it.
     """
     found: dict[str, LowRank] = {}
     lines: list[str] = []
     for module, value in modules.items():
-        own = counted(node, module, value, stands)
+        own = counted(node, module, value, effective)
         if own is not None:
             found[module] = own
         if own is not value:
-            lines.append(f"{node}: {module}: {_overridden_by(node, module, stands)}")
+            lines.append(f"{node}: {module}: {_overridden_by(node, module, effective)}")
     return found, lines
 
 
@@ -268,9 +268,9 @@ def warn_of_dropped(lines: Sequence[str], *, stacklevel: int) -> None:
         warnings.warn(OverrideWarning(what), stacklevel=stacklevel + 1)
 
 
-def _overridden_by(node: str, module: str, stands: Standing) -> str:
+def _overridden_by(node: str, module: str, effective: Standing) -> str:
     owners: dict[str, None] = {}
-    for tensor, stack in stands.items():
+    for tensor, stack in effective.items():
         if module in (tensor, tensor_owner(tensor)[0]):
             for owner, _ in stack:
                 if owner.startswith(f"{node}/"):
@@ -278,7 +278,7 @@ def _overridden_by(node: str, module: str, stands: Standing) -> str:
     return listing(owners)
 
 
-def counted(node: str, module: str, value: LowRank, stands: Standing) -> LowRank | None:
+def counted(node: str, module: str, value: LowRank, effective: Standing) -> LowRank | None:
     """Return the part of a node's increment that counts under the overrides of a path.
 
     An increment of a node above an override is dropped. Above overridden rows it loses these rows;
@@ -288,7 +288,7 @@ def counted(node: str, module: str, value: LowRank, stands: Standing) -> LowRank
         node: the node that has the increment.
         module: the module, or the raw parameter, that it changes.
         value: the increment.
-        stands: as `standing` returned it.
+        effective: as `standing` returned it.
 
     Returns:
         the value itself if nothing is dropped; None if nothing is left.
@@ -298,7 +298,7 @@ def counted(node: str, module: str, value: LowRank, stands: Standing) -> LowRank
     >>> counted("fr", "score", value, stands), counted("fr/legal", "score", value, stands) is value
     (None, True)
     """
-    for tensor, stack in stands.items():
+    for tensor, stack in effective.items():
         owner_module, leaf = tensor_owner(tensor)
         if module not in (tensor, owner_module):
             continue

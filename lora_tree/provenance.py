@@ -76,11 +76,11 @@ class TrainedWith(StrictModel):
     @property
     def digest(self) -> str:
         """A hash of all fields: tree.lock keeps one entry under it for all nodes of a training."""
-        told = self.model_dump(mode="json")
+        fields = self.model_dump(mode="json")
         # A training without `held_out` keeps the hash that it had before this field existed.
-        if told["held_out"] is None:
-            del told["held_out"]
-        text = json.dumps(told, sort_keys=True)
+        if fields["held_out"] is None:
+            del fields["held_out"]
+        text = json.dumps(fields, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -60,7 +60,7 @@ def describe_invalid(
             hints += 1
             if hints <= _MOST_HINTS:
                 hint = _outdented(loc, top) or _nearest(str(loc[-1]), loc, top)
-        head, text = _said(detail, loc, value, hint)
+        head, text = _message_parts(detail, loc, value, hint)
         # The members of a union share a place and a head.
         texts = found.setdefault((loc, head), [])
         if text not in texts:
@@ -83,7 +83,7 @@ def _is_other_member(
     return any(other is not detail for other in others)
 
 
-def _said(detail: Mapping[str, Any], loc: Loc, value: Any, hint: str) -> tuple[str, str]:
+def _message_parts(detail: Mapping[str, Any], loc: Loc, value: Any, hint: str) -> tuple[str, str]:
     """Return the beginning of a message, which says where, and its end, which says what."""
     match detail["type"], detail["loc"][-1:]:
         case "extra_forbidden", _:

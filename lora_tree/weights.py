@@ -265,8 +265,10 @@ def _total(shares: Sequence[float], own: float, name: str) -> float:
     except OverflowError:
         found = math.inf
     if not math.isfinite(found):
-        said = " + ".join(f"{share:g}" for share in shares)
-        raise SpecError(f"{name}: its coefficient ({said}) · {own:g} is too large for a float")
+        shares_text = " + ".join(f"{share:g}" for share in shares)
+        raise SpecError(
+            f"{name}: its coefficient ({shares_text}) · {own:g} is too large for a float"
+        )
     return found
 
 

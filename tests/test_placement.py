@@ -241,7 +241,7 @@ def test_auto_takes_the_device_where_there_is_room_for_all_and_the_host_where_th
         card["bytes"] = room
         model = lt.attach(forest(), base())
         model.activate("a")
-        assert (model.pristine.asked, model.pristine.kind, model.pristine.nbytes) == (
+        assert (model.pristine.requested, model.pristine.kind, model.pristine.nbytes) == (
             "auto",
             kind,
             BYTES,

@@ -132,8 +132,8 @@ def test_the_kernels_are_the_sum_in_float64_and_their_plain_functions(
         mine = slice(row * tokens, (row + 1) * tokens)
         assert torch.equal(copied[mine].view(torch.int32), base[mine].view(torch.int32))
     torch.testing.assert_close(copied.double(), wanted, rtol=1e-5, atol=1e-4)
-    by_hand = shrink.shrunk_plainly(x, segments, factors, 0, tiling)
-    plain = expand.expanded_plainly(by_hand, base, segments, factors, 1, tiling, base.dtype)
+    by_hand = shrink.reference_shrink(x, segments, factors, 0, tiling)
+    plain = expand.reference_expand(by_hand, base, segments, factors, 1, tiling, base.dtype)
     torch.testing.assert_close(copied, plain, rtol=1e-5, atol=1e-4)
 
     narrow, fresh = (
@@ -142,11 +142,11 @@ def test_the_kernels_are_the_sum_in_float64_and_their_plain_functions(
     )
     expand.expand(narrow, None, fresh, segments, table, 0, tiling)
     torch.testing.assert_close(fresh.double(), to_x, rtol=1e-5, atol=1e-4)
-    plainly = shrink.shrunk_plainly(grad, segments, factors, 1, tiling)
+    plainly = shrink.reference_shrink(grad, segments, factors, 1, tiling)
     for side, (sums, plain_sums, wide) in enumerate(((narrow, plainly, x), (low, by_hand, grad))):
         found = outer.outer(sums, wide, segments, table, side, tiling)
         parts = found.split([each[side].numel() for each in factors])
-        others = outer.outer_plainly(plain_sums, wide, segments, factors, side, tiling)
+        others = outer.reference_outer(plain_sums, wide, segments, factors, side, tiling)
         for part, other, exact in zip(parts, others, to_factors, strict=True):
             mine = exact[side]
             # what is stored is rounded to the factors' dtype

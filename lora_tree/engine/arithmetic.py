@@ -131,9 +131,9 @@ def write_sum(
     wide = compute_dtype(weight.dtype, left.dtype, right.dtype)
     if weight.dtype == wide:
         left, right = left.to(wide), right.to(wide)
-    alike = left.dtype == right.dtype == weight.dtype
+    is_one_dtype = left.dtype == right.dtype == weight.dtype
     # Not in blocks: one call is faster than many, because torch starts its threads for each call.
-    if alike and (weight.dtype == wide or _bf16_rounds_once(weight)):
+    if is_one_dtype and (weight.dtype == wide or _bf16_rounds_once(weight)):
         if pristine.device != weight.device:
             pristine = weight.copy_(pristine, non_blocking=True)
         _fused(pristine, left, right, weight)

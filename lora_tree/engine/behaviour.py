@@ -65,19 +65,19 @@ class Request:
     """A request to a base.
 
     Args:
-        asked: a path or a blend, or one for every row.
+        selection: a path or a blend, or one for every row.
         mode: into the weights or beside them; a batch always runs beside them.
         rows: of a routed batch; None: one path or blend for everything.
     """
 
-    asked: Blend | tuple[Blend, ...]
+    selection: Blend | tuple[Blend, ...]
     mode: Mode = "merged"
     rows: RoutedRows | None = None
 
     @property
     def blends(self) -> tuple[Blend, ...]:
         """The paths and blends that it names."""
-        return self.asked if isinstance(self.asked, tuple) else (self.asked,)
+        return self.selection if isinstance(self.selection, tuple) else (self.selection,)
 
 
 class LaidOut(Protocol):

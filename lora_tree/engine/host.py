@@ -58,7 +58,7 @@ class CompileWatch:
         found = self._compiled or is_compiled(base)
         # The referrers are inspected again only if torch has compiled something since.
         if not found and (frames is None or frames != self._frames):
-            found = self._sees(base, frames)
+            found = self._find_wrapper(base, frames)
         if found:
             raise StateError(
                 "the base is compiled, and a compiled forward ignores hooks that come later",
@@ -66,14 +66,14 @@ class CompileWatch:
                 "or attach first, model.prepare(max_rank=…), and then torch.compile(base)",
             )
 
-    def sees(self, base: nn.Module) -> bool:
+    def has_compiled_wrapper(self, base: nn.Module) -> bool:
         """Return whether ``base`` has got a compiled wrapper since the last search found none."""
         frames = compiled_frames()
         if frames is not None and frames == self._frames:
             return False
-        return self._sees(base, frames)
+        return self._find_wrapper(base, frames)
 
-    def _sees(self, base: nn.Module, frames: int | None) -> bool:
+    def _find_wrapper(self, base: nn.Module, frames: int | None) -> bool:
         for holder in gc.get_referrers(base):
             # The wrapper's `_modules`, by the name that torch gives to a wrapped module.
             if isinstance(holder, dict) and holder.get("_orig_mod") is base:

@@ -178,7 +178,7 @@ class Plan:
         return tuple([tensor.untyped_storage().data_ptr() for tensor in self._anchors])
 
     @cached_property
-    def lies_in_buffers(self) -> bool:
+    def is_in_buffers(self) -> bool:
         """True: all its factors lie in the buffers of its adapters. Factors of modules that the
         base fuses do not; they are made for this base.
         """

@@ -199,21 +199,21 @@ class Planner:
             self._without_dropped(bound, every)
             return _Overrides(_tuples(at_site), bound, None)
         paths = lineages()
-        stands = standing(paths, held)
-        for tensor, stack in stands.items():
+        effective = standing(paths, held)
+        for tensor, stack in effective.items():
             for node, override in stack:
                 name, term = self._override_term(node, tensor, override)
                 at_site.setdefault(name, []).append(term)
-        resolved = self._without_dropped(bound, stands)
+        resolved = self._without_dropped(bound, effective)
         return _Overrides(_tuples(at_site), resolved, tuple(map(tuple, paths)))
 
     def _without_dropped(
-        self, bound: list[tuple[str, float, Adapter]], stands: Standing
+        self, bound: list[tuple[str, float, Adapter]], effective: Standing
     ) -> list[tuple[str, float, Adapter]]:
         """Return bound terms without the increments that some overrides drop; warn of each once."""
         resolved, dropped = [], []
         for node, coefficient, adapter in bound:
-            modules, lines = counted_modules(tree_node(node), adapter.modules, stands)
+            modules, lines = counted_modules(tree_node(node), adapter.modules, effective)
             dropped += [line for line in lines if line not in self._warned]
             self._warned.update(lines)
             resolved.append((node, coefficient, replace(adapter, modules=modules)))

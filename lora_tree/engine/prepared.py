@@ -41,14 +41,14 @@ from .plan import PlacedPlan, Plan, Terms, WeightDtypes
 from .prepared_segments import OFF, PATH, ROWS, PreparedSegments, SegmentNumbers, covered
 from .routing.forms import check_strategy
 from .rows.batch import Batch
-from .rows.batch_axis import lies_by_rows, not_by_rows
+from .rows.batch_axis import has_rows_first, not_by_rows
 from .sidepaths.side import raise_for_copy, side_dtype, side_kinds, widened
 from .upload import uploaded
 
-__all__ = ["Numbers", "Prepared", "increments_beside"]
+__all__ = ["Numbers", "Prepared", "side_path_increments"]
 
 
-def increments_beside(tree: AdapterTree, binder: Binder) -> dict[Site, list[LowRank]]:
+def side_path_increments(tree: AdapterTree, binder: Binder) -> dict[Site, list[LowRank]]:
     """Return every site that may get a side path, with the increments that nodes have there.
 
     If a node's files were not read yet, its increments are shapes on the meta device.
@@ -446,7 +446,7 @@ class _Fixed:
             BaseMismatch: the first axis is not the rows, or can't be known to be, and the rows
                 differ here.
         """
-        if lies_by_rows(self.site, x, out, len(self.rows), batch_first=self.batch_first):
+        if has_rows_first(self.site, x, out, len(self.rows), batch_first=self.batch_first):
             return self.rows, self.row_bias, self.adapted
         if self.uniform:
             return self.rows[:1], self.row_bias[:1], self.adapted[:1]

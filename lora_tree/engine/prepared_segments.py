@@ -42,7 +42,7 @@ from .kernels import (
 from .plan import Plan
 from .routing.segmented import NARROW, route_dtype
 from .rows.batch import Batch
-from .rows.batch_axis import lies_by_rows, not_by_rows
+from .rows.batch_axis import has_rows_first, not_by_rows
 from .sidepaths.side import raise_for_copy
 from .upload import uploaded
 
@@ -328,7 +328,7 @@ class _SegmentedSite:
             x = args[0] if args else next(iter(kwargs.values()))
             rows = 1
             if of.mode == ROWS:
-                if lies_by_rows(site, x, out, of.rows, batch_first=of.batch_first):
+                if has_rows_first(site, x, out, of.rows, batch_first=of.batch_first):
                     rows = of.rows
                 elif not self.uniform:
                     raise not_by_rows(site, x, of.rows)

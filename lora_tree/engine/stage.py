@@ -109,8 +109,8 @@ class Stage:
         if is_fresh:
             settle_fresh(self._tree, self._base, nodes, self._planner.binder.own_value)
         lineages = None
-        if not isinstance(request.asked, tuple):
-            lineages = partial(self._tree.counting_lineages, request.asked)
+        if not isinstance(request.selection, tuple):
+            lineages = partial(self._tree.counting_lineages, request.selection)
         # A plan that was made before a file's hash was known. `placed` finds it again, as that of a
         # path that was used before.
         prepared: list[PlacedPlan] = []
@@ -184,9 +184,9 @@ class Stage:
         """
         if request.rows is not None:
             return request.rows.batch.owed_nodes
-        assert not isinstance(request.asked, tuple)
+        assert not isinstance(request.selection, tuple)
         owed: list[tuple[str, str, Weight]] = []
-        for node, coefficient in self._tree.coefficients(request.asked).items():
+        for node, coefficient in self._tree.coefficients(request.selection).items():
             owed.append((node, node, coefficient))
         return owed
 

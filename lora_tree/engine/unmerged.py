@@ -220,7 +220,7 @@ class Unmerged:
                 # The ledger drops what `_kept` keeps to make room. Dropping side paths that take no
                 # memory makes none, provided that evicting an adapter frees its memory even while a
                 # plan refers to it. So these are kept in `_in_place`.
-                is_free = not sides.nbytes and self._ledger.reclaims and plan.lies_in_buffers
+                is_free = not sides.nbytes and self._ledger.reclaims and plan.is_in_buffers
                 (self._in_place if is_free else self._kept).keep(key, sides)
         return sides
 
@@ -458,7 +458,7 @@ def _portions(drafts: Sequence[Draft]) -> list[tuple[torch.device, int, list[Dra
             portions.append((portion[0].device, nbytes, portion))
             portion, nbytes = [], 0
         portion.append(draft)
-        nbytes += Slab.takes(draft.down_bytes) + Slab.takes(draft.up_bytes)
+        nbytes += Slab.padded_bytes(draft.down_bytes) + Slab.padded_bytes(draft.up_bytes)
     if portion:
         portions.append((portion[0].device, nbytes, portion))
     return portions

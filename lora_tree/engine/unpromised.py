@@ -95,15 +95,15 @@ def slow_on_cpu() -> frozenset[torch.dtype]:
     Without AVX-512 or similar instructions torch multiplies them in a plain loop, which is far
     slower than widening to fp32 (bf16 on AVX2: docs/benchmarks.md).
     """
-    asked = {
+    op_names = {
         torch.bfloat16: "_is_mkldnn_bf16_supported",
         torch.float16: "_is_mkldnn_fp16_supported",
     }
     # Without mkldnn the ops below exist, but can't be called.
     if not getattr(torch._C, "_has_mkldnn", False):
-        return frozenset(asked)
+        return frozenset(op_names)
     slow = set()
-    for dtype, name in asked.items():
+    for dtype, name in op_names.items():
         is_fast: Callable[[], bool] | None = getattr(torch.ops.mkldnn, name, None)
         if is_fast is None or not is_fast():
             slow.add(dtype)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from ..formats.recognise import DIFFUSERS_WEIGHTS, MLX_WEIGHTS
 from ..spec import TreeSpec
-from .bounds import lies_in
+from .bounds import is_in_folders
 from .lockfile import TreeLock
 from .opening import Opened
 from .scan import FILES, SINGLE
@@ -60,7 +60,7 @@ def belongings(opened: Opened) -> Belongings:
             continue  # tree.yaml names an adapter on the hub, so its files are not sent
         # By its name and not by where links lead: a snapshot in the hub's cache is all links.
         at = os.path.relpath(entry.files.around, root)
-        if not lies_in(os.path.normpath(entry.files.around), (root,)) or is_hidden(at):
+        if not is_in_folders(os.path.normpath(entry.files.around), (root,)) or is_hidden(at):
             outside[path] = entry.files.folder
             continue
         for name in entry.files.names:

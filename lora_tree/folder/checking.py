@@ -61,10 +61,12 @@ def _adapters(opened: Opened, dtype: torch.dtype) -> Iterator[Problem]:
     """Read every adapter that has no problem yet, and judge its numbers."""
     # An adapter with such a problem is not read again: the read would only fail for the same
     # reason, and the problem would be listed twice.
-    told = {problem.node for problem in opened.problems if problem.kind in ("adapter", "unlocked")}
+    reported = {
+        problem.node for problem in opened.problems if problem.kind in ("adapter", "unlocked")
+    }
     for path, entry in opened.entries.items():
         source = node_of(opened, path).source
-        if source is None or path in told:
+        if source is None or path in reported:
             continue
         try:
             # One adapter in memory at a time: a folder may hold more than memory does.
@@ -243,6 +245,8 @@ def _bases(opened: Opened) -> list[str]:
             if other_base(name, tree)
         ]
     if len(by_name) > 1 and opened.spec is None:
-        told = "; ".join(f"{name!r} ({listing(nodes)})" for name, nodes in by_name.items())
-        return [f"the adapters name different bases: {told}; name the tree's own in a tree.yaml"]
+        names_text = "; ".join(f"{name!r} ({listing(nodes)})" for name, nodes in by_name.items())
+        return [
+            f"the adapters name different bases: {names_text}; name the tree's own in a tree.yaml"
+        ]
     return []

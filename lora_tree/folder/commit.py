@@ -184,11 +184,11 @@ class Transaction:
         self.written[new.place] = stamp
 
     def _record(self, deletes: frozenset[str]) -> Record:
-        gone = [
+        recorded = [
             RecordedDelete(at=place, was=there_now(self.folder / place))
             for place in sorted(deletes)
         ]
-        return Record(stage=self._stage.name, moves=self._moves, deletes=gone)
+        return Record(stage=self._stage.name, moves=self._moves, deletes=recorded)
 
     # ------------------------------------------------------------------ deciding
     def _decide(self, record: Record, forgets: Iterable[str]) -> None:

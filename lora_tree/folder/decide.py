@@ -172,7 +172,7 @@ def _only_in_memory(node: Node, *, copy: bool) -> Adapter | None:
         return adapter
     if not isinstance(source, FolderSource):
         return source.load() if adapter is None else adapter
-    if adapter is not None and (_may_have_trained(adapter) or source.gone()):
+    if adapter is not None and (_may_have_trained(adapter) or source.has_missing_files()):
         return adapter
     if copy and _needs_other_bytes(source):
         return source.load() if adapter is None else adapter
@@ -193,7 +193,7 @@ def _is_in_files(node: Node, rendered: _Rendered) -> bool:
     source = node.source
     if not isinstance(source, FolderSource) or source.content != rendered.content:
         return False
-    return not source.gone()
+    return not source.has_missing_files()
 
 
 def _may_have_trained(adapter: Adapter) -> bool:
@@ -329,7 +329,7 @@ def _refuse_twins(files: Iterable[NewFile], deletes: Iterable[str]) -> None:
 
 def _new_yaml(needs: YamlNeeds, rights: Ownership) -> NewFile | None:
     """Return the tree.yaml to write; None if the folder says the same already."""
-    if needs.is_said():
+    if needs.is_up_to_date():
         return None
     place, old = needs.opened.place, needs.opened.yaml_bytes
     data = render_yaml(needs.data())

@@ -85,9 +85,9 @@ class ContentHash:
         self._parts.put((name, data))
 
     @property
-    def runs_beside(self) -> bool:
+    def is_threaded(self) -> bool:
         """True while a thread hashes what was read: there is time until the hash is known."""
-        if self._pieces is not None and self._pieces.runs_beside:
+        if self._pieces is not None and self._pieces.is_threaded:
             return True
         return self._thread is not None
 

@@ -190,14 +190,14 @@ class History:
                 break
             dropped.add(content)
             room += sizes[content]
-        gone: list[str] = []
+        shortened: list[str] = []
         nodes: dict[str, tuple[Version, ...]] = {}
         for path, versions in self.nodes.items():
             left = tuple(v for v in versions if v.content not in dropped or v.elsewhere)
             if len(left) < len(versions):
-                gone.append(path)
+                shortened.append(path)
             nodes[path] = left
-        return History(nodes).without_empty(), gone
+        return History(nodes).without_empty(), shortened
 
     def without_empty(self) -> History:
         """Return the history without nodes that have no version in it."""

@@ -20,7 +20,7 @@ from ..provenance import Made, SaveNote, seen_from
 from ..tree import AdapterTree
 from ..weights import Weight
 from . import disk
-from .archive import archived, contents_of_others
+from .archive import archived, contents_of_other_trees
 from .changes import Archived, KeptAdapter, NewFile
 from .examine import hashed
 from .history import (
@@ -133,13 +133,13 @@ class Keeping:
         for old, new in self.note.moved.items():
             if old in self.before and old not in self.kept and new in self.kept:
                 found[old] = new
-        gone: dict[str, list[str]] = {}
+        removed: dict[str, list[str]] = {}
         for old, was in self.before.items():
             if old not in self.kept and old not in found:
-                gone.setdefault(was.content, []).append(old)
+                removed.setdefault(was.content, []).append(old)
         taken = set(found.values())
         for path in sorted(self.kept):
-            same = gone.get(self.kept[path].content)
+            same = removed.get(self.kept[path].content)
             if same and path not in self.before and path not in taken:
                 found[same.pop(0)] = path
         return found
@@ -235,5 +235,5 @@ class Keeping:
         wanted = history.contents().keys() - self._live
         spare = archived(folder) - wanted
         if spare:
-            spare -= contents_of_others(Path(folder), history_place(self.opened.place.lock))
+            spare -= contents_of_other_trees(Path(folder), history_place(self.opened.place.lock))
         return frozenset(spare)

@@ -219,7 +219,7 @@ def _refuse_other_ending(place: TreePlace) -> None:
 # ---------------------------------------------------------------------- against the lock
 def _compare_files(opened: Opened, lock: TreeLock) -> None:
     """Find the nodes whose files differ from the lock; take the others' hashes from it."""
-    told = {problem.node for problem in opened.problems}
+    reported = {problem.node for problem in opened.problems}
     for path, entry in opened.entries.items():
         if entry.files is None or entry.files.flaw is not None:
             continue
@@ -235,7 +235,7 @@ def _compare_files(opened: Opened, lock: TreeLock) -> None:
         opened.problems.append(Problem(path, "unlocked", text, broken=cause is not None))
     for path in lock.nodes:
         now = opened.entries.get(path, FolderNode())
-        if path in told:
+        if path in reported:
             continue  # its problem is listed already, and "gone" may be wrong
         if now.files is None and not now.null and now.hub is None:
             text = f"{path}: in the lock, but its adapter is gone"

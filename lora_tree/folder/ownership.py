@@ -85,7 +85,7 @@ class Ownership:
             )
         # Files of a save are not enough: another process may have made that save since this tree
         # was opened, and this one would undo it unseen.
-        if self.seen.knows(node.path, there):
+        if self.seen.is_unchanged(node.path, there):
             return
         if there.flaw is not None or content != hashed(there):
             raise self.undoing([there.folder], "written")
@@ -135,7 +135,7 @@ class Ownership:
                 is_group = path in tree and not tree[path].has_adapter and tree[path].fresh is None
                 if not is_group:
                     back.append(files.folder)
-            elif self.seen.knows(path, files):
+            elif self.seen.is_unchanged(path, files):
                 going.append(path)
             else:
                 unseen.append(files.folder)

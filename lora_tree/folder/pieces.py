@@ -75,7 +75,7 @@ class PieceHash:
                 self._end_piece()
 
     @property
-    def runs_beside(self) -> bool:
+    def is_threaded(self) -> bool:
         """True while threads are hashing: there is time until `hexdigest` returns."""
         return self._pool is not None
 

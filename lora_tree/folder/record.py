@@ -118,7 +118,7 @@ def read_record(folder: str | Path) -> Record | None:
             return None  # the writer carried it out between the lstat and the read
         raise
     moved_to = [move.to for move in record.moves]
-    deleted = [gone.at for gone in record.deletes]
+    deleted = [delete.at for delete in record.deletes]
     check_places(Path(folder), moved_to, deleted)
     return record
 

@@ -295,8 +295,8 @@ def _record_of(number: int, folder: Path, about: Mapping[str, Any]) -> RunRecord
     if state not in ("running", "stopped", "trained", "finished", "diverged"):
         raise ValueError(f"state {state!r}")
     outcomes = {}
-    for node, told in about.get("outcomes", {}).items():
-        outcomes[str(node)] = NodeOutcome(**told)
+    for node, outcome in about.get("outcomes", {}).items():
+        outcomes[str(node)] = NodeOutcome(**outcome)
     ended = about.get("ended")
     return RunRecord(
         number=number,

@@ -78,7 +78,7 @@ def kept_run(folder: Path, identity: str, about: Mapping[str, Any]) -> Path:
     with _alone(folder):
         known = numbered_runs(folder)
         for _, own in reversed(known):
-            if _goes_on(own, identity):
+            if _is_resumable(own, identity):
                 return own
         number = known[-1][0] + 1 if known else 1
         own = folder / str(number)
@@ -182,7 +182,7 @@ def bytes_of_run(own: Path) -> int:
 
 
 # ---------------------------------------------------------------------- private
-def _goes_on(own: Path, identity: str) -> bool:
+def _is_resumable(own: Path, identity: str) -> bool:
     """Tell whether a run is the same, unfinished and free; False if it can't be read."""
     file = own / RUN_ABOUT
     try:
@@ -195,11 +195,11 @@ def _goes_on(own: Path, identity: str) -> bool:
 
 def _drop(spare: Iterable[Path]) -> None:
     for own in spare:
-        gone = own.with_name(f"{_GONE}{uuid.uuid4().hex}")
+        trash = own.with_name(f"{_GONE}{uuid.uuid4().hex}")
         # It loses its number first: a reader of the runs then finds it whole or not at all.
         with suppress(FolderError):
-            disk.rename(own, gone)
-            shutil.rmtree(gone, ignore_errors=True)
+            disk.rename(own, trash)
+            shutil.rmtree(trash, ignore_errors=True)
 
 
 def _rendered(line: NodeMetric | PathMetric) -> bytes:

@@ -79,10 +79,10 @@ def _nodes(changes: Changes, written: Mapping[str, Stamp]) -> Iterator[Node]:
 
 def _seen(opened: Opened, before: Seen, changes: Changes, written: Mapping[str, Stamp]) -> Seen:
     """Return the folder, as this save leaves it, in the form of a `Seen`."""
-    gone = {place.rpartition("/")[0] for place in changes.deletes}
+    removed_folders = {place.rpartition("/")[0] for place in changes.deletes}
     files = {}
     for path, was in before.files.items():
-        if path in opened.scan.found and path not in gone:
+        if path in opened.scan.found and path not in removed_folders:
             files[path] = was
     for path, kept in changes.kept.items():
         if not kept.named:

@@ -18,7 +18,7 @@ from ..adapter import Adapter
 from ..errors import FolderError, FormatError, LoraTreeError, UnlockedError
 from ..storage import Allocate, Unhashed, Witness
 from .adapter_files import read_files
-from .bounds import homes, inside, lies_in
+from .bounds import homes, inside, is_in_folders
 from .disk import Stamp
 from .examine import hashed
 from .hashing import ContentHash
@@ -88,7 +88,7 @@ class FolderSource:
             _check_inside(files, self.within)
         return files
 
-    def gone(self) -> bool:
+    def has_missing_files(self) -> bool:
         """Tell whether any of its files is missing now."""
         return find_files(self.folder, self.root).flaw is not None
 
@@ -122,7 +122,7 @@ class FolderSource:
                     continue  # what was read may be half of one save and half of another
                 found = self.content
                 if hashing is not None:
-                    if unhashed is not None and hashing.runs_beside:
+                    if unhashed is not None and hashing.is_threaded:
                         unhashed(adapter)
                     if not by_pieces:
                         found = hashing.content()
@@ -227,7 +227,7 @@ def _belongs(root: str, real: str) -> bool:
     """Tell whether a real path lies in the tree's folder."""
     # The cached answer saves resolving the folder's links for each file that is read. If it is no,
     # the folder may be a link that leads elsewhere by now, so it is resolved again.
-    return lies_in(real, _homes(root)) or lies_in(real, homes(root))
+    return is_in_folders(real, _homes(root)) or is_in_folders(real, homes(root))
 
 
 _homes = lru_cache(maxsize=64)(homes)

@@ -209,16 +209,16 @@ def load_versions(
     >>> # tree, (path,) = load_versions("zoo/", "fr/legal@1"); tree.flatten(path)
     """
     tree = load(path, skip_broken=skip_broken)
-    asked: dict[str, str] = {}
+    requested: dict[str, str] = {}
     for text in texts:
         for match in _IN_BLEND.finditer(text):
             node, version = match["path"], match["version"]
-            if asked.setdefault(node, version) != version:
-                raise PathError(f"{node}: two versions at once: {asked[node]} and {version}")
-    if asked:
+            if requested.setdefault(node, version) != version:
+                raise PathError(f"{node}: two versions at once: {requested[node]} and {version}")
+    if requested:
         opened = inspect(place_of(path))
-        for node in sorted(asked, key=lambda node: node.count("/")):
-            named = _find(opened, f"{node}@{asked[node]}")
+        for node in sorted(requested, key=lambda node: node.count("/")):
+            named = _find(opened, f"{node}@{requested[node]}")
             _put(tree, opened, named, partial(_advice_to_read, opened, named))
     return tree, tuple(_IN_BLEND.sub(lambda match: match["path"], text) for text in texts)
 
@@ -371,8 +371,8 @@ def _advice_to_restore(named: _Named, removed: list[str]) -> str:
 def _removed(opened: Opened, tree: AdapterTree, pattern: str) -> list[_Named]:
     """Return the last versions of the removed nodes that a path or a pattern names."""
     versions = _all_versions(opened)
-    gone = [path for path in versions if path not in tree]
-    hits = [pattern] if pattern in gone else fnmatch.filter(gone, pattern)
+    removed = [path for path in versions if path not in tree]
+    hits = [pattern] if pattern in removed else fnmatch.filter(removed, pattern)
     if not hits and pattern in tree:
         raise TreeError(
             f"{pattern} is in the tree, so say which version of it to bring back",
@@ -381,6 +381,6 @@ def _removed(opened: Opened, tree: AdapterTree, pattern: str) -> list[_Named]:
         )
     if not hits:
         raise PathError(
-            f"{pattern!r} matches no node that was removed{suggest_path(pattern, gone)}"
+            f"{pattern!r} matches no node that was removed{suggest_path(pattern, removed)}"
         )
     return [_Named(path, len(versions[path]), versions[path][-1]) for path in hits]

@@ -124,10 +124,10 @@ def read_spec(raw: bytes, file: str) -> tuple[TreeSpec, Located]:
 
 def _check_newer(raw: bytes, file: str) -> None:
     """Refuse a text of a later format by its ``version`` line, if it can't be read as YAML here."""
-    said = _VERSION.search(raw)
-    if said is not None:
-        line = raw.count(b"\n", 0, said.start()) + 1
-        check_format({"version": int(said[1])}, f"{file}:{line}:1")
+    match = _VERSION.search(raw)
+    if match is not None:
+        line = raw.count(b"\n", 0, match.start()) + 1
+        check_format({"version": int(match[1])}, f"{file}:{line}:1")
 
 
 def walk(spec: TreeSpec) -> Iterator[tuple[str, NodeSpec, Loc]]:

@@ -125,13 +125,13 @@ def _check_type(fields: Mapping[str, object], where: str) -> None:
 
 def _parameters(fields: Mapping[str, object], where: str) -> tuple[int | None, float]:
     """Return the rank, None if the config lacks it, and the scale."""
-    said = fields.get("lora_parameters")
-    if not isinstance(said, dict):
+    parameters = fields.get("lora_parameters")
+    if not isinstance(parameters, dict):
         raise FormatError(
             f"{where}: no lora_parameters, which say the scale; is it the config of mlx-lm?",
             'mlx-lm writes {"lora_parameters": {"rank": 8, "scale": 20.0, …}, …}',
         )
-    scale, rank = said.get("scale"), said.get("rank")
+    scale, rank = parameters.get("scale"), parameters.get("rank")
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not _is_finite(scale):
         raise FormatError(f"{where}: lora_parameters.scale is {scale!r:.80}, expected a number")
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):

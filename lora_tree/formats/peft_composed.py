@@ -107,10 +107,10 @@ def composed_config(config: bytes, where: str) -> ComposedConfig | None:
 
 
 def _number(fields: Mapping[str, Any], name: str, default: int, where: str) -> int:
-    said = fields.get(name, default)
-    if isinstance(said, bool) or not isinstance(said, int) or not 1 <= said <= 1 << 20:
-        raise FormatError(f"{where}: {name} is {said!r:.80}, expected a whole number from 1")
-    return said
+    number = fields.get(name, default)
+    if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= 1 << 20:
+        raise FormatError(f"{where}: {name} is {number!r:.80}, expected a whole number from 1")
+    return number
 
 
 def read_composed(config: ComposedConfig, tensors: Mapping[str, Tensor], where: str) -> Adapter:

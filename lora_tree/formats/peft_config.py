@@ -36,9 +36,9 @@ __all__ = [
     "TURNED",
     "VARIANTS",
     "PeftConfig",
+    "is_orientation_known",
     "mutates_base",
     "parse_config",
-    "says_which_way",
 ]
 
 VARIANTS = {
@@ -210,13 +210,13 @@ def parse_config(data: bytes, where: str) -> PeftConfig:
     )
 
 
-def says_which_way(config: Mapping[str, Any]) -> bool:
+def is_orientation_known(config: Mapping[str, Any]) -> bool:
     """Return whether ``peft_version`` proves that fused factors are oriented as since `TURNED`.
 
     Older versions of PEFT did not write the field.
     """
-    said = re.match(r"\d{1,9}(?:\.\d{1,9})*", str(config.get("peft_version") or ""))
-    return said is not None and tuple(map(int, said[0].split("."))) >= TURNED
+    version = re.match(r"\d{1,9}(?:\.\d{1,9})*", str(config.get("peft_version") or ""))
+    return version is not None and tuple(map(int, version[0].split("."))) >= TURNED
 
 
 def mutates_base(init: Any) -> str | None:

@@ -27,7 +27,7 @@ from ..storage import Allocate, Witness
 from ..system.reading import Inside
 from .config_file import read_config
 from .peft_composed import composed_config, read_composed
-from .peft_config import TURNED, says_which_way
+from .peft_config import TURNED, is_orientation_known
 from .peft_keys import CONFIG, WEIGHTS
 from .peft_named import peft_header
 from .peft_outline import PeftTexts, outline_of
@@ -138,7 +138,7 @@ def _warn_if_turned(adapter: Adapter, config_named: str) -> None:
     PEFT before `TURNED` took A's input side from the wrong axis of (experts, out, in). If out and
     in are equal, its file looks the same, so only ``peft_version`` can tell.
     """
-    if says_which_way(adapter.config):
+    if is_orientation_known(adapter.config):
         return
     fused = []
     for name, value in adapter.modules.items():
@@ -146,11 +146,11 @@ def _warn_if_turned(adapter: Adapter, config_named: str) -> None:
             fused.append(name)
     if not fused:
         return
-    said = adapter.config.get("peft_version")
+    version = adapter.config.get("peft_version")
     turned = ".".join(map(str, TURNED))
     warnings.warn(
         LoraTreeWarning(
-            f"{config_named}: it has target_parameters, and its peft_version is {said!r:.40}: "
+            f"{config_named}: it has target_parameters, and its peft_version is {version!r:.40}: "
             f"PEFT before {turned} wrote the factors of fused experts the other way round; "
             f"{listing(fused, most=2)} {agreeing(len(fused), 'is', 'are')} read as PEFT reads "
             f"{agreeing(len(fused), 'it', 'them')} since then",

@@ -210,8 +210,8 @@ def _nested(adapter: Adapter) -> dict[str, tuple[str, ...]]:
             found.setdefault(module, []).append(parameter)
     nested: dict[str, tuple[str, ...]] = {}
     for module, parameters in found.items():
-        said = adapter.nesting.get(module, ())
-        order = tuple(parameter for parameter in said if parameter in parameters)
+        declared = adapter.nesting.get(module, ())
+        order = tuple(parameter for parameter in declared if parameter in parameters)
         is_whole = set(order) == set(parameters)
         if not is_whole and set(parameters) <= set(FUSED):
             order = tuple(sorted(parameters, key=FUSED.index))

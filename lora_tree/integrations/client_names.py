@@ -19,7 +19,7 @@ from ..blend import parse_blend, spelled
 from ..errors import LoraTreeError, PathError, SpecError, plural, printable
 from ..node_names import MAX_DEPTH
 
-__all__ = ["Asked", "NameRules", "shown"]
+__all__ = ["NameRules", "RequestedName", "shown"]
 
 MOST_CHARACTERS = 128 * MAX_DEPTH
 """The longest path that a tree can have."""
@@ -46,7 +46,7 @@ def shown(text: object, most: int = SHOWN_CHARACTERS) -> str:
 
 
 @dataclass(frozen=True)
-class Asked:
+class RequestedName:
     """A name that may be asked of the tree.
 
     Args:
@@ -109,22 +109,22 @@ class NameRules:
         object.__setattr__(self, "_exact", exact)
         object.__setattr__(self, "_patterns", patterns)
 
-    def admit(self, name: str) -> Asked:
+    def admit(self, name: str) -> RequestedName:
         """Return the request of a client, without looking at the tree.
 
         Raises:
             PathError: the name is no path, or one that clients may not ask for.
             SpecError: it is a blend, and blends are off; or a weight makes no sense.
         """
-        asked = self.read(name)
-        for path in asked.paths:
+        requested = self.read(name)
+        for path in requested.paths:
             if not self.allows(path):
                 raise PathError(
                     f"{shown(path)!r} is not on the list of paths that clients may ask for"
                 )
-        return asked
+        return requested
 
-    def read(self, name: str) -> Asked:
+    def read(self, name: str) -> RequestedName:
         """Return the meaning of a name, in its one spelling.
 
         Raises:
@@ -151,7 +151,7 @@ class NameRules:
         one = spelled(name)
         if not one:
             raise PathError("nothing to serve", "the bare base is served under its own name")
-        return Asked(one, tuple(parse_blend(one)))
+        return RequestedName(one, tuple(parse_blend(one)))
 
     def one_spelling(self, name: str) -> str:
         """Return the one spelling of a name; the unchanged name if it is no admitted blend."""

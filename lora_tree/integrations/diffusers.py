@@ -137,10 +137,10 @@ def pipeline_skeleton(folder: str | os.PathLike[str]) -> Assembly:
     with foreign(f"{folder}: diffusers can't read its {MODEL_INDEX}"), torch.device("meta"):
         index = diffusers.DiffusionPipeline.load_config(folder, local_files_only=True)
         made: dict[str, nn.Module] = {}
-        for name, said in index.items():
-            if not ADAPTABLE.match(name) or None in (said or [None]):
+        for name, entry in index.items():
+            if not ADAPTABLE.match(name) or None in (entry or [None]):
                 continue  # a component that this pipeline does without
-            library, kind = said
+            library, kind = entry
             if library == "diffusers":
                 model = getattr(diffusers, kind)
                 config = model.load_config(folder, subfolder=name, local_files_only=True)

@@ -96,9 +96,9 @@ class Contents:
                 "there is nothing to serve: no node on the path has an adapter",
                 "request the base itself",
             )
-        said = json.dumps([VERSION, parts, self._form.max_rank, self._form.max_error])
+        digest_input = json.dumps([VERSION, parts, self._form.max_rank, self._form.max_error])
         stale = tuple(problem.text for problem in mine if problem.kind == "stale")
-        return FlatContent(hashlib.sha256(said.encode()).hexdigest()[:32], stale, nodes)
+        return FlatContent(hashlib.sha256(digest_input.encode()).hexdigest()[:32], stale, nodes)
 
     def is_still(self, content: str, tree: AdapterTree, problems: list[Problem], path: str) -> bool:
         """Tell whether a path still has this content."""

@@ -39,7 +39,7 @@ class Usage:
         self._used: dict[str, float] = {}  # path → its last use, by the monotonic clock
         self._released: dict[str, float] = {}  # content → when it was last served
         # (content, asked for by a blend) → requests under way
-        self._asked: Counter[tuple[str, bool]] = Counter()
+        self._in_flight: Counter[tuple[str, bool]] = Counter()
 
     @property
     def served(self) -> dict[str, str]:
@@ -94,15 +94,15 @@ class Usage:
     def asking(self, content: str, *, for_blend: bool) -> Iterator[None]:
         """Keep a content in use until the block ends, whether it is served or not."""
         with self._lock:
-            self._asked[content, for_blend] += 1
+            self._in_flight[content, for_blend] += 1
         try:
             yield
         finally:
             with self._lock:
-                self._asked[content, for_blend] -= 1
+                self._in_flight[content, for_blend] -= 1
                 # A Counter keeps zero entries, and clients make up the names: it would grow.
-                if not self._asked[content, for_blend]:
-                    del self._asked[content, for_blend]
+                if not self._in_flight[content, for_blend]:
+                    del self._in_flight[content, for_blend]
 
     @contextmanager
     def replacing(self, path: str) -> Iterator[None]:
@@ -132,13 +132,13 @@ class Usage:
     def holders(self, content: str) -> list[str] | None:
         """Return the paths that are served with a content; None if it has to stay."""
         with self._lock:
-            asked = any(content == one for one, _ in self._asked)
+            is_in_flight = any(content == one for one, _ in self._in_flight)
             paths = [path for path, served in self._served.items() if served == content]
             in_grace = not all(self.is_idle(path) for path in paths)
             if content in self._released:
                 in_grace |= time.monotonic() - self._released[content] < self.grace_s
         # Not under the lock: `is_read` asks the engine, which may call back into this object.
-        if asked or in_grace or self._is_read(content):
+        if is_in_flight or in_grace or self._is_read(content):
             return None
         return paths
 
@@ -161,7 +161,7 @@ class Usage:
             for content, since in list(self._released.items()):
                 if now - since >= self.grace_s and not self._is_read(content):
                     del self._released[content]
-            held += list(self._asked)
+            held += list(self._in_flight)
             held += [(content, is_blend(path)) for path, content in self._served.items()]
             held += [(content, True) for content in self._released]
         found: dict[str, bool] = {}

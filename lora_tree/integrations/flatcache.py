@@ -151,7 +151,7 @@ class FlatCache:
         now = self.content(tree, problems, path)
         content = now.name
         if content in self._refused:
-            raise _anew(self._refused[content])
+            raise _without_traceback(self._refused[content])
         if is_blend(path):
             self._one_blend_more(path)
         with self._usage.asking(content, for_blend=is_blend(path)):
@@ -192,7 +192,7 @@ class FlatCache:
         """Tell other processes what this one uses now; to be called regularly."""
         for path, content in self.served.items():
             self._disk.note_use(content, self._usage.idle_s(path))
-        if self.in_use != self._disk.told:
+        if self.in_use != self._disk.listed:
             with self._disk.alone():
                 self._disk.tell(self.in_use)  # read again: it may have changed meanwhile
 
@@ -260,7 +260,7 @@ class FlatCache:
         except LoraTreeError as error:
             if self._contents.is_still(content, tree, problems, path):
                 # Without its traceback, whose frames would keep the adapters alive.
-                _remember(self._refused, content, _anew(error))
+                _remember(self._refused, content, _without_traceback(error))
             raise
         # The tree may have changed during the read; the folder would then hold another content.
         if not self._contents.is_still(content, tree, problems, path):
@@ -378,6 +378,6 @@ def _remember(known: OrderedDict[str, V], content: str, value: V) -> None:
         known.popitem(last=False)
 
 
-def _anew(error: LoraTreeError) -> LoraTreeError:
+def _without_traceback(error: LoraTreeError) -> LoraTreeError:
     """Return the same error without its traceback."""
     return type(error)(error.what, *error.todo)

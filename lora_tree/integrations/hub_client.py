@@ -161,7 +161,7 @@ class HubClient:
         Raises:
             HubError: the repository is not there for this account, or the hub can't be asked.
         """
-        with self._told(revision):
+        with self._translated_errors(revision):
             try:
                 return str(self._api.repo_info(self.repository, revision=revision).sha)
             except self._errors.RevisionNotFoundError:
@@ -169,7 +169,7 @@ class HubClient:
 
     def exists(self) -> bool:
         """Tell whether the repository is there for this account."""
-        with self._told():
+        with self._translated_errors():
             try:
                 self._api.repo_info(self.repository)
             except self._errors.GatedRepoError:
@@ -188,7 +188,7 @@ class HubClient:
             return self._listed[commit]
         file_type: Any = need("huggingface_hub.hf_api", extra="hub", what="a listing").RepoFile
         found: dict[str, HubFile] = {}
-        with self._told(commit):
+        with self._translated_errors(commit):
             for entry in self._api.list_repo_tree(self.repository, revision=commit, recursive=True):
                 if isinstance(entry, file_type):
                     sha256 = entry.lfs.sha256 if entry.lfs is not None else None
@@ -209,7 +209,7 @@ class HubClient:
             HubError: the repository or the revision is not there, or the hub can't be asked and the
                 cache lacks a part of it.
         """
-        with self._told(revision or MAIN), self._bars():
+        with self._translated_errors(revision or MAIN), self._bars():
             # An empty list of patterns would fetch every file.
             folder = self._hub.snapshot_download(
                 self.repository,
@@ -226,12 +226,12 @@ class HubClient:
         Raises:
             HubError: this account may not.
         """
-        with self._told():
+        with self._translated_errors():
             self._api.create_repo(self.repository, private=private, exist_ok=True)
 
     def create_branch(self, branch: str) -> None:
         """Make a branch that begins at the default branch, unless it is there."""
-        with self._told(branch):
+        with self._translated_errors(branch):
             self._api.create_branch(self.repository, branch=branch, exist_ok=True)
 
     def commit(
@@ -261,7 +261,7 @@ class HubClient:
             # As a str: huggingface_hub 1.x refuses a Path.
             operations.append(add(path, origin if isinstance(origin, bytes) else str(origin)))
         operations += [delete(path) for path in deletes]
-        with self._told(branch), self._bars():
+        with self._translated_errors(branch), self._bars():
             made = self._api.create_commit(
                 self.repository,
                 operations,
@@ -309,7 +309,7 @@ class HubClient:
             utils.enable_progress_bars()
 
     @contextmanager
-    def _told(self, revision: str = MAIN) -> Iterator[None]:
+    def _translated_errors(self, revision: str = MAIN) -> Iterator[None]:
         """Raise huggingface_hub's errors as ours, each with what to do about it."""
         name, known = self.repository, self._errors
         page = f"{self._constants.ENDPOINT}/{name}"
@@ -343,8 +343,8 @@ class HubClient:
             # The error of a refused upload names only the file; its cause has the hub's reason.
             if isinstance(error.__cause__, known.HfHubHTTPError):
                 raise HubError(*self._refused(error.__cause__)) from error
-            said = next(iter(str(error).strip().splitlines()), "")
-            what = f"{name}: {type(error).__name__}: {said}"
+            first_line = next(iter(str(error).strip().splitlines()), "")
+            what = f"{name}: {type(error).__name__}: {first_line}"
             raise HubError(what, f"is {self._constants.ENDPOINT} in reach?") from error
 
     def _not_there(self) -> list[str]:
@@ -367,15 +367,15 @@ class HubClient:
     def _refused(self, error: Any) -> list[str]:
         """Say why the hub refused, by its status, and what to do."""
         name, status = self.repository, error.response.status_code
-        said = error.server_message or next(iter(str(error).splitlines()), "")
+        reason = error.server_message or next(iter(str(error).splitlines()), "")
         if status == 401:
-            return [f"{name}: the hub knows no such token: {said}", _LOGIN]
+            return [f"{name}: the hub knows no such token: {reason}", _LOGIN]
         if status == 403:
-            return [f"{name}: this account may not do that: {said}", _LOGIN]
+            return [f"{name}: this account may not do that: {reason}", _LOGIN]
         if status in (409, 412):
             return [
-                f"{name}: another push came in between: {said}",
+                f"{name}: another push came in between: {reason}",
                 "run lora-tree push again: it compares with the new commit",
             ]
         todo = [] if status < 500 and status != 429 else ["try again later"]
-        return [f"{name}: the hub answered {status}: {said}", *todo]
+        return [f"{name}: the hub answered {status}: {reason}", *todo]

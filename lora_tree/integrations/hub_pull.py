@@ -92,10 +92,10 @@ def pull(
     _refuse_no_tree(repository, files, names)
     origin = read_origin(target) if target.is_dir() else None
     known = partial(_is_on_the_hub, client, origin)
-    told = (repository, revision or MAIN, there.commit, str(target))
+    endpoints = (repository, revision or MAIN, there.commit, str(target))
     if dry_run:
         same = {place: files[place].holds for place in names}
-        return _pulled(told, planned(target, same, known), files, names)
+        return _pulled(endpoints, planned(target, same, known), files, names)
     snapshot = client.fetch(there.commit, names)
     opened = inspect(TreePlace(str(snapshot.folder)), outside=False)
     raise_any(
@@ -120,17 +120,17 @@ def pull(
         times=locked_times(opened),
         origin=HubOrigin(repository=repository, branch=revision or MAIN, commit=there.commit),
     )
-    return _pulled(told, arrival, files, list(places))
+    return _pulled(endpoints, arrival, files, list(places))
 
 
 def _pulled(
-    told: tuple[str, str, str, str],
+    endpoints: tuple[str, str, str, str],
     arrival: Arrival,
     files: Mapping[str, HubFile],
     places: Sequence[str],
 ) -> Pulled:
     size = sum(files[place].size for place in places if place in files)
-    return Pulled(*told, arrival.new, arrival.replaced, arrival.deleted, size)
+    return Pulled(*endpoints, arrival.new, arrival.replaced, arrival.deleted, size)
 
 
 def _listed(client: HubClient, folder: Path, commit: str) -> dict[str, HubFile]:

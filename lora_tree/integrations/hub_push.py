@@ -127,7 +127,7 @@ def push(
     files[CARD] = card.text(before, license=license, tags=tags).encode()
     draft = _drafted(files, there)
     deletes = sorted(set(_tree_places(there, client, head)) - files.keys())
-    told = (
+    summary = (
         tuple(path for path in draft if path not in there),
         tuple(path for path in draft if path in there),
         tuple(deletes),
@@ -136,7 +136,7 @@ def push(
         going.renamed,
     )
     if dry_run:
-        return Pushed(repository, target, head, None, *told)
+        return Pushed(repository, target, head, None, *summary)
     if not remote.has_branch:
         client.create(private=private)
         if target != MAIN:
@@ -146,14 +146,16 @@ def push(
     assert parent is not None, "the repository and the branch were made just now"
     commit = parent
     if draft or deletes:
-        said = message or f"A tree of {plural(len(opened.entries), 'node')}, by lora-tree push"
-        commit = client.commit(draft, deletes, branch=target, parent=parent, message=said)
+        commit_message = (
+            message or f"A tree of {plural(len(opened.entries), 'node')}, by lora-tree push"
+        )
+        commit = client.commit(draft, deletes, branch=target, parent=parent, message=commit_message)
         _check_arrived(client, commit, draft)
     # The folder may be one that can't be written; then the next push compares file by file.
     with suppress(FolderError):
         origin = HubOrigin(repository=repository, branch=target, commit=commit)
         write_origin(Path(place.folder), origin)
-    return Pushed(repository, target, head, commit, *told)
+    return Pushed(repository, target, head, commit, *summary)
 
 
 def _tree_of(place: TreePlace) -> AdapterTree:

@@ -31,7 +31,7 @@ from ..errors import FolderError, LoraTreeError, PathError, UnlockedError
 from ..extras import need
 from ..folder import Problem, survey
 from ..tree import AdapterTree
-from .client_names import Asked, shown
+from .client_names import RequestedName, shown
 from .flatcache import FlatCache, FlatForm, Flattened, NoRoom
 from .surveyed import Surveyed, View, release_of
 from .vllm_front import Front, asking, request_of
@@ -132,11 +132,11 @@ class _Resolver:
         since = time.monotonic()
         step: str | None = NOT_ADMITTED  # the reason to count a refusal by; None: the error's
         try:
-            asked = self._names.admit(name)
+            requested = self._names.admit(name)
             step = UNREADABLE
             view = await self._view()
             step = None
-            found = await self._find(base_model_name, asked, view)
+            found = await self._find(base_model_name, requested, view)
             tell_served(found)
             self._metrics.given(found)
             if front is not None:
@@ -165,7 +165,7 @@ class _Resolver:
             view = await loop.run_in_executor(self._looker, self._seen.now)
         return view
 
-    async def _find(self, base: str, asked: Asked, view: View) -> Flattened:
+    async def _find(self, base: str, requested: RequestedName, view: View) -> Flattened:
         """Return a name's adapter, made in a thread; if the tree has no such path, use no thread.
 
         Raises:
@@ -173,12 +173,12 @@ class _Resolver:
         """
         loop = asyncio.get_running_loop()
         # Checked on the event loop, since it costs little: a name that is refused takes no thread.
-        _there(view, asked)
-        makers = self._makers if asked.name in asked.paths else self._blenders
+        _check_in_tree(view, requested)
+        makers = self._makers if requested.name in requested.paths else self._blenders
         until = loop.time() + ROOM_S
         while True:
             try:
-                return await loop.run_in_executor(makers, self._make, base, asked.name, view)
+                return await loop.run_in_executor(makers, self._make, base, requested.name, view)
             except NoRoom:
                 if loop.time() > until:
                     raise
@@ -277,14 +277,14 @@ class _Resolver:
         return all(front.drop(path, unless=is_needed) for front in self._fronts)
 
 
-def _there(view: View, asked: Asked) -> None:
+def _check_in_tree(view: View, requested: RequestedName) -> None:
     """Refuse paths that are not in the tree, with the nearest name where finding it costs little.
 
     Raises:
         PathError: a path is not there.
         FolderError: it is there, and can't be used.
     """
-    for path in asked.paths:
+    for path in requested.paths:
         if path in view.tree:
             continue
         # A node that can't be used was left out of the tree, and everything below it with it.

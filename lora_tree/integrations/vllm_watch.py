@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from ..errors import FolderError, FormatError, LoraTreeError
 from ..tree import AdapterTree
-from .client_names import Asked, NameRules, shown
+from .client_names import NameRules, RequestedName, shown
 from .flatcache import FlatCache
 from .surveyed import Surveyed, View
 from .vllm_front import Front
@@ -176,9 +176,9 @@ class Watcher:
         self._once.is_over(path)
 
 
-def _locked(tree: AdapterTree, asked: Asked) -> bool:
+def _locked(tree: AdapterTree, requested: RequestedName) -> bool:
     """Tell whether the lock has the files of all nodes on the paths' lineages."""
-    for path in asked.paths:
+    for path in requested.paths:
         for node in tree.lineage(path):
             source = tree[node].source
             if source is not None and source.key is None:

@@ -93,14 +93,14 @@ def _token_rows(base: nn.Module, spec: LoraSpec) -> dict[str, Sequence[int]]:
             a row does not exist.
     """
     field = "trainable_token_indices"
-    said = spec.trainable_token_indices
-    if said is None:
+    declared = spec.trainable_token_indices
+    if declared is None:
         return {}
     found: dict[str, Sequence[int]] = {}
-    if isinstance(said, list):
-        found[_input_embedding(base)] = said
+    if isinstance(declared, list):
+        found[_input_embedding(base)] = declared
     else:
-        for word, named in said.items():
+        for word, named in declared.items():
             names = list(_ending_with(base, word, field))
             if len(names) > 1:
                 raise BaseMismatch(

@@ -148,13 +148,13 @@ def _owner(claim: Path) -> dict[str, Any]:
     """Return the owner that a claim names; any process may have written it, so it is checked."""
     try:
         with open_plain(claim, follow=False) as file:
-            said = json.loads(os.read(file, _MOST_BYTES))
+            owner = json.loads(os.read(file, _MOST_BYTES))
     except (OSError, ValueError, RecursionError):
         return {}  # gone, or not written to its end yet
     kinds = {"token": str, "host": str, "machine": str, "pid": int, "started": str, "since": int}
-    if not isinstance(said, dict) or said.keys() != kinds.keys():
+    if not isinstance(owner, dict) or owner.keys() != kinds.keys():
         return {}
-    return said if all(isinstance(said[key], kind) for key, kind in kinds.items()) else {}
+    return owner if all(isinstance(owner[key], kind) for key, kind in kinds.items()) else {}
 
 
 def _left_over(claim: Path, now_s: float) -> bool:

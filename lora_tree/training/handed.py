@@ -38,7 +38,7 @@ class Handed:
         self._handle: RemovableHandle | None = None
 
     @property
-    def looks(self) -> bool:
+    def is_watching(self) -> bool:
         """True if it will look at the next forward."""
         return self._handle is not None
 

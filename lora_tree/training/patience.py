@@ -154,14 +154,14 @@ class NodePatience:
     # ------------------------------------------------------------------ in a checkpoint
     def plain(self) -> dict[str, Any]:
         """Return the courses as plain data, for a checkpoint's JSON, which has no NaN."""
-        told: dict[str, Any] = {}
-        for node, one in self.courses.items():
-            told[node] = dict(vars(one))
+        courses: dict[str, Any] = {}
+        for node, course in self.courses.items():
+            courses[node] = dict(vars(course))
             for word in ("before", "now"):
-                loss = told[node][word]
+                loss = courses[node][word]
                 if loss is not None and not math.isfinite(loss):
-                    told[node][word] = None
-        return told
+                    courses[node][word] = None
+        return courses
 
     def best_factors(self) -> dict[str, Tensor]:
         """Return the factors that nodes may come back to, by name, on the CPU."""
@@ -169,9 +169,9 @@ class NodePatience:
 
     def take(self, plain: Mapping[str, Any], best: Mapping[str, Tensor]) -> None:
         """Restore the state that `plain` and `best_factors` returned."""
-        for node, told in plain.items():
+        for node, course in plain.items():
             if node in self.courses:
-                self.courses[node] = _Course(**told)
+                self.courses[node] = _Course(**course)
         devices = {name: p.device for name, p in self.factors.named_parameters()}
         self._best = {name: t.to(devices[name]) for name, t in best.items() if name in devices}
 

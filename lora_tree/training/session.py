@@ -250,8 +250,8 @@ class Training:
             flags=[*_flags_of(self._base), *_flags_of(self._factors)],
             dropout=self._manner.dropout,
             base_flags=self._flags,
-            looks=self._handed.looks,
-            keeps=self._packing.forbidden,
+            is_watching=self._handed.is_watching,
+            packing_forbidden=self._packing.forbidden,
         )
         try:
             yield
@@ -269,8 +269,8 @@ class Training:
         for parameter, flag in before.flags:
             parameter.requires_grad_(flag)
         self._manner.dropout, self._flags = before.dropout, before.base_flags
-        self._handed.look(before.looks)
-        self._packing.forbid(before.keeps)
+        self._handed.look(before.is_watching)
+        self._packing.forbid(before.packing_forbidden)
         self._sharded_together(self._factors.sharded)
         # Laying out one path model may have failed after others had got the new factors.
         for path_model in list(self._beside):
@@ -300,8 +300,8 @@ class _TrainingSnapshot:
     flags: list[tuple[nn.Parameter, bool]]
     dropout: float
     base_flags: list[tuple[nn.Parameter, bool]] | None
-    looks: bool
-    keeps: bool
+    is_watching: bool
+    packing_forbidden: bool
 
 
 def _flags_of(module: nn.Module) -> list[tuple[nn.Parameter, bool]]:

@@ -29,7 +29,7 @@ from .segments import Segments
 from .tiles import added, begins_early, options_for, shared_bytes, wait_for_last
 from .tiling import Tiling, entries_at_once
 
-__all__ = ["bound_expand", "expand", "expanded_plainly", "factor_of", "outputs_of", "store_sum"]
+__all__ = ["bound_expand", "expand", "factor_of", "outputs_of", "reference_expand", "store_sum"]
 
 WARPS, STAGES = 4, 1
 
@@ -337,7 +337,7 @@ def loop_for(device: torch.device) -> int:
     return 3 if device.type == "cuda" and shared_bytes(device) >= LARGE else 2
 
 
-def expanded_plainly(
+def reference_expand(
     low: Tensor,
     base: Tensor | None,
     segments: Segments,
@@ -349,7 +349,7 @@ def expanded_plainly(
     """Return what `expand` writes, computed with stock operations.
 
     Args:
-        low: as `shrunk_plainly` returns it.
+        low: as `reference_shrink` returns it.
         base, segments, side, tiling: as `expand` takes them.
         factors: (A, B, scale) of every node of the table.
         dtype: of the result.

@@ -84,9 +84,9 @@ class LogMemory:
             (bits, (tiles, room)),
         )
         sizes = [math.prod(shape) * dtype.itemsize for dtype, shape in (*zeros, *others)]
-        takes = [Slab.takes(size) for size in sizes]
-        memory = torch.empty(sum(takes), dtype=torch.uint8, device=weight.device)
-        memory[: sum(takes[: len(zeros)])].zero_()
+        padded_sizes = [Slab.padded_bytes(size) for size in sizes]
+        memory = torch.empty(sum(padded_sizes), dtype=torch.uint8, device=weight.device)
+        memory[: sum(padded_sizes[: len(zeros)])].zero_()
         slab = Slab(memory)
         states, ends, depths, codes, columns, exact = (
             slab.cut(dtype, shape) for dtype, shape in (*zeros, *others)

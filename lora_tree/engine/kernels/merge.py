@@ -47,8 +47,8 @@ __all__ = [
     "is_aligned",
     "is_right_on",
     "lay_out_parts",
-    "merged_plainly",
     "part_of_program",
+    "reference_merge",
 ]
 
 COLUMNS, RANKS = 128, 16
@@ -177,10 +177,10 @@ def lay_out_parts(parts: Sequence[MergePart], *, interpreted: bool = False) -> M
         parts: `can_merge` is true for each; their pristine values are on their weights' devices.
         interpreted: it runs in Triton's interpreter, which multiplies no bf16.
     """
-    alike: dict[tuple[Any, ...], list[MergePart]] = {}
+    by_kind: dict[tuple[Any, ...], list[MergePart]] = {}
     for part in parts:
-        alike.setdefault(_kind(part), []).append(part)
-    return MergeLaunch(tuple(_call(kind, group, interpreted) for kind, group in alike.items()))
+        by_kind.setdefault(_kind(part), []).append(part)
+    return MergeLaunch(tuple(_call(kind, group, interpreted) for kind, group in by_kind.items()))
 
 
 def _call(
@@ -219,7 +219,7 @@ def _call(
     return call
 
 
-def merged_plainly(part: MergePart) -> Tensor:
+def reference_merge(part: MergePart) -> Tensor:
     """Return what a launch writes, computed with stock operations: (batch, rows, cols).
 
     The sum is in fp32 and rounded once.

@@ -24,7 +24,7 @@ from .segments import Segments
 from .tiles import larger, products
 from .tiling import Tiling, width_of
 
-__all__ = ["outer", "outer_plainly"]
+__all__ = ["outer", "reference_outer"]
 
 WARPS, STAGES = 4, 2
 
@@ -144,7 +144,7 @@ def outer(
     return grads
 
 
-def outer_plainly(
+def reference_outer(
     low: Tensor,
     x: Tensor,
     segments: Segments,
@@ -155,7 +155,7 @@ def outer_plainly(
     """Return each node's gradient, computed with stock operations.
 
     Args:
-        low: as `shrunk_plainly` returns it for the other side.
+        low: as `reference_shrink` returns it for the other side.
         x, segments, side, tiling: as `outer` takes them.
         factors: (A, B, scale) of every node of the table.
     """

@@ -40,9 +40,9 @@ from .tiling import Tiling, entries_at_once
 __all__ = [
     "bound_shrink",
     "of_few_inputs",
+    "reference_shrink",
     "shares_of",
     "shrink",
-    "shrunk_plainly",
     "warps_of",
     "width_at_once",
 ]
@@ -340,7 +340,7 @@ def width_at_once(tile: int, lanes: int, dtype: torch.dtype) -> int:
     return step
 
 
-def shrunk_plainly(
+def reference_shrink(
     x: Tensor,
     segments: Segments,
     factors: Sequence[tuple[Tensor, Tensor, float]],

@@ -115,16 +115,16 @@ def lay_out_logs(parts: Sequence[LogPart], *, interpreted: bool = False) -> Laid
         parts: in each, old and new terms have the same layout.
         interpreted: it runs in Triton's interpreter, which multiplies no bf16.
     """
-    alike: dict[_Kind, list[int]] = {}
+    by_kind: dict[_Kind, list[int]] = {}
     for i, part in enumerate(parts):
-        alike.setdefault(_Kind.of(part), []).append(i)
+        by_kind.setdefault(_Kind.of(part), []).append(i)
     # All memory is allocated before the first launch, so that running out of it changes nothing.
     calls = []
     order: list[int] = []
-    for kind, group in alike.items():
+    for kind, group in by_kind.items():
         calls.append(_call(kind, [parts[i] for i in group], len(order), interpreted))
         order += group
-    return LaidLogs(calls, order, [kind.device for kind in alike])
+    return LaidLogs(calls, order, [kind.device for kind in by_kind])
 
 
 def rewrite(parts: Sequence[LogPart], *, interpreted: bool = False) -> list[bool]:

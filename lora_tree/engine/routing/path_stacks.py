@@ -67,8 +67,8 @@ class PathStacks:
             ranks.append(sum(mine))
         paths, most = len(ranks), max(ranks)
         out, into = values[0].shape[-2:]
-        down_bytes = Slab.takes(paths * most * into * dtype.itemsize)
-        up_bytes = Slab.takes(paths * most * out * dtype.itemsize)
+        down_bytes = Slab.padded_bytes(paths * most * into * dtype.itemsize)
+        up_bytes = Slab.padded_bytes(paths * most * out * dtype.itemsize)
         slab = Slab(lend(down_bytes + up_bytes, device))
         A = slab.cut(dtype, (paths, most, into))
         B = slab.cut(dtype, (paths, out, most))

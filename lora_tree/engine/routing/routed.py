@@ -69,9 +69,9 @@ class Route:
         self._trains = placed.trains
         self.manner, self.mark = manner, mark
         # Terms do not depend on the rows, so the first batch of a plan lists them for all.
-        asked = manner.dtype
-        key = "terms", placed.dtypes, asked
-        self._known = tables.once(key, partial(_known_terms, plan, asked))
+        requested_dtype = manner.dtype
+        key = "terms", placed.dtypes, requested_dtype
+        self._known = tables.once(key, partial(_known_terms, plan, requested_dtype))
         # The ledger counts the bytes until the token is collected. It is not the route itself,
         # because forms hold the token through `_charge` and may outlive the route. If they held the
         # route, it would never be collected.
@@ -108,10 +108,10 @@ class Route:
                     found.append(site)
                 continue
             nodes = self._known[name].nodes
-            alike = is_uniform.get(id(nodes))
-            if alike is None:
-                alike = is_uniform[id(nodes)] = self._batch(nodes).is_uniform
-            if not alike:
+            has_uniform_rows = is_uniform.get(id(nodes))
+            if has_uniform_rows is None:
+                has_uniform_rows = is_uniform[id(nodes)] = self._batch(nodes).is_uniform
+            if not has_uniform_rows:
                 found.append(site)
         return found
 
@@ -311,19 +311,19 @@ class _KnownTerms:
     dtype: torch.dtype
 
     @staticmethod
-    def of(site: Site, terms: Sequence[Term], asked: torch.dtype | None) -> _KnownTerms:
-        """Return some terms of a site; ``asked`` as for `side_dtype`."""
+    def of(site: Site, terms: Sequence[Term], requested_dtype: torch.dtype | None) -> _KnownTerms:
+        """Return some terms of a site; ``requested_dtype`` as for `side_dtype`."""
         values = [term.value for term in terms]
         nodes = tuple([term.node for term in terms])
-        return _KnownTerms(nodes, values, side_dtype(site.weight, values, asked))
+        return _KnownTerms(nodes, values, side_dtype(site.weight, values, requested_dtype))
 
 
-def _known_terms(plan: Plan, asked: torch.dtype | None) -> dict[str, _KnownTerms]:
+def _known_terms(plan: Plan, requested_dtype: torch.dtype | None) -> dict[str, _KnownTerms]:
     """Return site → all its terms."""
     found: dict[str, _KnownTerms] = {}
     nodes: dict[tuple[str, ...], tuple[str, ...]] = {}
     for name, terms in plan.terms.items():
-        known = _KnownTerms.of(plan.sites[name], terms, asked)
+        known = _KnownTerms.of(plan.sites[name], terms, requested_dtype)
         found[name] = replace(known, nodes=nodes.setdefault(known.nodes, known.nodes))
     return found
 

@@ -52,9 +52,9 @@ class RowGrounds:
         self.without: list[frozenset[str]] = []
         """Kind of the batch → the nodes whose increments its rows lose here."""
         for kind, lineages in enumerate(batch.lineages):
-            stands = self._standing(kind, lineages, held)
-            number.append(float(stacks.setdefault(stands, len(stacks))))
-            self.without.append(self._dropped(stands, terms))
+            effective = self._standing(kind, lineages, held)
+            number.append(float(stacks.setdefault(effective, len(stacks))))
+            self.without.append(self._dropped(effective, terms))
         self._stacks = list(stacks)
         of_kind = [(each,) for each in number]
         self._rows = Batch(("ground",), tuple(of_kind), batch.of_row)
@@ -112,16 +112,16 @@ class RowGrounds:
         for node, mine in held.items():
             values[node] = {attribute: term.value for attribute, term in mine.items()}
         try:
-            stands = standing(lineages, values)
+            effective = standing(lineages, values)
         except LoraTreeError as error:
             row = self._batch.of_row.index(kind)
             raise error.within(f"row {row}: {self._site.name}") from error
         found: list[OverrideTerm] = []
-        for attribute in sorted(stands):
-            found += [held[node][attribute] for node, _ in stands[attribute]]
+        for attribute in sorted(effective):
+            found += [held[node][attribute] for node, _ in effective[attribute]]
         return tuple(found)
 
-    def _dropped(self, stands: OverrideTerms, terms: Terms) -> frozenset[str]:
+    def _dropped(self, effective: OverrideTerms, terms: Terms) -> frozenset[str]:
         """Return the nodes whose increments these overrides drop.
 
         Raises:
@@ -129,7 +129,7 @@ class RowGrounds:
         """
         dropped = set()
         for term in terms:
-            for override in stands:
+            for override in effective:
                 if not override.node.startswith(f"{tree_node(term.node)}/"):
                     continue
                 is_bias = override.attribute == self._site.bias_name

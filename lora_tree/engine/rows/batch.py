@@ -377,5 +377,5 @@ def _distinct(
     for kind in of_row:
         key = owed[kind], lineages[kind] if lineages else ()
         mine.append(kinds.setdefault(key, len(kinds)))
-    told = tuple([paths for _, paths in kinds]) if lineages else ()
-    return Batch(nodes, tuple([each for each, _ in kinds]), tuple(mine), lineages=told)
+    distinct_lineages = tuple([paths for _, paths in kinds]) if lineages else ()
+    return Batch(nodes, tuple([each for each, _ in kinds]), tuple(mine), lineages=distinct_lineages)

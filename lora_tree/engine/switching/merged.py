@@ -317,7 +317,7 @@ class MergedWeights:
                 continue
             begun.append(write)
             if ground:
-                _lay_ground(ground, target, source)
+                _write_overrides(ground, target, source)
             elif source.device != target.device:
                 target.copy_(source, non_blocking=True)  # the launch reads it there
                 is_whole = False
@@ -355,7 +355,7 @@ class MergedWeights:
             return
         ground = _ground(write, name)
         if ground:
-            _lay_ground(ground, target, source)
+            _write_overrides(ground, target, source)
             source = target
         if name not in (write.site.weight_name, write.site.bias_name):
             # A tensor that takes no increment is its override, or the base's own.
@@ -420,7 +420,7 @@ def _ground(write: SiteWrite, name: str) -> OverrideTerms:
     return tuple([override for override in write.instead if override.attribute == name])
 
 
-def _lay_ground(ground: OverrideTerms, target: Tensor, source: Tensor) -> None:
+def _write_overrides(ground: OverrideTerms, target: Tensor, source: Tensor) -> None:
     """Write the overrides of a tensor into it; terms are added to that.
 
     They are rounded to its dtype, as the base's own numbers were when it was loaded.

@@ -24,9 +24,9 @@ from ..kernels import logs
 from .copy_place import (
     Copies,
     CopyPlace,
-    copies_beside,
+    can_copy_on_device,
+    copies_on_device,
     copy_on_host,
-    goes_beside,
     is_apart,
 )
 from .switches import Switch, Writes
@@ -218,12 +218,12 @@ class Pristine:
                     self._copied(kept)
         if not missing:
             return
-        on_device = goes_beside(self._place, [weight.parameter for weight in missing])
+        on_device = can_copy_on_device(self._place, [weight.parameter for weight in missing])
         if not on_device:
             missing = self._without_logged(missing, can_be_logged)
         parameters = [weight.parameter for weight in missing]
         # All copies are made before the first is kept, so that an error leaves none behind.
-        copies = copies_beside(parameters) if on_device else None
+        copies = copies_on_device(parameters) if on_device else None
         if copies is None:
             if on_device:
                 missing = self._without_logged(missing, can_be_logged)
@@ -243,8 +243,8 @@ class Pristine:
         others = []
         for weight in missing:
             site, has_kernel = can_be_logged.get(weight), logs(weight.parameter.device)
-            asked = self._place == "log" or (self._place == "auto" and has_kernel)
-            if site is None or not asked:
+            wants_log = self._place == "log" or (self._place == "auto" and has_kernel)
+            if site is None or not wants_log:
                 others.append(weight)
                 continue
             make = TileLog if has_kernel else UndoLog
