@@ -121,7 +121,9 @@ class Adapter:
                 kind = type(override).__name__
                 raise SpecError(f"{name}: overrides: expected an Override, got {kind}")
         for name, order in self.nesting.items():
-            if not isinstance(order, tuple) or not all(isinstance(each, str) for each in order):
+            if not isinstance(order, tuple) or not all(
+                isinstance(parameter, str) for parameter in order
+            ):
                 raise SpecError(f"{name}: nesting: expected a tuple of names, got {order!r:.80}")
         for name, error in self.errors.items():
             if not isinstance(unchecked(error), Real):

@@ -153,8 +153,8 @@ class AssemblyNames:
             # An adapter of one component alone has no prefix. It belongs to the component that has
             # such a module.
             found = []
-            for each in self._base._modules:
-                found += self._spelled(each, name)
+            for component_name in self._base._modules:
+                found += self._spelled(component_name, name)
         if len(found) > 1:
             raise BaseMismatch(
                 f"{name}: ambiguous in this base: it could be {listing(found)}",

@@ -84,7 +84,7 @@ class Budgets:
         """
         # Each budget by itself: a program may name one in code and leave the other to the
         # environment.
-        found = []
+        budgets = []
         for (name, variable), requested, in_yaml in zip(
             VARIABLES.items(), (host, device), spec, strict=True
         ):
@@ -94,8 +94,8 @@ class Budgets:
                 text, where = environment[variable], variable
             if text is None:
                 text, where = in_yaml, f"tree.yaml: cache.{name}_budget"
-            found.append(None if text is None else _named(text, where))
-        return Budgets(*found)
+            budgets.append(None if text is None else _named(text, where))
+        return Budgets(*budgets)
 
     @property
     def bounded(self) -> bool:

@@ -163,7 +163,7 @@ class TreeModel(AnswersForBase):
         link = link_to(inner)
         # The claim comes before the fresh nodes: if another model holds this base, the tree is
         # still as the caller left it.
-        mine = claim(inner, self)
+        own_claim = claim(inner, self)
         try:
             settle_fresh(tree, inner, tree.paths())
         except BaseException:
@@ -196,7 +196,7 @@ class TreeModel(AnswersForBase):
         self._stage = Stage(
             inner,
             tree,
-            mine,
+            own_claim,
             merged=self._merged,
             beside=Unmerged(inner, self._manner, ledger=self.cache),
             planner=self._planner,

@@ -191,13 +191,13 @@ def standing(
     >>> [node for node, _ in standing([["fr", "fr/legal"]], held)["score.weight"]]
     ['fr/legal']
     """
-    found: Standing | None = None
+    common: Standing | None = None
     for lineage in lineages:
-        mine = _on_lineage(lineage, held)
-        if found is None:
-            found = mine
-        for tensor in sorted({*found, *mine}):
-            one, other = found.get(tensor, ()), mine.get(tensor, ())
+        on_path = _on_lineage(lineage, held)
+        if common is None:
+            common = on_path
+        for tensor in sorted({*common, *on_path}):
+            one, other = common.get(tensor, ()), on_path.get(tensor, ())
             # Comparing nodes is enough: a node has one override of a tensor.
             if [node for node, _ in one] != [node for node, _ in other]:
                 raise SpecError(
@@ -205,7 +205,7 @@ def standing(
                     "another, and replacements can't be blended",
                     "activate or export one path at a time; or route each row by its own path",
                 )
-    return found or {}
+    return common or {}
 
 
 def _on_lineage(

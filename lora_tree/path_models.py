@@ -148,7 +148,7 @@ def _refuse_merged(stage: Stage) -> None:
     """
     if stage.current.weights.terms:
         raise StateError(
-            f"{stage.current.request.selection!r} is merged into the base's weights, and a path model "
-            "adds to the base's own",
+            f"{stage.current.request.selection!r} is merged into the base's weights, and a path "
+            "model adds to the base's own",
             'model.deactivate(), or model.activate(path, mode="unmerged")',
         )

@@ -46,7 +46,7 @@ def describe_invalid(
     Returns:
         (the way to the value or key, the message), in pydantic's order.
     """
-    found: dict[tuple[Loc, str], list[str]] = {}
+    texts_at: dict[tuple[Loc, str], list[str]] = {}
     hints = 0
     details = [
         (detail, *_inside(detail["loc"], data))
@@ -62,10 +62,10 @@ def describe_invalid(
                 hint = _outdented(loc, top) or _nearest(str(loc[-1]), loc, top)
         head, text = _message_parts(detail, loc, value, hint)
         # The members of a union share a place and a head.
-        texts = found.setdefault((loc, head), [])
+        texts = texts_at.setdefault((loc, head), [])
         if text not in texts:
             texts.append(text)
-    return [(loc, head + " or ".join(texts)) for (loc, head), texts in found.items()]
+    return [(loc, head + " or ".join(texts)) for (loc, head), texts in texts_at.items()]
 
 
 def _is_other_member(

@@ -478,15 +478,15 @@ class AdapterTree:
             BaseMismatch: an adapter can't be put into the base's names; names the node and the
                 module.
         """
-        found = []
+        path_terms = []
         for path, coefficient in self.coefficients(blend).items():
             adapter = self.adapter(path)
             if adapter is None:
                 continue  # a group, or a fresh node that no base has made an adapter for
-            found.append((path, coefficient, adapter))
+            path_terms.append((path, coefficient, adapter))
         terms = []
         # Patterns are meant for the adapter's own names, so weights come before renaming.
-        for path, number, adapter in weighed_terms(found):
+        for path, number, adapter in weighed_terms(path_terms):
             own = adapter if base is None else _named(path, adapter, base)
             terms.append((path, number, own if bound is None else bound(path, own)))
         if not any(adapter.overrides for _, _, adapter in terms):

@@ -118,8 +118,8 @@ def claim(base: nn.Module, model: nn.Module) -> Claim:
             "or prepared, and left that in the base",
             "load the base again; next time keep the model that attach returns, and detach() it",
         )
-    _ATTACHED[base] = mine = Claim(model)
-    return mine
+    _ATTACHED[base] = own_claim = Claim(model)
+    return own_claim
 
 
 def let_go(base: nn.Module) -> None:

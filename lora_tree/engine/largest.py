@@ -56,7 +56,7 @@ def largest_in_plan(plan: Plan, adapters: Iterable[Adapter]) -> float:
             adapter has separately.
         adapters: the adapters of the plan that are looked at.
     """
-    found = [_largest_in(adapter) for adapter in adapters]
+    largest = [_largest_in(adapter) for adapter in adapters]
     own: set[int] = set()
     for adapter in plan.adapters:
         own.update(map(id, adapter.modules.values()))
@@ -68,10 +68,10 @@ def largest_in_plan(plan: Plan, adapters: Iterable[Adapter]) -> float:
             if id(term.value) not in own and not term.trains:
                 made += term.value.tensors
     if made:
-        found += _largest(spans(made))
-    if any(map(math.isnan, found)):
+        largest += _largest(spans(made))
+    if any(map(math.isnan, largest)):
         return math.nan
-    return max(found, default=0.0)
+    return max(largest, default=0.0)
 
 
 def _largest_in(adapter: Adapter) -> float:

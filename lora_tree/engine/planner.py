@@ -128,7 +128,7 @@ class Planner:
         )
         # Site by site in the order in which the lineage first names them; within a site in the
         # order of the sum, which decides the bits.
-        found: dict[str, list[Term]] = {}
+        terms_at: dict[str, list[Term]] = {}
         bound: list[tuple[str, float, Adapter]] = []
         for node, weight, adapter in terms:
             coefficient, weighed = self.binder.weighed(node, weight, adapter)
@@ -137,9 +137,9 @@ class Planner:
         fixed = not any(adapter.is_trainable for _, _, adapter in bound)
         for node, coefficient, adapter in overrides.resolved:
             for name, value in adapter.modules.items():
-                found.setdefault(name, []).append(Term.of(node, coefficient, value))
+                terms_at.setdefault(name, []).append(Term.of(node, coefficient, value))
         for name in overrides.terms:
-            found.setdefault(name, [])
+            terms_at.setdefault(name, [])
         # After binding, because that finds replaced modules. If one was, the earlier marks belong
         # to other behaviours.
         if self.binder.replaced != self._replaced:
@@ -150,8 +150,8 @@ class Planner:
         else:
             mark = Marks.new()
         return Plan(
-            terms={name: tuple(at_site) for name, at_site in found.items()},
-            sites={name: self.binder.bound_site(name) for name in found},
+            terms={name: tuple(at_site) for name, at_site in terms_at.items()},
+            sites={name: self.binder.bound_site(name) for name in terms_at},
             mark=mark,
             adapters=tuple([adapter for _, _, adapter in terms]),
             fixed=fixed,

@@ -141,8 +141,8 @@ class Prepared:
             else:
                 self._fixed[site.name] = _Fixed(site, values, max_rank, dtypes[site.name])
         self._segments: list[PreparedSegments] = []
-        for device, here in by_device.items():
-            made = PreparedSegments(here, dtypes, nodes=nodes, depth=depth, device=device)
+        for device, on_device in by_device.items():
+            made = PreparedSegments(on_device, dtypes, nodes=nodes, depth=depth, device=device)
             self._segments.append(made)
         self._sites = {site.name: site for site in sites}
         self._handles: list[RemovableHandle] = []
@@ -156,7 +156,9 @@ class Prepared:
             for fixed in self._fixed.values():
                 hooks.append((fixed.site, fixed.hook()))
             for segments in self._segments:
-                hooks += [(each.site, each.hook()) for each in segments.sites.values()]
+                hooks += [
+                    (segmented.site, segmented.hook()) for segmented in segments.sites.values()
+                ]
             for site, hook in hooks:
                 self._handles.append(
                     site.module.register_forward_hook(Hook(hook), with_kwargs=True)
@@ -187,7 +189,7 @@ class Prepared:
         made = {}
         for name, fixed in self._fixed.items():
             made[name] = fixed.numbers(plan.terms.get(name, ()))
-        segments = [each.numbers(plan, None) for each in self._segments]
+        segments = [group.numbers(plan, None) for group in self._segments]
         return Numbers(self, PATH, made, segments)
 
     def lay_out_rows(self, placed: PlacedPlan, rows: RoutedRows) -> Numbers:
@@ -214,8 +216,8 @@ class Prepared:
             made[name] = fixed.numbers(terms, batch, batch_first=axis.batch_first)
         spread = rows.batch.spread(axis.repeat, axis.tile) if self._segments else rows.batch
         segments = []
-        for each in self._segments:
-            segments.append(each.numbers(plan, spread, batch_first=axis.batch_first))
+        for group in self._segments:
+            segments.append(group.numbers(plan, spread, batch_first=axis.batch_first))
         return Numbers(self, ROWS, made, segments)
 
     def write(self, numbers: Numbers) -> None:
@@ -355,8 +357,8 @@ class _Fixed:
                 return _SiteNumbers(value)
             owed = rows.coefficients(range(len(rows)))  # (rows, nodes)
             column: list[int] = []
-            for i, each in enumerate(values):
-                column += [i] * each.rank
+            for i, increment in enumerate(values):
+                column += [i] * increment.rank
             # A node's coefficient is repeated for each of the node's ranks, and that row of
             # coefficients for each group.
             wide = torch.nn.functional.pad(owed[:, column], (0, self.max_rank - rank))
@@ -430,8 +432,8 @@ class _Fixed:
                 after = after + site.along_channels(bias.to(after.dtype), after.ndim)
             if self.mode == ROWS:
                 # A bare row keeps its bits: −0 + 0 would be +0.
-                each = adapted.view(-1, *[1] * (after.ndim - 1))
-                after = torch.where(each, after, before)
+                is_adapted = adapted.view(-1, *[1] * (after.ndim - 1))
+                after = torch.where(is_adapted, after, before)
             return after.to(out.dtype)
 
         return side_path

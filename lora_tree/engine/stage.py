@@ -147,7 +147,7 @@ class Stage:
         owed: Sequence[tuple[str, str, Weight]],
         lineages: Callable[[], list[list[str]]] | None,
         prepared: list[PlacedPlan],
-        found: Mapping[str, Adapter],
+        adapters: Mapping[str, Adapter],
         are_all: bool,
     ) -> None:
         """Prepare a request while one of its files is hashed; see `Ahead`.
@@ -155,14 +155,14 @@ class Stage:
         Args:
             request, owed, lineages: as in `compose`.
             prepared: gets the plan, if all adapters are there, because nothing else may keep it.
-            found: node → adapter.
+            adapters: node → adapter.
             are_all: none is missing.
         """
         try:
             terms: list[tuple[str, Weight, Adapter]] = []
             for name, node, weight in owed:
-                if node in found:
-                    terms.append((name, weight, self._factors.shown(node, found[node])))
+                if node in adapters:
+                    terms.append((name, weight, self._factors.shown(node, adapters[node])))
             if not are_all:
                 # Binding is most of the work, and an adapter is bound only once.
                 for name, _, adapter in terms:

@@ -73,13 +73,13 @@ def archive(folder: Path, leaving: Iterable[Archived]) -> None:
     home = folder / HISTORY
     _refuse_link(home)
     made = False
-    for one in leaving:
+    for archived_content in leaving:
         made |= disk.make_inside(home)
-        place = home / one.content
+        place = home / archived_content.content
         disk.make_inside(place)
         for name in FILES:
             if not disk.exists(place / name):
-                _keep(one.files[name], place / name)
+                _keep(archived_content.files[name], place / name)
         disk.sync(place)
     # The contents' names are durable once the archive is synced, its own name once the tree's
     # folder is.

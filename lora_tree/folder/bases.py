@@ -106,16 +106,16 @@ def fingerprint(base: str | os.PathLike[str]) -> str | None:
     files = sorted(_files(folder))
     if not any(file.name.endswith((".json", *_WEIGHTS)) for file in files):
         return None
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for file in files:
         with disk.named("read the base", file):
             size = file.stat().st_size
         label = f"{file.relative_to(folder).as_posix()} {size}\n".encode()
         if file.name.endswith(_WEIGHTS):
-            found.update(label + _sampled(file, size))
+            digest.update(label + _sampled(file, size))
         elif file.name == "config.json" or file.name.endswith(".index.json"):
-            found.update(label + disk.read_file(file, most=LOCK_BYTES))
-    return found.hexdigest()
+            digest.update(label + disk.read_file(file, most=LOCK_BYTES))
+    return digest.hexdigest()
 
 
 def _files(folder: Path) -> list[Path]:

@@ -94,11 +94,11 @@ def places_among(names: Iterable[str], spec: TreeSpec | None) -> list[str]:
     ['a/adapter_config.json']
     """
     listed = set(_homes(spec).values())
-    found = []
+    places = []
     for name in sorted(names):
         above, _, last = name.rpartition("/")
         if name in (PLACE.yaml, PLACE.lock):
-            found.append(name)
+            places.append(name)
             continue
         # The steps of a training run are no nodes unless tree.yaml lists them.
         is_step = step_of(above) is not None and above not in listed
@@ -106,8 +106,8 @@ def places_among(names: Iterable[str], spec: TreeSpec | None) -> list[str]:
         is_single = is_named and name.endswith(SINGLE)
         is_half = last in FILES and bool(above) and not is_step
         if (is_half or is_single) and not is_hidden(above):
-            found.append(name)
-    return found
+            places.append(name)
+    return places
 
 
 def missing_among(names: Collection[str], spec: TreeSpec | None, lock: TreeLock) -> list[str]:

@@ -211,7 +211,7 @@ def _not_added(opened: Opened) -> list[str]:
     for entry in opened.entries.values():
         if entry.files is not None:
             used.update(os.path.realpath(at) for at, _ in entry.files.now.values())
-    found: list[str] = []
+    unused: list[str] = []
     for path in sorted(opened.scan.single)[:_MOST_HEADERS]:
         at = Path(folder, path)
         if os.path.realpath(at) in used or any(path.startswith(f"{p}/") for p in opened.passed):
@@ -220,13 +220,13 @@ def _not_added(opened: Opened) -> list[str]:
             recognise(at)
         except LoraTreeError:
             continue  # a model's weights, or anything else that is no adapter
-        found.append(path)
-    if not found:
+        unused.append(path)
+    if not unused:
         return []
     tree = opened.place.spelled
-    first = os.path.join(tree, found[0])
+    first = os.path.join(tree, unused[0])
     return [
-        f"passed over {listing(found)}: only PEFT folders are nodes by themselves; to add one: "
+        f"passed over {listing(unused)}: only PEFT folders are nodes by themselves; to add one: "
         f"lora-tree add {shlex.quote(tree)} NAME {shlex.quote(first)}"
     ]
 

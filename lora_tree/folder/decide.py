@@ -246,14 +246,14 @@ def _from_files(draft: _Decisions, node: Node, source: FolderSource) -> KeptAdap
     if os.path.realpath(source.folder) == os.path.realpath(home):
         return _in_place(draft, node.path, source, files)
     if source.root is None and not draft.copy and not _is_other_nodes(draft, source.folder):
-        found = _examined(source, files, is_new=_is_new(draft, node.path, source))
+        examined = _examined(source, files, is_new=_is_new(draft, node.path, source))
         return KeptAdapter(
             files.folder,
-            found.content,
-            found.pieces,
+            examined.content,
+            examined.pieces,
             files.stamps,
             source.trained,
-            found.untrained,
+            examined.untrained,
             named=True,
             hub=source.hub,
         )
@@ -262,8 +262,8 @@ def _from_files(draft: _Decisions, node: Node, source: FolderSource) -> KeptAdap
     # content would be refused after it was written.
     weights, of_pieces = weights_digest(files.now[WEIGHTS][0])
     hashes = {CONFIG: disk.digest(files.now[CONFIG][0]), WEIGHTS: weights}
-    whole = content(*hashes.values())
-    if source.content not in (None, whole):
+    whole_content = content(*hashes.values())
+    if source.content not in (None, whole_content):
         raise FolderError(
             f"{source.folder}: its files have changed since the tree was opened",
             "open the tree again",
@@ -275,7 +275,7 @@ def _from_files(draft: _Decisions, node: Node, source: FolderSource) -> KeptAdap
     if source.trained is None:
         untrained = examine(files, is_new=_is_new(draft, node.path, source)).untrained
     pieces = by_pieces(hashes, of_pieces)
-    return KeptAdapter(home, whole, pieces, None, source.trained, untrained, written=True)
+    return KeptAdapter(home, whole_content, pieces, None, source.trained, untrained, written=True)
 
 
 def _is_other_nodes(draft: _Decisions, folder: str) -> bool:

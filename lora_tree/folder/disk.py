@@ -219,7 +219,7 @@ def copy(
         mode: see `write`.
         inside: where ``source`` may lie when it is opened.
     """
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     with (
         named(f"copy {source} to it", path),
         open_plain(source, inside=inside) as origin,
@@ -228,9 +228,9 @@ def copy(
         # The copied bytes themselves are hashed. A second read of the source could see other bytes,
         # because another process may write it meanwhile.
         for block in _blocks(origin):
-            found.update(block)
+            digest.update(block)
             _write_all(file, block)
-        return _fill(file, b""), found.hexdigest()
+        return _fill(file, b""), digest.hexdigest()
 
 
 def link(path: str | Path, to: str | Path) -> bool:

@@ -74,21 +74,21 @@ class Ownership:
         Raises:
             FolderError: no save wrote what lies there, or this tree has not seen it.
         """
-        there = self.opened.scan.found.get(node.path)
-        if there is None:
+        present = self.opened.scan.found.get(node.path)
+        if present is None:
             return
-        if not self.is_ours(node.path, there) and not _is_home(node, there.folder):
+        if not self.is_ours(node.path, present) and not _is_home(node, present.folder):
             raise FolderError(
-                f"{there.folder}: an adapter that no save wrote lies where this node's files "
+                f"{present.folder}: an adapter that no save wrote lies where this node's files "
                 "belong",
                 "move it away, or save to another folder",
             )
         # Files of a save are not enough: another process may have made that save since this tree
         # was opened, and this one would undo it unseen.
-        if self.seen.is_unchanged(node.path, there):
+        if self.seen.is_unchanged(node.path, present):
             return
-        if there.flaw is not None or content != hashed(there):
-            raise self.undoing([there.folder], "written")
+        if present.flaw is not None or content != hashed(present):
+            raise self.undoing([present.folder], "written")
 
     def check_yaml(self, old: bytes) -> None:
         """Refuse to replace a tree.yaml that this tree has not seen as it is now.

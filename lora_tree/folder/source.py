@@ -120,12 +120,12 @@ class FolderSource:
                 after = _identity(files)
                 if before != after:
                     continue  # what was read may be half of one save and half of another
-                found = self.content
+                content = self.content
                 if hashing is not None:
                     if unhashed is not None and hashing.is_threaded:
                         unhashed(adapter)
                     if not by_pieces:
-                        found = hashing.content()
+                        content = hashing.content()
                     elif hashing.pieces() != self.pieces:
                         # The files are read again and hashed whole: by that hash they are known,
                         # and the error names it.
@@ -142,8 +142,8 @@ class FolderSource:
                 # On any way out, an interrupt too: a thread may be hashing what was read.
                 if hashing is not None:
                     hashing.close()
-            self._check_content(found)
-            self._note_hashed(found, after)
+            self._check_content(content)
+            self._note_hashed(content, after)
             return adapter
         raise self._restless()
 

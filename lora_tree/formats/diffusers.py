@@ -86,8 +86,8 @@ def read_diffusers(
         scale = None
         if config is not None and "alpha" not in parts:
             scale = config.scale(path)
-        found = ModuleTensors(module, f"{where}: {module}", parts)
-        modules[module] = as_lowrank(found, scale=scale)
+        module_tensors = ModuleTensors(module, f"{where}: {module}", parts)
+        modules[module] = as_lowrank(module_tensors, scale=scale)
     return Adapter(modules)
 
 

@@ -172,10 +172,10 @@ def _values(
     if not is_switch:
         layout = EMBEDDING if leaf in _EMBEDDINGS else LINEAR
         return {module: LowRank(A, B, scale, layout=layout)}
-    found = {}
+    values = {}
     for expert in range(len(A)):
-        found[_expert(holder, expert, leaf)] = LowRank(A[expert], B[expert], scale)
-    return found
+        values[_expert(holder, expert, leaf)] = LowRank(A[expert], B[expert], scale)
+    return values
 
 
 def _turned(tensor: Tensor) -> Tensor:

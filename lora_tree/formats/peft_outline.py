@@ -77,8 +77,8 @@ class Outline:
                     "nn.MultiheadAttention",
                     "train it without lora_bias, or set this bias to zero",
                 )
-        for name, (one, other) in self.repeated.items():
-            if not torch.equal(in_memory(one), in_memory(other)):
+        for name, (first, second) in self.repeated.items():
+            if not torch.equal(in_memory(first), in_memory(second)):
                 raise FormatError(
                     f"{where}: {name}: the file has it by two keys, with two values",
                     "save the adapter again with PEFT, which writes the same numbers to both",

@@ -100,10 +100,10 @@ def read_adapter(
             assert products is not None
             return read_products(products, tensors, weights_named)
         texts = PeftTexts(config, weights.head, weights.nbytes, config_named, weights_named)
-        found = outline_of(texts)
+        outlined = outline_of(texts)
         if outline:
-            return found.adapter
-        adapter = found.filled(weights.numbers(found.header, allocate), weights_named)
+            return outlined.adapter
+        adapter = outlined.filled(weights.numbers(outlined.header, allocate), weights_named)
     _warn_if_turned(adapter, config_named)
     return adapter
 
@@ -125,7 +125,11 @@ def _check_present(config_file: str | Path, weights_file: str | Path, where: str
             f"{WEIGHTS}",
             "convert it where you trust it: load it in PEFT and save_pretrained() it again",
         )
-    missing = [name for name, there in ((CONFIG, has_config), (WEIGHTS, has_weights)) if not there]
+    missing = [
+        name
+        for name, is_present in ((CONFIG, has_config), (WEIGHTS, has_weights))
+        if not is_present
+    ]
     if missing:
         raise FormatError(
             f"{where}: no {' and no '.join(missing)}", "a PEFT adapter is a folder with both files"

@@ -112,18 +112,18 @@ class SortedKeys:
             FormatError: PEFT writes no such tensor beside the factors; names the key.
         """
         depths = self.depths
-        found: dict[str, Tensor] = {}
+        carried: dict[str, Tensor] = {}
         for path, tensor in self.whole.items():
             name, depth = peft_keys.plain(path)
             shown = repr((PREFIX + path)[:200])
-            if name in found:
+            if name in carried:
                 raise FormatError(
                     f"{self.where}: unexpected key {shown}: a second value of {name}",
                     "save the adapter again with PEFT, which writes each tensor once",
                 )
             is_spelled_right = depth == 0 and path in (peft_keys.key_path(name, depths), name)
             if is_spelled_right and self._may_come_along(path, name, depths):
-                found[name] = tensor
+                carried[name] = tensor
                 continue
             kind = name.rpartition(".")[2]
             if kind == "weight":
@@ -141,7 +141,7 @@ class SortedKeys:
                 "expected factors (lora_A, lora_B), and of the base's own tensors only biases and "
                 "embeddings",
             )
-        return found
+        return carried
 
     def _may_come_along(self, path: str, name: str, depths: Mapping[str, int]) -> bool:
         """Return whether PEFT may write the base's own parameter ``name`` beside the factors."""
@@ -162,27 +162,27 @@ def sort_keys(header: Header, config: PeftConfig, where: str) -> SortedKeys:
         FormatError: PEFT writes no such key, or the file has neither factors nor overrides.
         UnsupportedAdapter: a key belongs to a kind of adapter that does not add up to W + B·A.
     """
-    found = SortedKeys(config, where)
+    sorted_keys = SortedKeys(config, where)
     # Sorted by name, so that the order in the file has no effect on the adapter or the error.
     for key in sorted(header.tensors):
         path, part = _split(key, where)
         tensor = header.tensors[key]
         if path.endswith(TOKENS_ALONE):
             module = path.removesuffix(TOKENS).removesuffix(TOKENS_ALONE)
-            _override(found, f"{module}.weight", key, config.saved.rows(module, tensor))
+            _override(sorted_keys, f"{module}.weight", key, config.saved.rows(module, tensor))
         elif part:
             module, depth = peft_keys.plain(path)
-            found.modules.setdefault(module, {}).setdefault(depth, {})[part] = tensor
-            found.paths.setdefault(module, set()).add(path)
+            sorted_keys.modules.setdefault(module, {}).setdefault(depth, {})[part] = tensor
+            sorted_keys.paths.setdefault(module, set()).add(path)
         elif not (config.velora and key.endswith(VELORA_BUFFER)):
-            _sort_whole(found, key, path, tensor)
-    config.saved.check_found(found.overrides, where)
-    if not found.modules and not found.overrides:
+            _sort_whole(sorted_keys, key, path, tensor)
+    config.saved.check_found(sorted_keys.overrides, where)
+    if not sorted_keys.modules and not sorted_keys.overrides:
         raise FormatError(
             f"{where}: no lora_A and lora_B of any module",
             "the file holds no LoRA factors",
         )
-    return found
+    return sorted_keys
 
 
 # ---------------------------------------------------------------------- private

@@ -203,13 +203,13 @@ def _nested(adapter: Adapter) -> dict[str, tuple[str, ...]]:
         FormatError: a module has several, and the adapter does not record their order; or the
             module has its own factors as well.
     """
-    found: dict[str, list[str]] = {}
+    parameters_of: dict[str, list[str]] = {}
     for name, value in adapter.modules.items():
         if value.layout.kind == "parameter":
             module, _, parameter = name.rpartition(".")
-            found.setdefault(module, []).append(parameter)
+            parameters_of.setdefault(module, []).append(parameter)
     nested: dict[str, tuple[str, ...]] = {}
-    for module, parameters in found.items():
+    for module, parameters in parameters_of.items():
         declared = adapter.nesting.get(module, ())
         order = tuple(parameter for parameter in declared if parameter in parameters)
         is_whole = set(order) == set(parameters)

@@ -148,10 +148,10 @@ class NameRules:
             raise SpecError(
                 f"a blend of {name.count('+') + 1} paths; at most {MOST_PATHS} are served"
             )
-        one = spelled(name)
-        if not one:
+        spelling = spelled(name)
+        if not spelling:
             raise PathError("nothing to serve", "the bare base is served under its own name")
-        return RequestedName(one, tuple(parse_blend(one)))
+        return RequestedName(spelling, tuple(parse_blend(spelling)))
 
     def one_spelling(self, name: str) -> str:
         """Return the one spelling of a name; the unchanged name if it is no admitted blend."""

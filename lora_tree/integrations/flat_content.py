@@ -81,8 +81,8 @@ class Contents:
                 none of them has an adapter.
         """
         on_the_way = _on_the_way(path)
-        mine = [problem for problem in problems if problem.node in on_the_way]
-        broken = [str(problem) for problem in mine if problem.kind not in HARMLESS]
+        own_problems = [problem for problem in problems if problem.node in on_the_way]
+        broken = [str(problem) for problem in own_problems if problem.kind not in HARMLESS]
         if broken:
             raise FolderError(listing(broken, most=3))
         parts, nodes = [], {}
@@ -97,7 +97,7 @@ class Contents:
                 "request the base itself",
             )
         digest_input = json.dumps([VERSION, parts, self._form.max_rank, self._form.max_error])
-        stale = tuple(problem.text for problem in mine if problem.kind == "stale")
+        stale = tuple(problem.text for problem in own_problems if problem.kind == "stale")
         return FlatContent(hashlib.sha256(digest_input.encode()).hexdigest()[:32], stale, nodes)
 
     def is_still(self, content: str, tree: AdapterTree, problems: list[Problem], path: str) -> bool:

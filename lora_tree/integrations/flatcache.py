@@ -300,25 +300,25 @@ class FlatCache:
                 "give the cache more bytes: vllm-args --cache-gb",
             )
         sizes = self._disk.sizes()
-        elsewhere, here = self._disk.in_use_elsewhere(), self.in_use
+        elsewhere, in_use_here = self._disk.in_use_elsewhere(), self.in_use
 
         def is_full() -> bool:
             return sum(sizes.values()) + nbytes > self.budget_bytes
 
         def has_its_share() -> bool:
-            in_use = elsewhere | here
+            in_use = elsewhere | in_use_here
             blends = sum(size for content, size in sizes.items() if in_use.get(content))
             return for_blend and blends + nbytes > most
 
         for content in sorted(sizes, key=self._unused_s, reverse=True):
             if not is_full() and not has_its_share():
                 return
-            if content in elsewhere or (for_blend and here.get(content) is False):
+            if content in elsewhere or (for_blend and in_use_here.get(content) is False):
                 continue
-            if not is_full() and content not in here:
+            if not is_full() and content not in in_use_here:
                 continue  # it would not help: only the share of blends in use is used up
             if self._give_up(content) and self._disk.remove(content):
-                here.pop(content, None)
+                in_use_here.pop(content, None)
                 del sizes[content]
                 self._on_evict()
         if is_full() or has_its_share():

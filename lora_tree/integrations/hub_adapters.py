@@ -74,7 +74,7 @@ def _check_whole(
     """
     lacks = []
     for choice in choices:
-        lacks.append([each for each in choice if not (snapshot.folder / each).is_file()])
+        lacks.append([file for file in choice if not (snapshot.folder / file).is_file()])
     if not all(lacks):
         return
     begun = [lack for lack, choice in zip(lacks, choices, strict=True) if len(lack) < len(choice)]
@@ -84,7 +84,7 @@ def _check_whole(
     # refuse.
     on_the_hub = client.files(snapshot.commit)
     for lack in begun:
-        if all(each in on_the_hub for each in lack):
+        if all(file in on_the_hub for file in lack):
             raise HubError(
                 f"{name}: {listing(lack)}: on the hub, but not fetched", "try again later"
             )

@@ -83,20 +83,20 @@ def pull(
     """
     client = HubClient(repository, what="pull", progress=progress)
     target = Path(os.path.abspath(as_path(folder)))
-    there = client.fetch(revision, [PLACE.yaml, PLACE.lock])
-    files = _listed(client, there.folder, there.commit)
-    spec = spec_in(there.folder)
+    tree_files = client.fetch(revision, [PLACE.yaml, PLACE.lock])
+    files = _listed(client, tree_files.folder, tree_files.commit)
+    spec = spec_in(tree_files.folder)
     if not client.is_online:
-        _refuse_partial(client, there, files, spec)
+        _refuse_partial(client, tree_files, files, spec)
     names = places_among(files, spec)
     _refuse_no_tree(repository, files, names)
     origin = read_origin(target) if target.is_dir() else None
     known = partial(_is_on_the_hub, client, origin)
-    endpoints = (repository, revision or MAIN, there.commit, str(target))
+    endpoints = (repository, revision or MAIN, tree_files.commit, str(target))
     if dry_run:
         same = {place: files[place].holds for place in names}
         return _pulled(endpoints, planned(target, same, known), files, names)
-    snapshot = client.fetch(there.commit, names)
+    snapshot = client.fetch(tree_files.commit, names)
     opened = inspect(TreePlace(str(snapshot.folder)), outside=False)
     raise_any(
         opened.problems,
@@ -118,7 +118,7 @@ def pull(
         {place: Path(os.path.realpath(at)) for place, at in places.items()},
         partial(planned, target, same, known),
         times=locked_times(opened),
-        origin=HubOrigin(repository=repository, branch=revision or MAIN, commit=there.commit),
+        origin=HubOrigin(repository=repository, branch=revision or MAIN, commit=tree_files.commit),
     )
     return _pulled(endpoints, arrival, files, list(places))
 

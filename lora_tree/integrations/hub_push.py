@@ -114,22 +114,22 @@ def push(
         raise client.offline()
     target = branch or MAIN
     remote = _Remote.of(client, target)
-    head, there = remote.head, remote.files
+    head, remote_files = remote.head, remote.files
     if remote.has_branch and not force:
-        _refuse_unseen(client, read_origin(Path(place.folder)), target, head, there, going)
+        _refuse_unseen(client, read_origin(Path(place.folder)), target, head, remote_files, going)
     card = TreeCard.of(_tree_of(place), repository, going.base)
     before = None
-    if head is not None and CARD in there:
+    if head is not None and CARD in remote_files:
         data = disk.read_file(client.fetch(head, [CARD]).folder / CARD)
         before = data.decode("utf-8-sig", errors="replace")
     files: dict[str, bytes | Path] = dict(going.files)
     files[PICTURE] = card.picture().encode()
     files[CARD] = card.text(before, license=license, tags=tags).encode()
-    draft = _drafted(files, there)
-    deletes = sorted(set(_tree_places(there, client, head)) - files.keys())
+    draft = _drafted(files, remote_files)
+    deletes = sorted(set(_tree_places(remote_files, client, head)) - files.keys())
     summary = (
-        tuple(path for path in draft if path not in there),
-        tuple(path for path in draft if path in there),
+        tuple(path for path in draft if path not in remote_files),
+        tuple(path for path in draft if path in remote_files),
         tuple(deletes),
         sum(_size(origin_) for origin_ in draft.values()),
         going.base,
@@ -207,7 +207,7 @@ def _refuse_unseen(
     origin: HubOrigin | None,
     branch: str,
     head: str | None,
-    there: Mapping[str, HubFile],
+    remote_files: Mapping[str, HubFile],
     going: Outgoing,
 ) -> None:
     """Refuse to replace a tree that was not pulled into this folder, or pushed from it.
@@ -215,14 +215,14 @@ def _refuse_unseen(
     Raises:
         HubError: the repository's tree has files that this folder has not seen.
     """
-    places = _tree_places(there, client, head)
+    places = _tree_places(remote_files, client, head)
     if origin is not None and origin.repository == client.repository and origin.commit == head:
         return
     seen = seen_files(client, origin)
     unseen = []
     for place in places:
-        is_ours = place in going.files and _holds(there[place], going.files[place])
-        if there[place] != seen.get(place) and not is_ours:
+        is_ours = place in going.files and _holds(remote_files[place], going.files[place])
+        if remote_files[place] != seen.get(place) and not is_ours:
             unseen.append(place)
     if not unseen:
         return

@@ -128,7 +128,7 @@ class _Resolver:
     async def resolve(self, base_model_name: str, name: str) -> Any:
         """Return the adapter of a path to vLLM; if it is refused, log why and return None."""
         front = self._front()
-        found = None
+        flattened = None
         since = time.monotonic()
         step: str | None = NOT_ADMITTED  # the reason to count a refusal by; None: the error's
         try:
@@ -136,12 +136,12 @@ class _Resolver:
             step = UNREADABLE
             view = await self._view()
             step = None
-            found = await self._find(base_model_name, requested, view)
-            tell_served(found)
-            self._metrics.given(found)
+            flattened = await self._find(base_model_name, requested, view)
+            tell_served(flattened)
+            self._metrics.given(flattened)
             if front is not None:
-                front.awaits(found, since=since)
-            return request_of(found)
+                front.awaits(flattened, since=since)
+            return request_of(flattened)
         except (LoraTreeError, OSError, ValueError) as error:
             log.error("lora_tree: '%s' is refused: %s", shown(name), reason(error))
             self._metrics.refused(step or why_refused(error))
@@ -149,7 +149,7 @@ class _Resolver:
             log.exception("lora_tree: '%s' is refused", shown(name))
             self._metrics.refused(step or why_refused(error))
         finally:
-            if front is not None and (found is None or found.path != name):
+            if front is not None and (flattened is None or flattened.path != name):
                 front.refused(name)
         return None
 

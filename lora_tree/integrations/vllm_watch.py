@@ -140,10 +140,10 @@ class Watcher:
         """
         try:
             with self._cache.replacing(path):
-                found = self._cache.get(view.tree, view.problems, path)
-                tell_served(found)
-                self._metrics.given(found)
-                swapped = [front.swap(found) for front in self._fronts]
+                flattened = self._cache.get(view.tree, view.problems, path)
+                tell_served(flattened)
+                self._metrics.given(flattened)
+                swapped = [front.swap(flattened) for front in self._fronts]
         except FolderError:
             raise  # there is no room now, or the tree has changed once more
         except LoraTreeError as error:
@@ -157,7 +157,7 @@ class Watcher:
             log.info(
                 "lora_tree: '%s' has changed, and is now served as %s",
                 shown(path),
-                shown(found.name),
+                shown(flattened.name),
             )
 
     def _is_behind(self, path: str, content: str) -> bool:

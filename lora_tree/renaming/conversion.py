@@ -201,7 +201,7 @@ class Conversion:
         Raises:
             BaseMismatch: the conversion mixes columns, so op(B) A would not be op(B A).
         """
-        found: dict[str, _Placement] = {}
+        placements: dict[str, _Placement] = {}
         for parameter, made in loading.convert(self.first, self._converter, trial).items():
             is_transposed = False
             order = _order(made)
@@ -209,14 +209,16 @@ class Conversion:
                 is_transposed = True
                 order = _order(made.mT)
             if order is None:
-                operations = [type(each).__name__ for each in self._converter.operations]
+                operations = [type(operation).__name__ for operation in self._converter.operations]
                 raise BaseMismatch(
                     f"transformers makes {self.first} of it by {' and '.join(operations)}, "
                     "which has no low-rank form",
                     "merge the adapter into the base under the transformers that trained it",
                 )
-            found[parameter] = _Placement(order if self._counts_experts else None, is_transposed)
-        return found
+            placements[parameter] = _Placement(
+                order if self._counts_experts else None, is_transposed
+            )
+        return placements
 
 
 def _numbered(experts: int, rows: int) -> Tensor:

@@ -80,19 +80,19 @@ class Moving:
         for parameter in _parameters_of(name, value):
             renamed, source, number = self._loading.renamed(parameter)
             if source is not None:
-                one = _as_matrix(value, may_be_batch="*" not in source)
-                if one is not None:
+                matrix = _as_matrix(value, may_be_batch="*" not in source)
+                if matrix is not None:
                     converter = self._loading.converters[source]
                     conversion = self._conversions.setdefault(
                         renamed, Conversion(renamed, converter)
                     )
                     error = self._adapter.errors.get(name, 0.0)
-                    conversion.add(name, source, number, one, error=error)
+                    conversion.add(name, source, number, matrix, error=error)
                     return  # `_convert` adds it, together with the other sources
             if renamed in self._loading.parameters:
-                found = self._placed(renamed, value)
-                if found is not None:
-                    self._put(*found, name)
+                placed = self._placed(renamed, value)
+                if placed is not None:
+                    self._put(*placed, name)
                     return
         # No mapping knows the name. The caller will find no site for it, and raise with the name in
         # the file.

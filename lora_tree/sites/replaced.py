@@ -96,9 +96,9 @@ def _token_rows(base: nn.Module, spec: LoraSpec) -> dict[str, Sequence[int]]:
     declared = spec.trainable_token_indices
     if declared is None:
         return {}
-    found: dict[str, Sequence[int]] = {}
+    rows_of: dict[str, Sequence[int]] = {}
     if isinstance(declared, list):
-        found[_input_embedding(base)] = declared
+        rows_of[_input_embedding(base)] = declared
     else:
         for word, named in declared.items():
             names = list(_ending_with(base, word, field))
@@ -106,8 +106,8 @@ def _token_rows(base: nn.Module, spec: LoraSpec) -> dict[str, Sequence[int]]:
                 raise BaseMismatch(
                     f"{field}: {word!r} names {plural(len(names), 'module')}", "name one"
                 )
-            found[names[0]] = named
-    for module, rows in found.items():
+            rows_of[names[0]] = named
+    for module, rows in rows_of.items():
         weight = getattr(base.get_submodule(module), "weight", None)
         if not isinstance(weight, Tensor) or weight.ndim != 2:
             raise BaseMismatch(f"{field}: {module} is no embedding, and has no rows")
@@ -116,7 +116,7 @@ def _token_rows(base: nn.Module, spec: LoraSpec) -> dict[str, Sequence[int]]:
                 f"{field}: {module} has {plural(weight.shape[0], 'row')}, and {max(rows)} is named",
                 f"resize the base before attach: base.resize_token_embeddings({max(rows) + 1})",
             )
-    return found
+    return rows_of
 
 
 def _input_embedding(base: nn.Module) -> str:

@@ -36,7 +36,7 @@ class Ways:
         """Name in the base → its child at the last check; None before the first one."""
         self._further: list[tuple[nn.Module, str]] = []
         """(module around it, name in that) of every other module on a way."""
-        self._found: list[nn.Module] = []
+        self._children: list[nn.Module] = []
         """The modules of `_further` at the last check, in the same order."""
 
     def dtypes(self, base: nn.Module) -> tuple[torch.dtype | None, ...] | None:
@@ -68,7 +68,7 @@ class Ways:
             if base._modules.get(name) is not module:
                 return False
         now = [around._modules.get(name) for around, name in self._further]
-        return all(map(is_, now, self._found))
+        return all(map(is_, now, self._children))
 
     def _lead_to_the_sites(self, base: nn.Module) -> bool:
         """Return whether the ways lead to the sites' own modules, and cache the modules on them.
@@ -77,7 +77,7 @@ class Ways:
         """
         first: dict[str, nn.Module] = {}
         further: dict[tuple[int, str], tuple[nn.Module, str]] = {}
-        found: dict[tuple[int, str], nn.Module] = {}
+        children: dict[tuple[int, str], nn.Module] = {}
         for site in self._sites:
             around = base
             for part in site.module_name.split("."):
@@ -89,9 +89,13 @@ class Ways:
                 else:
                     # The id is unique, because `further` keeps the module around alive.
                     further[id(around), part] = around, part
-                    found[id(around), part] = module
+                    children[id(around), part] = module
                 around = module
             if around is not site.module:
                 return False
-        self._first, self._further, self._found = first, [*further.values()], [*found.values()]
+        self._first, self._further, self._children = (
+            first,
+            [*further.values()],
+            [*children.values()],
+        )
         return True

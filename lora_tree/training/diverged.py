@@ -88,10 +88,10 @@ def check_finite_step(
     # One tensor of all numbers, so that they come from the device in one transfer.
     numbers: list[float] = []
     if norms or losses:
-        each = []
+        scalars = []
         for number in (*norms, *losses.values()):
-            each.append(torch.as_tensor(number).detach().to(device, torch.float64))
-        numbers = torch.stack(each).tolist()
+            scalars.append(torch.as_tensor(number).detach().to(device, torch.float64))
+        numbers = torch.stack(scalars).tolist()
     losses_now = dict(zip(losses, numbers[len(nodes) :], strict=True))
     is_broken = [not math.isfinite(norm) for norm in numbers[: len(nodes)]]
     is_lost = any(not math.isfinite(loss) for loss in losses_now.values())

@@ -114,23 +114,23 @@ class NodePatience:
             measure: measures the paths through one node again.
         """
         waited_long = []
-        for node, one in self.courses.items():
+        for node, course in self.courses.items():
             loss = mean_through(self.tree, node, losses)
-            if loss is None or one.stopped_at is not None:
-                one.now = loss if loss is not None else one.now
+            if loss is None or course.stopped_at is not None:
+                course.now = loss if loss is not None else course.now
                 continue
-            if one.before is None:
-                one.before = loss
-            one.now = loss
-            has_moved, one.moved = one.moved, False
+            if course.before is None:
+                course.before = loss
+            course.now = loss
+            has_moved, course.moved = course.moved, False
             # A loss that is not finite never counts as an improvement.
-            if math.isfinite(loss) and (one.best is None or loss < one.best):
-                one.best, one.best_step, one.waited = loss, step, 0
+            if math.isfinite(loss) and (course.best is None or loss < course.best):
+                course.best, course.best_step, course.waited = loss, step, 0
                 self._keep(node)
                 continue
             # A node of few rows may have had none since the last evaluation.
-            one.waited += 1 if has_moved else 0
-            if self.patience is not None and one.waited >= self.patience:
+            course.waited += 1 if has_moved else 0
+            if self.patience is not None and course.waited >= self.patience:
                 waited_long.append(node)
         for node in waited_long:
             self._bring_back(node, step, measure)
@@ -186,11 +186,11 @@ class NodePatience:
 
     def _bring_back(self, node: str, step: int, measure: Measure) -> None:
         """Give a node its best factors, if its loss with them is not higher than without."""
-        one, own = self.courses[node], self._own(node)
+        course, own = self.courses[node], self._own(node)
         best = {name: self._best[name] for name in own if name in self._best}
-        if one.best_step == step or len(best) < len(own):
+        if course.best_step == step or len(best) < len(own):
             return  # the node is at its best, or its loss was never finite
-        here = {name: tensor.clone() for name, tensor in own.items()}
+        current = {name: tensor.clone() for name, tensor in own.items()}
         # Measured again, not taken from the evaluation: another node may have come back since.
         without = mean_through(self.tree, node, measure(node))
         _write(own, best)
@@ -199,10 +199,10 @@ class NodePatience:
         assert with_best is not None
         # A comparison with NaN is false: of two losses the finite one wins.
         if with_best <= without or not math.isfinite(without):
-            one.now = with_best
+            course.now = with_best
             return
-        _write(own, here)
-        one.now, one.best, one.best_step = without, without, step
+        _write(own, current)
+        course.now, course.best, course.best_step = without, without, step
 
 
 @torch.no_grad()

@@ -23,14 +23,14 @@ def ranks() -> int:
     return 1
 
 
-def blends_of_all(mine: Sequence[str], device: torch.device) -> list[str]:
+def blends_of_all(own_names: Sequence[str], device: torch.device) -> list[str]:
     """Return the names that any rank has, sorted; every rank has to call this.
 
     Args:
-        mine: this rank's.
+        own_names: this rank's.
         device: where the ranks exchange tensors.
     """
-    encoded = json.dumps(sorted(mine)).encode()
+    encoded = json.dumps(sorted(own_names)).encode()
     length = torch.tensor([len(encoded)], dtype=torch.int64, device=device)
     lengths = [torch.zeros_like(length) for _ in range(ranks())]
     dist.all_gather(lengths, length)

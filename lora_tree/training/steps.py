@@ -121,16 +121,16 @@ def _check_still(groups: Sequence[dict[str, Any]]) -> None:
     Raises:
         StateError: a node that had no rows has a gradient that is not zero; names the node.
     """
-    found: dict[str, Tensor] = {}
+    has_gradient: dict[str, Tensor] = {}
     for group in groups:
         gradients = [p.grad for p in group["params"] if p.grad is not None]
         if gradients:
-            found[group["name"]] = torch.stack([_is_any(t) for t in gradients]).any()
-    if not found:
+            has_gradient[group["name"]] = torch.stack([_is_any(t) for t in gradients]).any()
+    if not has_gradient:
         return
-    device = next(iter(found.values())).device
-    wrong = torch.stack([flag.to(device) for flag in found.values()]).tolist()
-    for name, is_wrong in zip(found, wrong, strict=True):
+    device = next(iter(has_gradient.values())).device
+    wrong = torch.stack([flag.to(device) for flag in has_gradient.values()]).tolist()
+    for name, is_wrong in zip(has_gradient, wrong, strict=True):
         if is_wrong:
             raise StateError(
                 f"{name}: its factors have gradients, "

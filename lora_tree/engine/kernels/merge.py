@@ -45,7 +45,7 @@ __all__ = [
     "MergeLaunch",
     "add_slots",
     "is_aligned",
-    "is_right_on",
+    "is_merging_correct_on",
     "lay_out_parts",
     "part_of_program",
     "reference_merge",
@@ -130,9 +130,9 @@ def _kernel(  # type: ignore[no-untyped-def]
         pristine = tl.multiple_of(pristine, 16)
         weight = tl.multiple_of(weight, 16)
         cols = tl.multiple_of(cols, 16)
-    mine = program - tl.load(table + low).to(tl.int32)
-    batch = mine // of_matrix
-    within = mine % of_matrix
+    own_program = program - tl.load(table + low).to(tl.int32)
+    batch = own_program // of_matrix
+    within = own_program % of_matrix
     matrix = batch.to(tl.int64) * rows * cols
     r = (within // groups) * ROWS + tl.arange(0, ROWS)
     start = (within % groups) * TILES * COLUMNS
@@ -230,7 +230,7 @@ def reference_merge(part: MergePart) -> Tensor:
     return total.to(part.weight.dtype)
 
 
-def is_right_on(device: torch.device) -> bool:
+def is_merging_correct_on(device: torch.device) -> bool:
     """Return whether a small problem comes out right on a device.
 
     If so, there is a compiler, and sums are kept in fp32.

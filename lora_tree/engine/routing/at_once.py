@@ -111,13 +111,13 @@ class _NodeLayer:
         rows: their rows, one node's after the other's.
         ends: the offset in ``rows`` at which each node's rows end.
         factors: returns (nodes, R, in) and (nodes, R, out).
-        each: the rows' coefficients; None: all are 1.
+        coefficients: the rows' coefficients; None: all are 1.
     """
 
     rows: RowSubset
     ends: Tensor
     factors: Callable[[], tuple[Tensor, Tensor]]
-    each: Tensor | None
+    coefficients: Tensor | None
 
 
 class GroupedForm(SumForm):
@@ -148,10 +148,10 @@ class GroupedForm(SumForm):
         counts = []
         alone = []
         for node in nodes:
-            mine, each = owed.batch.by_node[node]
-            rows += mine
-            coefficients += each
-            counts.append(len(mine))
+            node_rows, node_coefficients = owed.batch.by_node[node]
+            rows += node_rows
+            coefficients += node_coefficients
+            counts.append(len(node_rows))
             alone.append([float(i == node) for i in range(len(owed.values))])
         ends = torch.tensor(list(accumulate(counts)), dtype=torch.int32, device="cpu")
         multiple = STRIDE_BYTES // owed.dtype.itemsize
@@ -171,8 +171,8 @@ class GroupedForm(SumForm):
             offsets = layer.ends * inputs
             A, B = (factor.to(x.dtype) for factor in layer.factors())
             low = product(taken.reshape(-1, taken.shape[-1]), A.mT, offs=offsets)
-            if layer.each is not None:
-                by_row = low.view(len(layer.rows), -1) * layer.each.to(low.dtype)[:, None]
+            if layer.coefficients is not None:
+                by_row = low.view(len(layer.rows), -1) * layer.coefficients.to(low.dtype)[:, None]
                 low = by_row.view(low.shape)
             out = layer.rows.added(out, product(low, B, offs=offsets), spare=spare)
         return out

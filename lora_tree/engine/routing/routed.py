@@ -100,26 +100,26 @@ class Route:
         is_uniform: dict[int, bool] = {}
         """Id of a tuple of nodes → whether all rows owe them the same; for sites without overrides.
         """
-        found = []
+        mixed_sites = []
         for name, site in self.plan.sites.items():
             grounds = self.grounds.get(name)
             if grounds is not None:
                 if not (grounds.is_uniform and self._grounded_batch(name).is_uniform):
-                    found.append(site)
+                    mixed_sites.append(site)
                 continue
             nodes = self._known[name].nodes
             has_uniform_rows = is_uniform.get(id(nodes))
             if has_uniform_rows is None:
                 has_uniform_rows = is_uniform[id(nodes)] = self._batch(nodes).is_uniform
             if not has_uniform_rows:
-                found.append(site)
-        return found
+                mixed_sites.append(site)
+        return mixed_sites
 
     @cached_property
     def uniform(self) -> dict[str, Side]:
         """Site → its one side path, at sites where all rows owe the same."""
         mixed = {site.name for site in self.mixed}
-        found: dict[str, Side] = {}
+        sides: dict[str, Side] = {}
         for name, site in self.plan.sites.items():
             if name in mixed:
                 continue
@@ -137,11 +137,11 @@ class Route:
             if draft.stacks:
                 self._charge(draft.nbytes)  # before it is made: there may be no room
             with exact_mode(draft.device):
-                found[name] = PathSide(draft, self.manner)
+                sides[name] = PathSide(draft, self.manner)
             ground = self.grounds[name].only if name in self.grounds else None
             if ground is not None:
-                found[name] = GroundedSide(ground, found[name])
-        return found
+                sides[name] = GroundedSide(ground, sides[name])
+        return sides
 
     def _read_in_place(self, draft: Draft, coefficients: tuple[float, ...]) -> None:
         """Let kernels read the factors of a site where all rows owe the same, through the plan's

@@ -27,20 +27,20 @@ def share_of(owed: Owed) -> Callable[[], Share]:
     batch = owed.batch
     rows = range(len(batch))
     value = owed.held(owed.stacking([1.0] * len(owed.values)))
-    each = batch.coefficients(rows)  # (rows, nodes)
+    coefficients = batch.coefficients(rows)  # (rows, nodes)
     column: list[int] = []
-    for i, one in enumerate(owed.values):
-        column += [i] * one.rank
-    wide = each[:, column]  # (rows, Σr)
+    for i, node_value in enumerate(owed.values):
+        column += [i] * node_value.rank
+    wide = coefficients[:, column]  # (rows, Σr)
     is_plain = bool(((wide == 0) | (wide == 1)).all())
     owes = None
     if len(batch.adapted) < len(batch):
-        owes = uploaded((each != 0).any(1, keepdim=True), owed.device)
-    mine = uploaded(wide != 0, owed.device)
-    table = RowTable(mine, None if is_plain else owed.numbers(wide), owes, None)
+        owes = uploaded((coefficients != 0).any(1, keepdim=True), owed.device)
+    is_owed = uploaded(wide != 0, owed.device)
+    table = RowTable(is_owed, None if is_plain else owed.numbers(wide), owes, None)
 
     def share() -> Share:
-        return Share(value(), owed.live, replace(table, bias=_row_bias(owed, each)))
+        return Share(value(), owed.live, replace(table, bias=_row_bias(owed, coefficients)))
 
     return share
 

@@ -142,9 +142,9 @@ class Batch:
                 in_order.append((node, digest))
         places = {column: place for place, column in enumerate(in_order)}
         kinds = []
-        for each in owed:
+        for by_column in owed:
             kind = [0.0] * len(in_order)
-            for column, coefficient in each.items():
+            for column, coefficient in by_column.items():
                 kind[places[column]] = coefficient
             kinds.append(tuple(kind))
         batch = _distinct(_labels([node for node, _ in in_order]), kinds, of_row, lineages)
@@ -373,9 +373,11 @@ def _distinct(
 ) -> Batch:
     """Return a batch that has only the kinds that rows use, each once."""
     kinds: dict[tuple[Kind, Lineages], int] = {}
-    mine = []
+    new_of_row = []
     for kind in of_row:
         key = owed[kind], lineages[kind] if lineages else ()
-        mine.append(kinds.setdefault(key, len(kinds)))
+        new_of_row.append(kinds.setdefault(key, len(kinds)))
     distinct_lineages = tuple([paths for _, paths in kinds]) if lineages else ()
-    return Batch(nodes, tuple([each for each, _ in kinds]), tuple(mine), lineages=distinct_lineages)
+    return Batch(
+        nodes, tuple([kind for kind, _ in kinds]), tuple(new_of_row), lineages=distinct_lineages
+    )

@@ -51,12 +51,12 @@ def followed(layouts: Layouts, func: Any, args: Args, kwargs: Kwargs, out: Any) 
     name = function_name(func)
     made: Made = ()
     x = args[0] if args else None
-    mine = layouts.get(x) if isinstance(x, Tensor) else None
+    input_layout = layouts.get(x) if isinstance(x, Tensor) else None
     if is_pointwise(name):
         made = [(out, _of_operands(layouts, (*args, *kwargs.values()), out))]
-    elif mine is not None and name in _RULES:
-        made = _RULES[name](mine, args, kwargs, out)
-    elif mine is None or not _writes(name):
+    elif input_layout is not None and name in _RULES:
+        made = _RULES[name](input_layout, args, kwargs, out)
+    elif input_layout is None or not _writes(name):
         return
     else:
         made = [(args[0], None)]

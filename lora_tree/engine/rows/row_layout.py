@@ -256,6 +256,6 @@ def axis_order(name: str, ndim: int, given: Sequence[Any]) -> list[int]:
     if name == "permute":
         axes = given[0] if len(given) == 1 and isinstance(given[0], Sequence) else given
         return [axis % ndim for axis in axes]
-    one, two = (axis % ndim for axis in (given or (-2, -1)))
-    order[one], order[two] = two, one
+    first, second = (axis % ndim for axis in (given or (-2, -1)))
+    order[first], order[second] = second, first
     return order

@@ -71,7 +71,7 @@ def readers_of(base: nn.Module, sites: Collection[Site], is_routed: bool) -> Rea
     for site, names in read_in.items():
         for name, read in watched.items() if names else ():
             # A forward may run within another; the outer one then watches for both.
-            if any(is_around(name, each) for each in names):
+            if any(is_around(name, reader) for reader in names):
                 read.append(site)
     return Readers(watched, frozenset(called))
 

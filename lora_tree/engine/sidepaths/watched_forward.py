@@ -131,12 +131,12 @@ class WatchedForward(TorchFunctionMode):
         func: Any,
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
-        found: Mapping[Any, WeightView],
+        views: Mapping[Any, WeightView],
     ) -> Any:
         if func is F.multi_head_attention_forward:
             return self._attend(args, kwargs)
         name = function_name(func)
-        (at, view), *others = found.items()
+        (at, view), *others = views.items()
         if not others and isinstance(at, int) and multiplies(name):
             product = product_of(name, func, at, args, kwargs)
             if product is not None:
@@ -149,8 +149,8 @@ class WatchedForward(TorchFunctionMode):
             made = views_of(view, name, args[0], [*args[1:], *kwargs.values()], out)
         if made is None:
             self._refuse(view.site, func)
-        for tensor, each in made:
-            self._views[tensor] = each
+        for tensor, new_view in made:
+            self._views[tensor] = new_view
         return out
 
     def _multiply(

@@ -42,7 +42,8 @@ class Copies:
     """The copies of the base's own weights: the bytes in each place.
 
     Args:
-        requested: the `pristine` that the caller gave to `attach`: ``auto``, ``device``, ``log``, ``host`` or ``none``.
+        requested: the argument ``pristine`` of `attach`: ``auto``, ``device``, ``log``, ``host`` or
+            ``none``.
         device_bytes: bytes of copies beside the weights, on a device that has memory of its own.
         host_bytes: bytes of copies in host memory.
         log_bytes: bytes of undo logs, which are beside the weights.

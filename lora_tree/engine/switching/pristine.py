@@ -194,7 +194,7 @@ class Pristine:
         copies: list[tuple[_PristineCopy, bool]] = []
         sources: dict[tuple[int, str], Source] = {}
         for writes, merged in ((switch.bare, False), (switch.merged, True)):
-            for write in writes.each:
+            for write in writes.site_writes:
                 for attribute in write.tensors:
                     key = id(write.site.module), attribute
                     copies.append((self._kept[key], merged))
@@ -204,7 +204,7 @@ class Pristine:
     def _keep(self, writes: Writes) -> None:
         missing: list[WatchedWeight] = []
         can_be_logged: dict[WatchedWeight, Site] = {}
-        for write in writes.each:
+        for write in writes.site_writes:
             for attribute in write.tensors:
                 kept = self._kept.get((id(write.site.module), attribute))
                 if kept is None:

@@ -204,8 +204,8 @@ class LogWrite:
         values = [term.scaled for term in terms]
         laid, is_copied = _laid(log, weight, values)
         if laid is None:
-            here = [value.to(device=weight.device) for value in values]
-            return LogWrite(log, weight, here, None)
+            moved = [value.to(device=weight.device) for value in values]
+            return LogWrite(log, weight, moved, None)
         # Factors that were copied live only as long as they are merged.
         if not is_copied:
             known[where] = laid
