@@ -54,8 +54,8 @@ class Budgets:
     def __post_init__(self) -> None:
         for name, nbytes in (("host_bytes", self.host_bytes), ("device_bytes", self.device_bytes)):
             # `type`, not `isinstance`: True is an int.
-            whole = type(unchecked(nbytes)) is int
-            if nbytes is not None and not (whole and 0 < nbytes <= MOST):
+            is_int = type(unchecked(nbytes)) is int
+            if nbytes is not None and not (is_int and 0 < nbytes <= MOST):
                 raise SpecError(
                     f"{name}: expected whole bytes, at least 1 and at most 4 EiB, got "
                     f"{_spelled(nbytes)}"
@@ -135,9 +135,9 @@ def parse_bytes(size: int | str) -> int:
     nbytes = -1
     if not number.startswith("-"):
         # In whole numbers: a float has too few digits for 4 EiB.
-        whole, _, part = number.partition(".")
+        integer_part, _, fraction = number.partition(".")
         factor = UNITS[unit or "B"]
-        nbytes = int(whole) * factor + int(part or 0) * factor // 10 ** len(part)
+        nbytes = int(integer_part) * factor + int(fraction or 0) * factor // 10 ** len(fraction)
     if not 0 < nbytes <= MOST:
         raise SpecError(
             f"got {_spelled(size)}; a budget is at least 1 byte and at most 4 EiB", todo

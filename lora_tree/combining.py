@@ -131,13 +131,13 @@ class _Combination:
         )
 
     def _add_module(self, at: int, name: str, value: LowRank, coefficient: float) -> None:
-        mine = self._parts.setdefault(name, {})
+        parts = self._parts.setdefault(name, {})
         with self._naming(name, at):
-            mine[at] = value.scaled(coefficient)
+            parts[at] = value.scaled(coefficient)
         # Comparing with the first alone is enough: all of them have its shape.
-        first = next(iter(mine))
+        first = next(iter(parts))
         with self._naming(name, *sorted({first, at})):
-            same_place(mine[first], mine[at])
+            same_place(parts[first], parts[at])
 
     def _add_carried(self, at: int, name: str, tensor: Tensor) -> None:
         before, known = self._carried.setdefault(name, (at, tensor))

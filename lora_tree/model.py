@@ -198,7 +198,7 @@ class TreeModel(AnswersForBase):
             tree,
             own_claim,
             merged=self._merged,
-            beside=Unmerged(inner, self._manner, ledger=self.cache),
+            side_hooks=Unmerged(inner, self._manner, ledger=self.cache),
             planner=self._planner,
             compiled=self._compiled,
             pin=Pinning(self.cache, inner),
@@ -219,7 +219,7 @@ class TreeModel(AnswersForBase):
             tree,
             self.factors,
             stage=self._stage,
-            beside=self._path_models,
+            path_models=self._path_models,
             binder=self._binder,
             manner=self._manner,
             handed=Handed(inner, TreeModel.forward),
@@ -485,7 +485,7 @@ class TreeModel(AnswersForBase):
             self._stage.close()
             self._training.close()
             self._merged.forget()
-            self._stage.beside.forget()
+            self._stage.side_hooks.forget()
             self._planner.forget()
             # Before the cache: a tree that still asked this model would read from a cache that is
             # closed.
@@ -547,7 +547,7 @@ class TreeModel(AnswersForBase):
         """
         with self._lock:
             self._usable()
-            if self.state is not State.BARE or self._stage.beside.permanent:
+            if self.state is not State.BARE or self._stage.side_hooks.permanent:
                 raise StateError(
                     "prepare needs a bare model that is not prepared yet",
                     "deactivate(), or detach()",

@@ -71,8 +71,8 @@ class Override:
         if self.rows is None:
             return
         rows = self.rows
-        whole = isinstance(unchecked(rows), tuple) and all(type(row) is int for row in rows)
-        if not whole or any(row < 0 for row in rows):
+        are_integers = isinstance(unchecked(rows), tuple) and all(type(row) is int for row in rows)
+        if not are_integers or any(row < 0 for row in rows):
             raise SpecError(f"an override's rows: expected whole numbers from 0, got {rows!r:.80}")
         if not rows or len(set(rows)) != len(rows):
             raise SpecError(f"an override's rows: expected each row once, got {rows!r:.80}")
@@ -131,9 +131,9 @@ class Override:
             return Override(self.applied(above.values))
         taken = set(self.rows)
         kept = [i for i, row in enumerate(above.rows) if row not in taken]
-        theirs = above.values[kept].to(device=self.values.device)
+        values_above = above.values[kept].to(device=self.values.device)
         rows = (*[above.rows[i] for i in kept], *self.rows)
-        return Override(torch.cat([theirs, self.values]), rows)
+        return Override(torch.cat([values_above, self.values]), rows)
 
     def write(self, target: Tensor) -> None:
         """Write the override into a tensor, rounded to the tensor's dtype."""

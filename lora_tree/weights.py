@@ -168,13 +168,13 @@ def parse_weight(text: str, where: str = "weight") -> Weight:
     >>> parse_weight("*.down_proj=0.5").as_dict()
     {'default': 1.0, '*.down_proj': 0.5}
     """
-    whole = text.strip()
-    if whole.startswith("{") and whole.endswith("}"):
-        whole = whole[1:-1]
-    if "=" not in whole:
-        return as_weight(_number(whole, where, text), where)
+    body = text.strip()
+    if body.startswith("{") and body.endswith("}"):
+        body = body[1:-1]
+    if "=" not in body:
+        return as_weight(_number(body, where, text), where)
     found: dict[str, float] = {}
-    for part in whole.split(","):
+    for part in body.split(","):
         pattern, equals, number = part.strip().rpartition("=")
         if not equals:
             raise SpecError(f"{where} {text!r:.80}: {part!r:.80} is no pattern=number", _WRITTEN)
@@ -187,11 +187,13 @@ def parse_weight(text: str, where: str = "weight") -> Weight:
 _WRITTEN = "write 0.8, or '*.down_proj=0.5,layers.[0-7].*=0,default=1'"
 
 
-def _number(text: str, where: str, whole: str) -> float:
+def _number(text: str, where: str, full_text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise SpecError(f"{where} {whole!r:.80}: {text!r:.80} is not a number", _WRITTEN) from None
+        raise SpecError(
+            f"{where} {full_text!r:.80}: {text!r:.80} is not a number", _WRITTEN
+        ) from None
 
 
 def check_finite(value: object, what: str) -> None:

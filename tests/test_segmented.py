@@ -394,9 +394,9 @@ def test_an_unmerged_path_adds_two_operations_a_site(path: lt.Blend) -> None:
             base(x)
         model.activate(path, mode="unmerged")
         base(x)
-        with Operations() as beside:
+        with Operations() as side_hooks:
             base(x)
-    assert len(beside.names) - len(bare.names) == 2 * 2, beside.names
+    assert len(side_hooks.names) - len(bare.names) == 2 * 2, side_hooks.names
 
 
 def test_a_batch_adds_no_operation_beside_its_launches(
@@ -667,7 +667,7 @@ def test_a_switch_rewrites_the_buffers_in_place_and_nothing_stays_in_them(
     x = torch.randn(6, 20)
     with torch.no_grad():
         bare = base(x)
-        segments: Any = model._stage.beside._segments[0]  # type: ignore[attr-defined]
+        segments: Any = model._stage.side_hooks._segments[0]  # type: ignore[attr-defined]
 
         def places() -> list[int]:
             lists = [each.memory.data_ptr() for each in segments._lists[6]]

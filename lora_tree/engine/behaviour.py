@@ -161,7 +161,7 @@ class Behaviour:
         request: what was asked.
         placed: what every site gets.
         weights: the plan that is written into the weights: all of it, or an empty one.
-        beside: the side paths; none if the plan is written into the weights.
+        side_paths: the side paths; none if the plan is written into the weights.
         pins: the adapters that the plan was made of.
         adapters: the same ones as the plan has them: with the parameters that train now.
     """
@@ -169,7 +169,7 @@ class Behaviour:
     request: Request
     placed: PlacedPlan
     weights: Plan
-    beside: LaidOut
+    side_paths: LaidOut
     pins: Pins
     adapters: Mapping[str, Adapter]
 

@@ -132,8 +132,8 @@ class Binder:
         module, _, leaf = tensor.rpartition(".")
         for name in (module, tensor):
             known = self._sites.get(name)
-            mine = known is not None and leaf in (known.weight_name, known.bias_name)
-            if known is not None and mine and known.is_in(self.base):
+            is_its_tensor = known is not None and leaf in (known.weight_name, known.bias_name)
+            if known is not None and is_its_tensor and known.is_in(self.base):
                 return known, leaf
         site, leaf = find_tensor_site(self.base, tensor)
         if site.name in self._sites:

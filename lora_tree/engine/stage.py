@@ -53,7 +53,7 @@ class Stage:
         tree: the tree whose nodes are used.
         claim: tells the next model that attaches to this base whether it is bare.
         merged: writes plans into the weights.
-        beside: runs plans beside the weights.
+        side_hooks: runs plans beside the weights.
         planner: makes plans.
         compiled: knows whether the base was compiled; a compiled forward ignores side paths.
         pin: pins the adapters of some nodes, which stay in memory until they are released.
@@ -67,7 +67,7 @@ class Stage:
         claim: Claim,
         *,
         merged: MergedWeights,
-        beside: SideHooks,
+        side_hooks: SideHooks,
         planner: Planner,
         compiled: CompileWatch,
         pin: Callable[[Iterable[str], Ahead | None], Pins],
@@ -83,7 +83,7 @@ class Stage:
         out.
         """
         self.blocks = Blocks()
-        self.beside = beside
+        self.side_hooks = side_hooks
         self._closed = False
         # Key/value caches outside of this library go by it.
         self.epoch = 0
@@ -123,8 +123,8 @@ class Stage:
                 # Plans and side paths made of an adapter that is refused would keep its memory.
                 prepared.clear()
                 self._planner.forget()
-                if not self.beside.permanent:
-                    self.beside.forget()
+                if not self.side_hooks.permanent:
+                    self.side_hooks.forget()
             raise
         try:
             adapters: dict[str, Adapter] = {}
@@ -135,8 +135,8 @@ class Stage:
                 adapters[node] = self._factors.shown(node, pins.adapters[node])
                 terms.append((name, weight, adapters[node]))
             placed = self._planner.placed(terms, lineages)
-            weights, beside = self._parts(request, placed)
-            return Behaviour(request, placed, weights, beside, pins, adapters)
+            weights, side_paths = self._parts(request, placed)
+            return Behaviour(request, placed, weights, side_paths, pins, adapters)
         except BaseException:
             pins.release()
             raise
@@ -171,7 +171,7 @@ class Stage:
             placed = self._planner.placed(terms, lineages)
             prepared.append(placed)
             if request.rows is None and request.mode != "merged":
-                self.beside.look_ahead(placed)
+                self.side_hooks.look_ahead(placed)
         except Warning:
             raise  # the caller turns warnings into errors, and each warning is given only once
         except Exception:
@@ -196,20 +196,20 @@ class Stage:
         """
         if request.rows is None and request.mode == "merged":
             self._merged.mergeable.check(placed, self._factors)
-            return placed.plan, self.beside.nothing
+            return placed.plan, self.side_hooks.nothing
         # Permanent hooks were there when the base was compiled. Any other hook would be ignored
         # without an error.
-        if placed.plan.terms and not self.beside.permanent:
+        if placed.plan.terms and not self.side_hooks.permanent:
             self._compiled.check(self._base)
         if request.rows is None:
-            return EMPTY_PLAN, self.beside.lay_out(placed)
-        return EMPTY_PLAN, self.beside.lay_out_rows(placed, request.rows)
+            return EMPTY_PLAN, self.side_hooks.lay_out(placed)
+        return EMPTY_PLAN, self.side_hooks.lay_out_rows(placed, request.rows)
 
     def is_current(self, behaviour: Behaviour) -> bool:
         """Return whether composing its request again would give the same: its sites, adapters and
         factors have not changed.
         """
-        if behaviour.beside.of is not self.beside:
+        if behaviour.side_paths.of is not self.side_hooks:
             return False  # the base was prepared meanwhile
         plan = behaviour.placed.plan
         if plan.look(self._base) != behaviour.placed.dtypes:
@@ -264,12 +264,12 @@ class Stage:
 
     def prepare(self, make: Callable[[], SideHooks]) -> None:
         """Make the base bare, and from now on use the permanent side paths that ``make`` makes."""
-        before = self.beside
-        self.beside = fixed = make()
+        before = self.side_hooks
+        self.side_hooks = fixed = make()
         try:
             self.become(Request(""))
         except BaseException:
-            self.beside = before
+            self.side_hooks = before
             fixed.forget()  # its hooks would stay in the base otherwise
             # The roll-back of `become` still saw the fixed side paths in the base.
             self._tell_claim(self.current)
@@ -330,7 +330,7 @@ class Stage:
         failed half-way.
         """
         self._merged.switch(behaviour.weights, after_failure=after_failure)
-        behaviour.beside.install()
+        behaviour.side_paths.install()
         self._tell_claim(behaviour)
         merged = bool(behaviour.weights.terms)
         if merged != self._warns_on_save:
@@ -340,7 +340,7 @@ class Stage:
         """Note whether the base is bare, for a model that is attached after this one was
         dropped.
         """
-        self._claim.bare = behaviour.state is State.BARE and not self.beside.permanent
+        self._claim.bare = behaviour.state is State.BARE and not self.side_hooks.permanent
 
     def _warn_on_save(self, merged: bool) -> None:
         """Put in the hooks that warn in ``save_pretrained`` while a path is merged, or take them

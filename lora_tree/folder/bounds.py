@@ -53,8 +53,8 @@ def inside(path: str, folder: str) -> bool:
 def homes(folder: str) -> tuple[str, ...]:
     """Return where a folder's files may lie, all links followed: in it, or in its blobs."""
     root = os.path.realpath(folder)
-    beside = blobs(root)
-    return (root,) if beside is None else (root, beside)
+    blob_folder = blobs(root)
+    return (root,) if blob_folder is None else (root, blob_folder)
 
 
 def is_in_folders(real: str, folders: tuple[str, ...]) -> bool:

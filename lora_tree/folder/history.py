@@ -50,9 +50,9 @@ __all__ = [
     "LOG_NAME",
     "History",
     "Version",
-    "beside",
     "ended",
     "history_place",
+    "other_versions",
     "parse_history",
     "render_history",
 ]
@@ -219,7 +219,7 @@ def ended(
     return _bounded([*others, old], None if now is None else now[0], most)
 
 
-def beside(versions: Sequence[Version], now: tuple[str, Weight]) -> tuple[Version, ...]:
+def other_versions(versions: Sequence[Version], now: tuple[str, Weight]) -> tuple[Version, ...]:
     """Return a node's earlier versions, without the present one."""
     return tuple(version for version in versions if version.key != now)
 

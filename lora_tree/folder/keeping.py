@@ -26,9 +26,9 @@ from .examine import hashed
 from .history import (
     History,
     Version,
-    beside,
     ended,
     history_place,
+    other_versions,
     parse_history,
     render_history,
 )
@@ -188,7 +188,7 @@ class Keeping:
             changed = True
         for path, own in self.kept.items():
             if path in nodes:
-                nodes[path] = beside(nodes[path], (own.content, self.tree[path].weight))
+                nodes[path] = other_versions(nodes[path], (own.content, self.tree[path].weight))
         history = History(nodes).without_empty()
         if not changed:
             return history, []

@@ -250,10 +250,10 @@ def version_beside(tree: AdapterTree, path: str | os.PathLike[str], name: str) -
     >>> # tree = load("zoo/"); tree.flatten(version_beside(tree, "zoo/", "fr/legal@1"))
     """
     opened = inspect(place_of(path))
-    return _beside(tree, opened, _find(opened, name))
+    return _add_sibling(tree, opened, _find(opened, name))
 
 
-def _beside(tree: AdapterTree, opened: Opened, named: _Named) -> str:
+def _add_sibling(tree: AdapterTree, opened: Opened, named: _Named) -> str:
     sibling = named.path
     if sibling in tree:
         sibling = f"{sibling}.{named.number}"
@@ -287,7 +287,7 @@ def versions_beside(tree: AdapterTree, path: str | os.PathLike[str], node: str) 
         if version.is_present:
             names[name] = node
             continue
-        names[name] = _beside(tree, opened, _Named(node, number, version))
+        names[name] = _add_sibling(tree, opened, _Named(node, number, version))
     if len(names) < 2:
         raise PathError(
             f"{node}: no earlier version is kept", f"see: lora-tree log {shlex.quote(str(path))}"

@@ -222,9 +222,9 @@ def render_mlx(adapter: Adapter, *, layers: int | None = None) -> dict[str, byte
             )
         if value.bias is not None:
             raise FormatError(f"{module}: it adds a bias, which mlx-lm's adapters can't hold")
-        whole = value.folded().padded(rank)
-        tensors[f"{module}.lora_a"] = whole.A.mT.contiguous()
-        tensors[f"{module}.lora_b"] = whole.B.mT.contiguous()
+        padded = value.folded().padded(rank)
+        tensors[f"{module}.lora_a"] = padded.A.mT.contiguous()
+        tensors[f"{module}.lora_b"] = padded.B.mT.contiguous()
         in_layer = _LAYER.match(module)
         if in_layer is None:
             keys.add(module)  # a module outside of the layers is listed by its whole name

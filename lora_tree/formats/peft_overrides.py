@@ -193,27 +193,27 @@ def words_for(overrides: Mapping[str, Override], config: Mapping[str, Any]) -> d
         overrides: tensor → override, without those of modules that have factors.
         config: the adapter's.
     """
-    whole = [name for name, override in overrides.items() if override.rows is None]
+    full_tensors = [name for name, override in overrides.items() if override.rows is None]
     rows = {tensor_owner(name)[0]: o.rows for name, o in overrides.items() if o.rows is not None}
     words: dict[str, Any] = {}
-    if whole or "modules_to_save" in config:
-        words["modules_to_save"] = _module_words(whole, config)
+    if full_tensors or "modules_to_save" in config:
+        words["modules_to_save"] = _module_words(full_tensors, config)
     if rows or "trainable_token_indices" in config:
         words["trainable_token_indices"] = _token_words(rows, config)
     return words
 
 
-def _module_words(whole: Sequence[str], config: Mapping[str, Any]) -> list[str] | None:
+def _module_words(full_tensors: Sequence[str], config: Mapping[str, Any]) -> list[str] | None:
     by_task = HEADS.get(str(config.get("task_type")), ())
     declared = config.get("modules_to_save") or ()
     kept: list[str] = []
     for word in declared if _are_names(declared) else ():
         # Drop a name that matches nothing here: PEFT would look for keys that the file lacks. PEFT
         # adds the names of the task in any case.
-        if word in by_task or any(SavedWhole("", (word,)).has(name) for name in whole):
+        if word in by_task or any(SavedWhole("", (word,)).has(name) for name in full_tensors):
             kept.append(word)
     known = SavedWhole("", tuple(kept))
-    kept += sorted({tensor_owner(name)[0] for name in whole if not known.has(name)})
+    kept += sorted({tensor_owner(name)[0] for name in full_tensors if not known.has(name)})
     return sorted(kept) or None
 
 
@@ -240,4 +240,4 @@ def _same_rows(declared: Mapping[str, Any], rows: Mapping[str, list[int]]) -> bo
     named = {module: list(ends(module)) for module in rows}
     if any(len(found) != 1 for found in named.values()) or len(declared) != len(rows):
         return False
-    return all(declared[named[module][0]] == mine for module, mine in rows.items())
+    return all(declared[named[module][0]] == module_rows for module, module_rows in rows.items())

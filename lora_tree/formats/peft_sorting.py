@@ -65,7 +65,7 @@ class SortedKeys:
         modules: module → its wrappers.
         paths: module → the paths of its keys, as the file spells them.
         overrides: name of a tensor of the base → its replacement.
-        whole: path → a whole tensor of the base that neither the config nor its key calls an
+        base_tensors: path → a whole tensor of the base that neither the config nor its key calls an
             override.
         repeated: name of a tensor → its two values, if the file has it under two keys.
     """
@@ -75,7 +75,7 @@ class SortedKeys:
     modules: dict[str, Wrappers] = field(default_factory=dict)
     paths: dict[str, set[str]] = field(default_factory=dict)
     overrides: dict[str, Override] = field(default_factory=dict)
-    whole: dict[str, Tensor] = field(default_factory=dict)
+    base_tensors: dict[str, Tensor] = field(default_factory=dict)
     repeated: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @property
@@ -113,7 +113,7 @@ class SortedKeys:
         """
         depths = self.depths
         carried: dict[str, Tensor] = {}
-        for path, tensor in self.whole.items():
+        for path, tensor in self.base_tensors.items():
             name, depth = peft_keys.plain(path)
             shown = repr((PREFIX + path)[:200])
             if name in carried:
@@ -150,7 +150,7 @@ class SortedKeys:
             return module in depths or module.rpartition(".")[2] in WHOLE
         if kind == "bias":
             # save_embedding_layers saves all parameters of a head: the bias comes with the weight.
-            has_weight = f"{path.removesuffix('.bias')}.weight" in self.whole
+            has_weight = f"{path.removesuffix('.bias')}.weight" in self.base_tensors
             return self.config.bias != "none" or has_weight
         return False
 
@@ -187,7 +187,7 @@ def sort_keys(header: Header, config: PeftConfig, where: str) -> SortedKeys:
 
 # ---------------------------------------------------------------------- private
 def _sort_whole(found: SortedKeys, key: str, path: str, tensor: Tensor) -> None:
-    """Sort a whole tensor: an override if its key or the config says so, else ``whole``."""
+    """Sort a whole tensor: an override if its key or the config says so, else ``base_tensors``."""
     if is_original(path):
         return  # the base's original beside its replacement is not used
     path, is_wrapped = without_wrapper(path)
@@ -198,7 +198,7 @@ def _sort_whole(found: SortedKeys, key: str, path: str, tensor: Tensor) -> None:
     elif is_wrapped or (path == name and found.config.saved.has(name)):
         _override(found, name, key, Override(tensor))
     else:
-        found.whole[path] = tensor
+        found.base_tensors[path] = tensor
 
 
 def _override(found: SortedKeys, name: str, key: str, override: Override) -> None:

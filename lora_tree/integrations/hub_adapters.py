@@ -58,8 +58,8 @@ def _choices(name: HubName) -> list[list[str]]:
     """
     if name.path.endswith(SINGLE):
         above, _, last = name.path.rpartition("/")
-        beside = [f"{above}/{CONFIG}".lstrip("/")] if last == MLX_WEIGHTS else []
-        return [[*beside, name.path]]
+        config_files = [f"{above}/{CONFIG}".lstrip("/")] if last == MLX_WEIGHTS else []
+        return [[*config_files, name.path]]
     above = f"{name.path}/" if name.path else ""
     config = above + CONFIG
     return [[config, above + WEIGHTS], [config, above + MLX_WEIGHTS], [above + DIFFUSERS_WEIGHTS]]

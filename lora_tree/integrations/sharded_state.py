@@ -52,8 +52,8 @@ def save_state(
     for index in sorted(state["state"]):
         for name, value in sorted(state["state"][index].items()):
             if isinstance(value, Tensor):
-                whole = full(value.detach()).cpu().contiguous()
-                tensors[f"{index}.{name}"] = whole
+                gathered = full(value.detach()).cpu().contiguous()
+                tensors[f"{index}.{name}"] = gathered
     if not writes:
         return
     groups = [

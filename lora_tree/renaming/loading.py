@@ -136,8 +136,8 @@ class Loading:
 
 def _is_transformers(model: nn.Module) -> bool:
     """Return whether a model's class is, or is derived from, one that transformers can map."""
-    mine = any(kind.__module__.startswith("transformers.") for kind in type(model).__mro__)
-    return mine and hasattr(model, "config") and hasattr(model, "base_model_prefix")
+    is_derived = any(kind.__module__.startswith("transformers.") for kind in type(model).__mro__)
+    return is_derived and hasattr(model, "config") and hasattr(model, "base_model_prefix")
 
 
 def loading_module() -> Any:

@@ -71,8 +71,8 @@ class LinearSite(Site):
         self, out: Tensor, x: Tensor, rows: Tensor, values: Tensor, bias: Tensor | None
     ) -> Tensor:
         # A row of the weight computes one feature of the output.
-        mine = None if bias is None else bias[rows]
-        made = F.linear(x, values, mine).to(out.dtype)
+        row_bias = None if bias is None else bias[rows]
+        made = F.linear(x, values, row_bias).to(out.dtype)
         return out.index_copy(-1, rows, made)
 
     def down(self, x: Tensor, A: Tensor) -> Tensor:

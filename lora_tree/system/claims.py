@@ -140,8 +140,10 @@ def _create(claim: Path, token: str) -> None:
 
 
 def _claims(path: Path) -> list[Path]:
-    mine = re.compile(re.escape(path.name) + r"\.(alone|shared)\.[0-9a-f]{32}\Z")
-    return [path.with_name(name) for name in sorted(os.listdir(path.parent)) if mine.match(name)]
+    own_claims = re.compile(re.escape(path.name) + r"\.(alone|shared)\.[0-9a-f]{32}\Z")
+    return [
+        path.with_name(name) for name in sorted(os.listdir(path.parent)) if own_claims.match(name)
+    ]
 
 
 def _owner(claim: Path) -> dict[str, Any]:

@@ -47,11 +47,11 @@ def mean_through(tree: AdapterTree, node: str, losses: PathLosses) -> float | No
     >>> mean_through(tree, "fr", {"fr/legal": (2.0, 30), "fr/tax": (4.0, 10), "": (9.0, 5)})
     2.5
     """
-    mine = [both for path, both in losses.items() if path and node in tree.lineage(path)]
-    count = sum(tokens for _, tokens in mine)
+    node_losses = [both for path, both in losses.items() if path and node in tree.lineage(path)]
+    count = sum(tokens for _, tokens in node_losses)
     if count == 0:
         return None
-    return math.fsum(loss * tokens for loss, tokens in mine) / count
+    return math.fsum(loss * tokens for loss, tokens in node_losses) / count
 
 
 @dataclass

@@ -33,7 +33,7 @@ from ..tree import AdapterTree, Node
 from .every_rank import every_layer
 from .factors import Factors
 from .handed import Handed
-from .sharded import whole
+from .sharded import gather_adapter
 from .steps import NodeSteps
 
 __all__ = ["Training"]
@@ -54,7 +54,7 @@ class Training:
         tree: of the nodes.
         factors: hold the nodes' parameters.
         stage: laid out again when other nodes or parameters train.
-        beside: path models of the same base, which are also laid out again.
+        path_models: path models of the same base, which are also laid out again.
         binder: checks a node's adapter against the base.
         manner: gets the dropout.
         handed: looks whether a trainer was given the bare base.
@@ -67,14 +67,14 @@ class Training:
         factors: Factors,
         *,
         stage: Stage,
-        beside: Iterable[Renewed],
+        path_models: Iterable[Renewed],
         binder: Binder,
         manner: Manner,
         handed: Handed,
     ) -> None:
         self._base, self._tree, self._factors = base, tree, factors
         self._stage, self._binder, self._manner = stage, binder, manner
-        self._beside = beside
+        self._path_models = path_models
         self._handed = handed
         self._packing = Packing(base)
         self._steps: weakref.WeakKeyDictionary[torch.optim.Optimizer, NodeSteps]
@@ -133,7 +133,7 @@ class Training:
             SpecError: a group is not that of a node that trains.
             StateError: the model is prepared for ``torch.compile``.
         """
-        if self._stage.beside.permanent:
+        if self._stage.side_hooks.permanent:
             raise StateError(
                 "a prepared model can't train", "attach again, and train before prepare()"
             )
@@ -144,14 +144,14 @@ class Training:
             )
         # The new one is made before the old one goes: if its groups are refused, the old one stays.
         before = self._steps.get(optimizer)
-        steps = NodeSteps(optimizer, self._factors, self._stage.beside.reached)
+        steps = NodeSteps(optimizer, self._factors, self._stage.side_hooks.reached)
         if before is not None:
             before.remove()
         self._steps[optimizer] = steps
 
     def forget_rows(self) -> None:
         """Forget which nodes a gradient came back to, because the gradients were thrown away."""
-        self._stage.beside.reached.clear()
+        self._stage.side_hooks.reached.clear()
 
     def renew_if_moved(self) -> None:
         """Lay out side paths again if FSDP2 has swapped the parameters that they were made from."""
@@ -174,7 +174,7 @@ class Training:
                 parts[path] = adapter
         # All are gathered before the first is put into the tree: a
         # failure leaves the tree as it is.
-        full = {path: whole(adapter) for path, adapter in parts.items()}
+        full = {path: gather_adapter(adapter) for path, adapter in parts.items()}
         try:
             for path, adapter in full.items():
                 self._tree.replace(self._tree[path].with_loaded(adapter))
@@ -273,14 +273,14 @@ class Training:
         self._packing.forbid(before.packing_forbidden)
         self._sharded_together(self._factors.sharded)
         # Laying out one path model may have failed after others had got the new factors.
-        for path_model in list(self._beside):
+        for path_model in list(self._path_models):
             path_model.renew()
 
     def _renew(self) -> None:
         # A merged path has no factor that trains, and a bare base has no path.
         if self._stage.current.state in (State.UNMERGED, State.ROUTED):
             self._stage.renew()
-        for path_model in list(self._beside):
+        for path_model in list(self._path_models):
             path_model.renew()
 
     def _sharded_together(self, wanted: bool) -> None:

@@ -104,10 +104,10 @@ class NodeSteps:
     def _moving(self, groups: Sequence[dict[str, Any]]) -> list[bool]:
         """Return which groups had rows, on any rank."""
         # All ranks have to agree: a node that moved on one of them only would differ from then on.
-        mine = [group["name"] in self._reached for group in groups]
+        has_rows = [group["name"] in self._reached for group in groups]
         if ranks() == 1:
-            return mine
-        total = torch.tensor(mine, dtype=torch.int64, device=groups[0]["params"][0].device)
+            return has_rows
+        total = torch.tensor(has_rows, dtype=torch.int64, device=groups[0]["params"][0].device)
         dist.all_reduce(total)
         return list(map(bool, total.tolist()))
 

@@ -124,7 +124,7 @@ class LaidTerms:
         terms: of one dtype and layout, in the order of the sum; they keep the factors alive.
         slots, ratios: the ones that `merge.add_slots` makes of them.
         scale: of the last slot.
-        lie: the factors' dtype, and whether they lie transposed; None if there are no terms.
+        layout: the factors' dtype, and whether they lie transposed; None if there are no terms.
         aligned: whether all factors begin at multiples of 16 bytes, row by row.
         even: whether all ratios are 1.
     """
@@ -133,7 +133,7 @@ class LaidTerms:
     slots: tuple[int, ...]
     ratios: tuple[float, ...]
     scale: float
-    lie: tuple[torch.dtype, bool] | None
+    layout: tuple[torch.dtype, bool] | None
     aligned: bool
     even: bool
 

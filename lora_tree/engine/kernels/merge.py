@@ -303,8 +303,8 @@ def _table(parts: Sequence[MergePart], device: torch.device) -> tuple[Tensor, Te
     numbers = torch.tensor([*starts, *fields, *slots], dtype=torch.int64, device="cpu")
     pad = [0.0] * ((len(last) + len(ratios)) % 2)
     scales = torch.tensor([*last, *ratios, *pad], dtype=torch.float32, device="cpu")
-    whole = uploaded(torch.cat([numbers, scales.view(torch.int64)]), device)
-    return whole[: len(numbers)], whole[len(numbers) :].view(torch.float32), programs
+    buffer = uploaded(torch.cat([numbers, scales.view(torch.int64)]), device)
+    return buffer[: len(numbers)], buffer[len(numbers) :].view(torch.float32), programs
 
 
 def add_slots(

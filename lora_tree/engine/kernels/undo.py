@@ -63,9 +63,9 @@ def lay_out_terms(terms: Sequence[MergeTerm], batch: int) -> LaidTerms:
     aligned = True
     for term in terms:
         aligned = aligned and is_aligned(term.left, turned) and is_aligned(term.right, turned)
-    lie = left.dtype, turned
+    layout = left.dtype, turned
     even = all(ratio == 1.0 for ratio in ratios)
-    return LaidTerms(terms, tuple(slots), tuple(ratios), scale, lie, aligned, even)
+    return LaidTerms(terms, tuple(slots), tuple(ratios), scale, layout, aligned, even)
 
 
 class LaidLogs:
@@ -153,9 +153,9 @@ class _Kind(NamedTuple):
     def of(part: LogPart) -> _Kind:
         weight, old, new = part.weight, part.old, part.new
         _, rows, cols = weight.shape
-        lie = old.lie or new.lie
-        assert lie is not None
-        factor, turned = lie
+        layout = old.layout or new.layout
+        assert layout is not None
+        factor, turned = layout
         slots = max(len(old.ratios), len(new.ratios))
         return _Kind(
             device=weight.device,

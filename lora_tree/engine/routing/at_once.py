@@ -89,7 +89,7 @@ class AllPathsForm(SumForm):
 
     def _add(self, out: Tensor, x: Tensor) -> Tensor:
         low, B = self._low(x)
-        if self._rows.whole:
+        if self._rows.is_whole:
             wide = torch.baddbmm(_by_part(out, B), low.to(out.dtype), B.to(out.dtype))
             return wide.view(out.shape)
         return self._rows.added(out, torch.bmm(low, B.to(low.dtype)), spare=False)
@@ -97,7 +97,7 @@ class AllPathsForm(SumForm):
     def _add_in_place(self, out: Tensor, x: Tensor) -> Tensor:
         low, B = self._low(x)
         # `_by_part` copies a tensor that is not contiguous, and the sum would go into the copy.
-        if self._rows.whole and out.is_contiguous():
+        if self._rows.is_whole and out.is_contiguous():
             _by_part(out, B).baddbmm_(low.to(out.dtype), B.to(out.dtype))
             return out
         return self._rows.added(out, torch.bmm(low, B.to(low.dtype)), spare=True)
@@ -195,15 +195,15 @@ class MatrixForm(SumForm):
             column += [i] * value.rank
         coefficients = owed.batch.coefficients(owed.batch.adapted)[:, column]  # (rows, Σr)
         coefficients = coefficients.repeat(1, math.prod(owed.values[0].shape[:-2]))
-        self._mine = uploaded(coefficients != 0, owed.device)
+        self._is_owed = uploaded(coefficients != 0, owed.device)
         plain = bool(((coefficients == 0) | (coefficients == 1)).all())
         self._coefficients = None if plain else owed.numbers(coefficients)
 
     def _low(self, x: Tensor, value: LowRank) -> Tensor:
         low = self._down(self._rows.of(x), value, None)
         # Masked, not multiplied by zero: another path's product may be infinite.
-        mine = self.site.along_channels(self._mine, low.ndim)
-        low = torch.where(mine, low, low.new_zeros(()))
+        is_owed = self.site.along_channels(self._is_owed, low.ndim)
+        low = torch.where(is_owed, low, low.new_zeros(()))
         if self._coefficients is None:
             return low
         return low * self.site.along_channels(self._coefficients.to(low.dtype), low.ndim)
@@ -211,7 +211,7 @@ class MatrixForm(SumForm):
     def _add(self, out: Tensor, x: Tensor, *, spare: bool = False) -> Tensor:
         value = self._value()
         low = self._low(x, value)
-        if self._rows.whole:
+        if self._rows.is_whole:
             return self.site.onto(out, low, value.B.to(low.dtype), scale=1.0, spare=spare)
         return self._rows.added(out, self._up(low, value.B), spare=spare)
 

@@ -86,9 +86,9 @@ class _InTurn(SumForm):
         for products, rows in self._layers:
             deltas = []
             taken = torch.split(rows.of(x), [len(product.rows) for product in products])
-            for product, mine in zip(products, taken, strict=True):
+            for product, node_input in zip(products, taken, strict=True):
                 value = product.value()
-                delta = self._up(self._down(mine, value, product.coefficients), value.B)
+                delta = self._up(self._down(node_input, value, product.coefficients), value.B)
                 deltas.append(delta if value.scale == 1.0 else delta * value.scale)
             out = rows.added(out, torch.cat(deltas), spare=False)
         return out
@@ -137,7 +137,7 @@ class NodesForm(_InTurn):
         rows, parts = self._rows, self._parts(x.dtype)
         # In the batch's own order every run is a view of the input and of the output.
         taken = rows.of(x)
-        own_rows = out.contiguous() if rows.whole else out.index_select(0, rows.index)
+        own_rows = out.contiguous() if rows.is_whole else out.index_select(0, rows.index)
         tokens = own_rows.numel() // (len(rows) * own_rows.shape[-1])
         wide, target = taken.reshape(-1, taken.shape[-1]), own_rows.view(-1, own_rows.shape[-1])
         for (start, end), A, B, scale in parts:
@@ -148,7 +148,7 @@ class NodesForm(_InTurn):
                 run_output.addmm_(low, B, alpha=scale)
             else:  # autocast made the product narrower than its factors
                 self._add_onto(run_output, low, B.mT, scale)
-        if not rows.whole:
+        if not rows.is_whole:
             return out.index_copy_(0, rows.index, own_rows)
         return out if own_rows is out else out.copy_(own_rows)
 

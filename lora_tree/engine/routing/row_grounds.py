@@ -88,11 +88,11 @@ class RowGrounds:
         for members, (number,) in rows.by_kind:
             ground = self._ground(int(number))
             assert ground is not None, "rows over the base's own are left out"
-            mine = RowSubset(members, rows, out.device)
-            made = ground.applied(mine.of(out), mine.of(x))
-            if mine.whole:
+            subset = RowSubset(members, rows, out.device)
+            made = ground.applied(subset.of(out), subset.of(x))
+            if subset.is_whole:
                 return made
-            out = out.index_copy(0, mine.index, made.to(out.dtype))
+            out = out.index_copy(0, subset.index, made.to(out.dtype))
         return out
 
     def _ground(self, number: int) -> Ground | None:
@@ -109,8 +109,8 @@ class RowGrounds:
         held: dict[str, dict[str, OverrideTerm]],
     ) -> OverrideTerms:
         values = {}
-        for node, mine in held.items():
-            values[node] = {attribute: term.value for attribute, term in mine.items()}
+        for node, node_overrides in held.items():
+            values[node] = {attribute: term.value for attribute, term in node_overrides.items()}
         try:
             effective = standing(lineages, values)
         except LoraTreeError as error:

@@ -45,13 +45,13 @@ def share_of(owed: Owed) -> Callable[[], Share]:
     return share
 
 
-def _row_bias(owed: Owed, each: Tensor) -> Tensor | None:
+def _row_bias(owed: Owed, coefficients: Tensor) -> Tensor | None:
     """Return (rows, out), the biases that `lora_bias` trained, for each row."""
     total = None
     for i, value in enumerate(owed.values):
         if value.bias is None:
             continue
         bias = value.bias.to(device=owed.device, dtype=owed.dtype)
-        mine = owed.numbers(each[:, i] * value.scale)[:, None] * bias
-        total = mine if total is None else total + mine
+        node_bias = owed.numbers(coefficients[:, i] * value.scale)[:, None] * bias
+        total = node_bias if total is None else total + node_bias
     return total

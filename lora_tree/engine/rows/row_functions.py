@@ -94,16 +94,16 @@ def is_pointwise(name: str) -> bool:
 
 def _of_operands(layouts: Layouts, operands: Args, out: Any) -> RowLayout | None:
     """Return the layout of a pointwise result: the layout shared by all operands that have one."""
-    found = None
+    common = None
     for x in operands:
         layout = layouts.get(x) if isinstance(x, Tensor) else None
         if layout is None:
             continue
-        mine = _keep(layout, x, out)
-        if mine is None or (found is not None and not mine.like(found)):
+        kept_layout = _keep(layout, x, out)
+        if kept_layout is None or (common is not None and not kept_layout.like(common)):
             return None
-        found = mine
-    return found
+        common = kept_layout
+    return common
 
 
 def _keep(layout: RowLayout, x: Tensor, out: Any) -> RowLayout | None:

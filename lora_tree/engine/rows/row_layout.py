@@ -116,10 +116,10 @@ class RowLayout:
 
     def like(self, other: RowLayout) -> bool:
         """Return whether two layouts have the rows at the same places, the last axis apart."""
-        mine, theirs = _joined(self.axes[:-1]), _joined(other.axes[:-1])
-        if len(mine) != len(theirs):
+        own_axes, other_axes = _joined(self.axes[:-1]), _joined(other.axes[:-1])
+        if len(own_axes) != len(other_axes):
             return False
-        for a, b in zip(mine, theirs, strict=True):
+        for a, b in zip(own_axes, other_axes, strict=True):
             if len(a) != len(b) or not all(x.same(y) for x, y in zip(a, b, strict=True)):
                 return False
         return True

@@ -176,7 +176,7 @@ class Mergeable:
             start, end = _span(getattr(site.module, attribute))
             own = id(site.module), attribute
             shared = []
-            replaced = _replaced_alike(plan, site, attribute)
+            replaced = _equally_replaced(plan, site, attribute)
             for first, last, module, (name, leaf) in spans:
                 is_other = (module, leaf) != own and (module, leaf) not in replaced
                 if first < end and last > start and is_other:
@@ -212,19 +212,19 @@ def _written(plan: Plan, name: str) -> list[str]:
     return found
 
 
-def _replaced_alike(plan: Plan, site: Site, attribute: str) -> set[tuple[int, str]]:
+def _equally_replaced(plan: Plan, site: Site, attribute: str) -> set[tuple[int, str]]:
     """Return the tensors, (id of module, name), that a plan replaces as it does this one.
 
     Nothing is added to any of them. PEFT gives the trained rows of an embedding to a tied head too.
     """
     if plan.terms[site.name]:
         return set()
-    mine = _replacing(plan, site.name, attribute)
+    own_terms = _replacing(plan, site.name, attribute)
     found: set[tuple[int, str]] = set()
     for name, overrides in plan.overrides.items():
         for override in overrides:
-            theirs = _replacing(plan, name, override.attribute)
-            if name != site.name and not plan.terms[name] and _are_alike(mine, theirs):
+            other_terms = _replacing(plan, name, override.attribute)
+            if name != site.name and not plan.terms[name] and _are_equal(own_terms, other_terms):
                 found.add((id(plan.sites[name].module), override.attribute))
     return found
 
@@ -235,10 +235,10 @@ def _replacing(plan: Plan, name: str, attribute: str) -> list[OverrideTerm]:
     ]
 
 
-def _are_alike(mine: Sequence[OverrideTerm], theirs: Sequence[OverrideTerm]) -> bool:
-    if len(mine) != len(theirs) or not mine:
+def _are_equal(own_terms: Sequence[OverrideTerm], other_terms: Sequence[OverrideTerm]) -> bool:
+    if len(own_terms) != len(other_terms) or not own_terms:
         return False
-    for one, other in zip(mine, theirs, strict=True):
+    for one, other in zip(own_terms, other_terms, strict=True):
         x, y = one.value, other.value
         if x.rows != y.rows or x.values.shape != y.values.shape:
             return False

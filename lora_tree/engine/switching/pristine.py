@@ -230,8 +230,10 @@ class Pristine:
             on_device = False
             copies = [copy_on_host(weight.parameter) for weight in missing]
         for weight, copy in zip(missing, copies, strict=True):
-            beside = on_device and is_apart(weight.parameter.device)
-            self._kept[id(weight.module), weight.attribute] = _PristineCopy(weight, copy, beside)
+            is_on_device = on_device and is_apart(weight.parameter.device)
+            self._kept[id(weight.module), weight.attribute] = _PristineCopy(
+                weight, copy, is_on_device
+            )
         self._changed()
         # The watch has to know the new weights before they are written.
         self.look()
@@ -343,15 +345,15 @@ class Pristine:
     @property
     def copies(self) -> Copies:
         """The place and the size of the copies."""
-        beside = on_host = logged = 0
+        on_device = on_host = logged = 0
         for kept in self._kept.values():
             if isinstance(kept.copy, UndoLog):
                 logged += kept.nbytes
             elif kept.on_device:
-                beside += kept.nbytes
+                on_device += kept.nbytes
             else:
                 on_host += kept.nbytes
-        return Copies(self._place, device_bytes=beside, host_bytes=on_host, log_bytes=logged)
+        return Copies(self._place, device_bytes=on_device, host_bytes=on_host, log_bytes=logged)
 
     @property
     def nbytes(self) -> int:

@@ -95,10 +95,10 @@ class TileLog(UndoLog):
         return found.to(weight.device)
 
     # ------------------------------------------------------------------ for `write_logs`
-    def lie(self) -> object:
-        """Return the layout of the weight's terms (`LaidTerms.lie`); None if there are none."""
+    def layout(self) -> object:
+        """Return the layout of the weight's terms (`LaidTerms.layout`); None if there are none."""
         for terms in self._states.values():
-            return terms.lie
+            return terms.layout
         return None
 
     def come_home(self, weight: Tensor, scratch: Scratch) -> None:
@@ -128,11 +128,11 @@ class TileLog(UndoLog):
         """
         new = write.laid
         assert new is not None
-        assert new.lie is not None
+        assert new.layout is not None
         rows = self.site.rows(write.weight)
         memory = self._memory
         if memory is None:
-            memory = LogMemory.of(rows, log_height(new.lie[0]), share=share)
+            memory = LogMemory.of(rows, log_height(new.layout[0]), share=share)
         ((state, old),) = self._states.items() or [(BARE, NO_TERMS)]
         # States alternate between two numbers, so that a launch between two plans can be run again.
         after = 2 if state == 1 else 1
@@ -391,7 +391,7 @@ def _made_ready(writes: Sequence[LogWrite], scratch: Scratch) -> list[LogWrite]:
         pending.append(write)
         # A kernel takes old and new terms of one layout only. Old terms of another one are taken
         # out first.
-        if log.is_cut_off or log.lie() not in (None, new.lie):
+        if log.is_cut_off or log.layout() not in (None, new.layout):
             out.append(write)
     _take_out(out)
     for write in stock:
