@@ -57,14 +57,14 @@ def _misfits(
         elif node.fresh is not None:
             spec = tree.defaults.complete(node.fresh, path)
             for name in target_names(base, spec, patterns):
-                yield from _unfit(base, name)
+                yield from _fit_errors(base, name)
     except LoraTreeError as error:
         yield error
         return
     if adapter is None:
         return  # a group, or a fresh node, which was checked above
     for name, value in adapter.modules.items():
-        yield from _unfit(base, name, value)
+        yield from _fit_errors(base, name, value)
     for tensor, override in adapter.overrides.items():
         try:
             site, attribute = find_tensor_site(base, tensor)
@@ -73,7 +73,9 @@ def _misfits(
             yield error
 
 
-def _unfit(base: nn.Module, name: str, value: LowRank | None = None) -> Iterator[LoraTreeError]:
+def _fit_errors(
+    base: nn.Module, name: str, value: LowRank | None = None
+) -> Iterator[LoraTreeError]:
     try:
         site = find_site(base, name)
         if value is not None:

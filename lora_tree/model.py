@@ -35,7 +35,7 @@ from .engine.answers import AnswersForBase
 from .engine.behaviour import Mode, Request, RoutedRows, State
 from .engine.binder import Binder
 from .engine.fresh import settle_fresh
-from .engine.host import CompileWatch, MergedWarning, claim, let_go, unwrapped
+from .engine.host import CompileWatch, MergedWarning, claim, release_claim, unwrapped
 from .engine.plan import Plan
 from .engine.planner import KEPT_PLANS, Planner
 from .engine.prepared import Prepared, side_path_increments
@@ -168,7 +168,7 @@ class TreeModel(AnswersForBase):
             settle_fresh(tree, inner, tree.paths())
         except BaseException:
             # The error's traceback may keep this model alive for long, and so its claim.
-            let_go(inner)
+            release_claim(inner)
             raise
         self.cache = Cache(tree, budgets, policy=how.eviction, link=link)
         cache = self.cache
@@ -491,7 +491,7 @@ class TreeModel(AnswersForBase):
             # closed.
             self.tree.release(self)
             self.cache.close()
-            let_go(self.base)
+            release_claim(self.base)
             # Last, so that after an error in a step above the caller can call detach() again.
             self._detached = True
 
@@ -715,7 +715,7 @@ class TreeModel(AnswersForBase):
         tasks of the same thread, so each open block has an owner, which is checked here.
         """
         self._attached()
-        self._stage.blocks.check_mine()
+        self._stage.blocks.check_innermost()
         # Tested here to save a call: every switch comes by, and there is hardly ever one.
         if self._path_models.dropped:
             self._path_models.close_dropped()

@@ -627,7 +627,7 @@ class AdapterTree:
             node = self[path]
             # An adapter that is in memory alone stays: to drop it would lose it.
             if node.rereadable:
-                self.replace(node.holding_nothing())
+                self.replace(node.unloaded())
 
     def release(self, model: AttachedModel) -> None:
         """Stop consulting a model; a tree without a reader keeps what it reads itself."""

@@ -33,11 +33,11 @@ __all__ = [
     "check_finite",
     "check_matched",
     "inverse_weight",
-    "less_weight",
     "parse_weight",
     "plain_weight",
     "scaled_weight",
     "weight_at",
+    "weight_difference",
     "weight_digest",
     "weight_within",
 ]
@@ -307,7 +307,7 @@ def weight_within(weight: Weight, modules: Collection[str]) -> Weight:
     return ModuleWeights(weight.default, left) if left else weight.default
 
 
-def less_weight(plus: Weight, minus: Weight) -> Weight:
+def weight_difference(plus: Weight, minus: Weight) -> Weight:
     """Return the difference of two weights; equal ones cancel exactly."""
     if plus == minus:
         return 0.0

@@ -218,7 +218,9 @@ def card(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """The host plays a device with memory of its own, and with so much room."""
     room = {"bytes": 1 << 30}
     for module in ("copy_place", "pristine"):
-        monkeypatch.setattr(f"lora_tree.engine.switching.{module}.is_apart", lambda device: True)
+        monkeypatch.setattr(
+            f"lora_tree.engine.switching.{module}.has_own_memory", lambda device: True
+        )
     monkeypatch.setattr(copy_place, "_room_bytes", lambda device: room["bytes"])
     return room
 

@@ -11,15 +11,15 @@ from torch import nn
 from ..assembly import Assembly
 from ..callers import called_by
 from ..errors import LoraTreeWarning, SpecError, StateError
-from .unpromised import compiled_frames, is_compiled, mind_hooks
+from .unpromised import compiled_frames, guard_on_hooks, is_compiled
 
 __all__ = [
     "Claim",
     "CompileWatch",
     "MergedWarning",
     "claim",
-    "let_go",
-    "saved_by_themselves",
+    "release_claim",
+    "self_saving_modules",
     "unwrapped",
     "warn_on_save",
 ]
@@ -53,7 +53,7 @@ class CompileWatch:
         Raises:
             StateError: the base, or something around it, is compiled.
         """
-        mind_hooks(wanted=compiles_next)
+        guard_on_hooks(wanted=compiles_next)
         frames = compiled_frames()
         found = self._compiled or is_compiled(base)
         # The referrers are inspected again only if torch has compiled something since.
@@ -122,7 +122,7 @@ def claim(base: nn.Module, model: nn.Module) -> Claim:
     return own_claim
 
 
-def let_go(base: nn.Module) -> None:
+def release_claim(base: nn.Module) -> None:
     """Drop the claim on ``base``."""
     _ATTACHED.pop(base, None)
 
@@ -159,7 +159,7 @@ def unwrapped(base: nn.Module) -> tuple[nn.Module, bool]:
     return base, compiled
 
 
-def saved_by_themselves(base: nn.Module) -> list[nn.Module]:
+def self_saving_modules(base: nn.Module) -> list[nn.Module]:
     """Return the modules of a base whose own ``save_pretrained`` would write merged weights.
 
     That is the base itself, or each of the models of an assembly.

@@ -16,7 +16,7 @@ from ..adapter import Adapter
 from ..lowrank import LowRank, spans
 from .plan import Plan
 
-__all__ = ["badness", "largest_in_plan", "largest_of"]
+__all__ = ["largest_in_plan", "largest_of", "size_key"]
 
 _LARGEST: weakref.WeakKeyDictionary[Adapter, _Known] = weakref.WeakKeyDictionary()
 
@@ -36,7 +36,7 @@ class _Known:
     largest: float
 
 
-def badness(size: float) -> float:
+def size_key(size: float) -> float:
     """Return a key by which sizes are compared; NaN counts as the largest."""
     return math.inf if math.isnan(size) else size
 
@@ -86,7 +86,7 @@ def _largest_in(adapter: Adapter) -> float:
         return 0.0  # every rank has a part; `Mergeable.check` keeps these from being merged
     parameters = [tensor for tensor in tensors if isinstance(tensor, nn.Parameter)]
     writes = _writes(parameters)
-    found = max(_largest(spans(tensors)), default=0.0, key=badness)
+    found = max(_largest(spans(tensors)), default=0.0, key=size_key)
     _LARGEST[adapter] = _Known(parameters, writes, found)
     return found
 

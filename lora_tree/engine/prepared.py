@@ -35,13 +35,13 @@ from ..tree import AdapterTree
 from .arithmetic import exact_mode
 from .behaviour import RoutedRows
 from .binder import Binder
-from .finite import check_beside
+from .finite import check_side_paths
 from .hook import Hook
 from .plan import PlacedPlan, Plan, Terms, WeightDtypes
 from .prepared_segments import OFF, PATH, ROWS, PreparedSegments, SegmentNumbers, covered
 from .routing.forms import check_strategy
 from .rows.batch import Batch
-from .rows.batch_axis import has_rows_first, not_by_rows
+from .rows.batch_axis import has_rows_first, rows_not_first_error
 from .sidepaths.side import raise_for_copy, side_dtype, side_kinds, widened
 from .upload import uploaded
 
@@ -277,7 +277,7 @@ class Prepared:
         ordinary = largest is None or max(largest.values(), default=0.0) <= 1.0
         if ordinary and self._finite.get(plan) == placed.dtypes:
             return
-        check_beside(placed, kinds, largest)
+        check_side_paths(placed, kinds, largest)
         if ordinary and plan.fixed:
             self._finite[plan] = placed.dtypes
 
@@ -452,4 +452,4 @@ class _Fixed:
             return self.rows, self.row_bias, self.adapted
         if self.uniform:
             return self.rows[:1], self.row_bias[:1], self.adapted[:1]
-        raise not_by_rows(self.site, x, len(self.rows))
+        raise rows_not_first_error(self.site, x, len(self.rows))

@@ -42,7 +42,7 @@ from .kernels import (
 from .plan import Plan
 from .routing.segmented import NARROW, route_dtype
 from .rows.batch import Batch
-from .rows.batch_axis import has_rows_first, not_by_rows
+from .rows.batch_axis import has_rows_first, rows_not_first_error
 from .sidepaths.side import raise_for_copy
 from .upload import uploaded
 
@@ -333,7 +333,7 @@ class _SegmentedSite:
                 if has_rows_first(site, x, out, of.rows, batch_first=of.batch_first):
                     rows = of.rows
                 elif not self.uniform:
-                    raise not_by_rows(site, x, of.rows)
+                    raise rows_not_first_error(site, x, of.rows)
             compute = route_dtype(self.dtype, x.dtype, x.device.type)
             return _add_segments(out, x, of.version, self.number, rows, compute)
 

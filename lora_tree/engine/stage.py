@@ -36,7 +36,7 @@ from .behaviour import (
 )
 from .blocks import Blocks
 from .fresh import settle_fresh
-from .host import Claim, CompileWatch, saved_by_themselves, warn_on_save
+from .host import Claim, CompileWatch, self_saving_modules, warn_on_save
 from .plan import EMPTY_PLAN, PlacedPlan, Plan
 from .planner import Planner
 from .rows.batch import tree_node
@@ -218,7 +218,7 @@ class Stage:
             now = self._tree[node].loaded or behaviour.pins.adapters.get(node)
             if now is None or self._factors.shown(node, now) is not adapter:
                 return False
-        return plan.is_as_it_was()
+        return plan.is_unchanged()
 
     # ------------------------------------------------------------------ the only writer
     def become(self, request: Request) -> None:
@@ -313,13 +313,13 @@ class Stage:
     # ------------------------------------------------------------------ what is in use
     def requests(self) -> Iterator[Request]:
         """Yield the current request, and those that blocks will bring back."""
-        for behaviour in (self.current, *self.blocks.befores):
+        for behaviour in (self.current, *self.blocks.earlier_behaviours):
             yield behaviour.request
 
     def merged_nodes(self) -> set[str]:
         """Return the nodes that are in the weights now, or will be when a block is left."""
         nodes: set[str] = set()
-        for behaviour in (self.current, *self.blocks.befores):
+        for behaviour in (self.current, *self.blocks.earlier_behaviours):
             if behaviour.weights.terms:
                 nodes.update(behaviour.adapters)
         return nodes
@@ -350,12 +350,12 @@ class Stage:
         while self._save_hooks:
             self._save_hooks.pop().remove()
         if merged:
-            for module in saved_by_themselves(self._base):
+            for module in self_saving_modules(self._base):
                 register: Any = module.register_state_dict_pre_hook  # torch has no types for it
                 self._save_hooks.append(register(warn_on_save))
         self._warns_on_save = merged
 
     def _retire(self, behaviour: Behaviour) -> None:
         """Release the pins of a behaviour that is neither current nor remembered by a block."""
-        if behaviour is not self.current and behaviour not in self.blocks.befores:
+        if behaviour is not self.current and behaviour not in self.blocks.earlier_behaviours:
             behaviour.pins.release()

@@ -46,8 +46,8 @@ __all__ = [
     "fp32_product",
     "global_hooks",
     "grouped_product",
+    "guard_on_hooks",
     "is_compiled",
-    "mind_hooks",
     "pytree",
     "saved_tensor_hook",
     "slow_on_cpu",
@@ -159,7 +159,7 @@ def compiled_frames() -> int | None:
     return count
 
 
-def mind_hooks(*, wanted: bool = False) -> None:
+def guard_on_hooks(*, wanted: bool = False) -> None:
     """Make torch.compile guard on a module's hooks before it reuses code compiled for another one.
 
     By default it reuses a compiled forward for all modules of the same classes, whether or not

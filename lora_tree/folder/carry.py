@@ -16,7 +16,7 @@ from ..errors import FolderError, SpecError
 from ..system.reading import is_folder
 from . import disk
 from .lockfile import FileLock
-from .record import HIDDEN, RECORD, STAGE, Record, RecordedMove, there_now
+from .record import HIDDEN, RECORD, STAGE, Record, RecordedMove, stat_for_record
 
 __all__ = ["carry_out", "sweep"]
 
@@ -97,7 +97,7 @@ def _verify(folder: Path, record: Record) -> None:
 
 
 def _refuse_changed(folder: Path, place: str, was: FileLock | None) -> None:
-    now = there_now(folder / place)
+    now = stat_for_record(folder / place)
     # An absent file passes: an earlier attempt may have removed it, and nothing is lost by going
     # on.
     if now is not None and now != was:

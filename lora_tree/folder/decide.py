@@ -102,7 +102,7 @@ def decide(
         None if same_lock else lock,
         draft.kept,
         _nodes_after(draft, lock),
-        tuple(keeping.crowded_out),
+        tuple(keeping.nodes_over_budget),
     )
 
 

@@ -200,7 +200,7 @@ class Keeping:
         return {own.content for own in self.kept.values() if not own.named}
 
     @property
-    def crowded_out(self) -> list[str]:
+    def nodes_over_budget(self) -> list[str]:
         """The nodes that lose a version because the budget has no room for it."""
         return self._new[1]
 

@@ -45,7 +45,7 @@ __all__ = [
     "bytes_of_run",
     "cut_after",
     "drop_runs",
-    "kept_run",
+    "resumed_or_new_run",
     "spare_runs",
     "write_about",
 ]
@@ -63,7 +63,7 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def kept_run(folder: Path, identity: str, about: Mapping[str, Any]) -> Path:
+def resumed_or_new_run(folder: Path, identity: str, about: Mapping[str, Any]) -> Path:
     """Return the folder of a run: of an unfinished one to resume, or of a new one.
 
     Args:

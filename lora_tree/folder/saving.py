@@ -56,12 +56,12 @@ def save_tree(tree: AdapterTree, folder: Path, *, copy: bool, note: SaveNote) ->
                     tree.home = Path(place.yaml_file)
                     remember(tree, place, _seen(opened, seen, changes, transaction.written))
         undo.pop_all()
-    if changes.crowded_out:
+    if changes.nodes_over_budget:
         budget = format_bytes(tree.history.budget_bytes)
         warnings.warn(
             HistoryWarning(
-                f"{listing(changes.crowded_out)}: earlier versions were dropped, for those of this "
-                f"tree may take {budget} together",
+                f"{listing(changes.nodes_over_budget)}: earlier versions were dropped, for "
+                f"those of this tree may take {budget} together",
                 f"to keep more: versions_budget in {place.yaml}",
             ),
             stacklevel=4,

@@ -225,7 +225,7 @@ def scan(root: str, decided: Pending) -> Scan:
             files_in[above] = files
         # A stack, not recursion: a stranger's folders may be nested deeper than Python allows.
         stack.extend((path, depth + 1) for path in below)
-    _carry_out_in_thought(files_in, decided)
+    _apply_pending(files_in, decided)
     for above in sorted(files_in, key=lambda path: path.split("/")):
         if files_in[above]:
             result.found[above] = Files(
@@ -239,7 +239,7 @@ def _note_limit(result: Scan, root: str, above: str, node: str, limit: str) -> N
     result.wrong.append((node, text))
 
 
-def _carry_out_in_thought(found: dict[str, Found], decided: Pending) -> None:
+def _apply_pending(found: dict[str, Found], decided: Pending) -> None:
     """Apply a pending save: staged files take their places, files to be deleted are left out."""
     for place, staged in decided.staged.items():
         above, _, name = place.rpartition("/")

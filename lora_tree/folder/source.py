@@ -136,7 +136,7 @@ class FolderSource:
                 if find_files(self.folder, self.root) != files:
                     continue  # a save moved them meanwhile
                 if is_other:
-                    raise _not_even_whole(self.folder, error) from error
+                    raise _broken_files_error(self.folder, error) from error
                 raise
             finally:
                 # On any way out, an interrupt too: a thread may be hashing what was read.
@@ -145,7 +145,7 @@ class FolderSource:
             self._check_content(content)
             self._note_hashed(content, after)
             return adapter
-        raise self._restless()
+        raise self._changing_files_error()
 
     def _note_hashed(self, found: str | None, files: _Identity) -> None:
         """Remember that these files have the right hash; the next read need not hash them."""
@@ -161,7 +161,7 @@ class FolderSource:
         except LoraTreeError:
             return False
 
-    def _restless(self) -> UnlockedError:
+    def _changing_files_error(self) -> UnlockedError:
         text = f"{self.folder}: its files keep changing while they are read"
         return UnlockedError(text, "wait for the writer")
 
@@ -188,7 +188,7 @@ class FolderSource:
             except LoraTreeError:
                 if find_files(self.folder, self.root) == files:
                     raise
-        raise self._restless()
+        raise self._changing_files_error()
 
     def unchanged(self, files: Files) -> str:
         """Return the hash of the files, and refuse files that changed since the tree was opened.
@@ -233,7 +233,7 @@ def _belongs(root: str, real: str) -> bool:
 _homes = lru_cache(maxsize=64)(homes)
 
 
-def _not_even_whole(folder: str, error: LoraTreeError | OSError) -> UnlockedError:
+def _broken_files_error(folder: str, error: LoraTreeError | OSError) -> UnlockedError:
     """Return the error for files that differ from the lock and are broken as well."""
     # The advice to accept them with `lock` is left out: it would refuse them too.
     what = str(error)

@@ -330,11 +330,11 @@ class _ConfigChecks:
             raise self.wrong(name, value, "an object or null")
         entries = []
         for key, given in (value or {}).items():
-            self.understood(key, name)
+            self.check_pattern(key, name)
             entries.append((key, check(given, f"{name}[{key!r}]")))
         return ByPattern(entries, self.work)
 
-    def understood(self, pattern: str, name: str) -> None:
+    def check_pattern(self, pattern: str, name: str) -> None:
         try:
             NamePattern(pattern, self.work)
             # PEFT puts the key into this pattern, which makes some keys invalid: (?i)q_proj, for

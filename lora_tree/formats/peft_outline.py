@@ -112,12 +112,12 @@ def outline_of(texts: PeftTexts) -> Outline:
     """
     # lru_cache does not cache exceptions, so every error names its own folder.
     if len(texts.config) + len(texts.head) <= MAX_KEPT_BYTES:
-        return _kept_outline(texts)
+        return _cached_outline(texts)
     return _make_outline(texts)
 
 
 @lru_cache(KEPT_OUTLINES)
-def _kept_outline(texts: PeftTexts) -> Outline:
+def _cached_outline(texts: PeftTexts) -> Outline:
     return _make_outline(texts)
 
 

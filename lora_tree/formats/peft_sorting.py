@@ -122,7 +122,7 @@ class SortedKeys:
                     "save the adapter again with PEFT, which writes each tensor once",
                 )
             is_spelled_right = depth == 0 and path in (peft_keys.key_path(name, depths), name)
-            if is_spelled_right and self._may_come_along(path, name, depths):
+            if is_spelled_right and self._may_be_carried(path, name, depths):
                 carried[name] = tensor
                 continue
             kind = name.rpartition(".")[2]
@@ -143,7 +143,7 @@ class SortedKeys:
             )
         return carried
 
-    def _may_come_along(self, path: str, name: str, depths: Mapping[str, int]) -> bool:
+    def _may_be_carried(self, path: str, name: str, depths: Mapping[str, int]) -> bool:
         """Return whether PEFT may write the base's own parameter ``name`` beside the factors."""
         module, _, kind = name.rpartition(".")
         if kind == "weight":

@@ -100,7 +100,9 @@ class Contents:
         stale = tuple(problem.text for problem in own_problems if problem.kind == "stale")
         return FlatContent(hashlib.sha256(digest_input.encode()).hexdigest()[:32], stale, nodes)
 
-    def is_still(self, content: str, tree: AdapterTree, problems: list[Problem], path: str) -> bool:
+    def has_content(
+        self, content: str, tree: AdapterTree, problems: list[Problem], path: str
+    ) -> bool:
         """Tell whether a path still has this content."""
         try:
             return self.of(tree, problems, path).name == content

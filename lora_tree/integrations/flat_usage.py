@@ -91,7 +91,7 @@ class Usage:
 
     # ------------------------------------------------------------------ one content
     @contextmanager
-    def asking(self, content: str, *, for_blend: bool) -> Iterator[None]:
+    def keep_in_use(self, content: str, *, for_blend: bool) -> Iterator[None]:
         """Keep a content in use until the block ends, whether it is served or not."""
         with self._lock:
             self._in_flight[content, for_blend] += 1
@@ -115,7 +115,7 @@ class Usage:
         if before is None:
             yield
             return
-        with self.asking(before, for_blend=is_blend(path)):
+        with self.keep_in_use(before, for_blend=is_blend(path)):
             try:
                 yield
             except BaseException:

@@ -34,7 +34,7 @@ class HubAdapters:
         if snapshot is None:
             lacks = [] if client.is_online else client.lacking(revision, choices)
             if lacks:
-                raise client.not_whole(revision, lacks)
+                raise client.incomplete_error(revision, lacks)
             names = dict.fromkeys(itertools.chain.from_iterable(choices))
             snapshot = client.fetch(commit or name.revision, list(names))
             _check_whole(client, name, snapshot, choices)

@@ -276,7 +276,7 @@ class HubClient:
         """Return the error for an action that needs the hub."""
         return HubError(f"{self.repository}: this needs the hub, and {self._why_offline()}")
 
-    def not_whole(self, revision: str, missing: Sequence[str] = ()) -> HubError:
+    def incomplete_error(self, revision: str, missing: Sequence[str] = ()) -> HubError:
         """Return the error for a revision of which the cache lacks a part.
 
         Args:
@@ -336,7 +336,7 @@ class HubClient:
             cause = error.__cause__
             if isinstance(cause, known.HfHubHTTPError):
                 raise HubError(*self._refused(cause)) from error
-            raise self.not_whole(revision) from error
+            raise self.incomplete_error(revision) from error
         except known.HfHubHTTPError as error:
             raise HubError(*self._refused(error)) from error
         except Exception as error:  # sockets, proxies, certificates: whatever its transport raises

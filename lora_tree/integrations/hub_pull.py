@@ -155,7 +155,7 @@ def _refuse_partial(
         return
     missing = missing_among(files, spec, lock)
     if missing:
-        raise client.not_whole(there.commit, missing)
+        raise client.incomplete_error(there.commit, missing)
 
 
 def _refuse_no_tree(repository: str, files: Mapping[str, HubFile], names: Sequence[str]) -> None:

@@ -106,12 +106,12 @@ def load_state(optimizer: torch.optim.Optimizer, scheduler: Any, folder: Path) -
         by_parameter.setdefault(int(index), {})[part] = tensor
     merged = []
     for group, saved_group in zip(now["param_groups"], groups, strict=True):
-        merged.append({**group, **_as_they_were(saved_group, group), "params": group["params"]})
+        merged.append({**group, **_restore_tuples(saved_group, group), "params": group["params"]})
     optimizer.load_state_dict({"state": by_parameter, "param_groups": merged})
     scheduler.load_state_dict(options["schedule"])
 
 
-def _as_they_were(saved_group: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
+def _restore_tuples(saved_group: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
     """Return a group's options as they were before JSON, which turns tuples into lists."""
     found = {}
     for name, value in saved_group.items():

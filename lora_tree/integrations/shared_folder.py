@@ -86,7 +86,7 @@ class SharedFolder:
             yield
 
     # ------------------------------------------------------------------ uses; the caller is `alone`
-    def tell(self, in_use: dict[str, bool]) -> None:
+    def write_list(self, in_use: dict[str, bool]) -> None:
         """Write the list of the entries that this process uses, each with a mark."""
         if in_use != self.listed:
             with disk.named("write it", self._list):

@@ -34,7 +34,7 @@ from ..tree import AdapterTree
 from .client_names import RequestedName, shown
 from .flatcache import FlatCache, FlatForm, Flattened, NoRoom
 from .surveyed import Surveyed, View, release_of
-from .vllm_front import Front, asking, request_of
+from .vllm_front import Front, find_serving_models, request_of
 from .vllm_log import OnceLog, log, reason, tell_request, tell_served
 from .vllm_metrics import NOT_ADMITTED, UNREADABLE, Metrics, why_refused
 from .vllm_settings import ZOO, PluginSettings, ServerArgs, server_args
@@ -190,7 +190,7 @@ class _Resolver:
 
         Called on that front end's event loop.
         """
-        models = asking()
+        models = find_serving_models()
         if models is None:
             self._once.say(
                 MODELS,
@@ -243,12 +243,14 @@ class _Resolver:
                     budget_bytes=settings.cache_bytes,
                     form=FlatForm(settings.max_rank, settings.max_error, _base_folder(base)),
                     grace_s=SHORT_GRACE_S if exact else GRACE_S,
-                    let_go=self._let_go,
+                    unload=self._unload,
                     is_read=self._is_read,
                     on_evict=self._metrics.evicted,
-                    on_resize=lambda nbytes: self._metrics.cache_is(nbytes, settings.cache_bytes),
+                    on_resize=lambda nbytes: self._metrics.note_cache_size(
+                        nbytes, settings.cache_bytes
+                    ),
                 )
-                self._metrics.cache_is(self._cache.nbytes, settings.cache_bytes)
+                self._metrics.note_cache_size(self._cache.nbytes, settings.cache_bytes)
                 self._watcher = Watcher(
                     self._cache,
                     self._seen,
@@ -264,7 +266,7 @@ class _Resolver:
     def _is_read(self, content: str) -> bool:
         return any(front.is_read(content) for front in self._fronts)
 
-    def _let_go(self, path: str) -> bool:
+    def _unload(self, path: str) -> bool:
         """Make vLLM forget a path; False if a request for it has come in meanwhile."""
         cache = self._cache
         if cache is None or not self._fronts:

@@ -27,7 +27,7 @@ from ..callers import caller_object
 from ..extras import need
 from .flatcache import Flattened
 
-__all__ = ["Front", "asking", "request_of"]
+__all__ = ["Front", "find_serving_models", "request_of"]
 
 WAIT_S = 120.0
 """Seconds that vLLM may take to load an adapter."""
@@ -35,7 +35,7 @@ WAIT_S = 120.0
 _numbers = itertools.count(1)
 
 
-def asking() -> Any:
+def find_serving_models() -> Any:
     """Return vLLM's record of its adapters, found among the callers.
 
     None where this version keeps it elsewhere.

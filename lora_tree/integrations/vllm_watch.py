@@ -82,7 +82,7 @@ class Watcher:
 
     def _look(self) -> None:
         served = self._cache.served
-        self._cache.tend()
+        self._cache.report_use()
         if not served or not self._fronts:
             self._metrics.looked(served=len(served), stale=0, behind=0)
             return
@@ -124,7 +124,7 @@ class Watcher:
         except (FolderError, FormatError):
             raise  # the files are not whole, or are being replaced
         except LoraTreeError as error:
-            self._no_longer(path, error)
+            self._stop_serving(path, error)
             return False
         if now.name != content or self._is_behind(path, now.name):
             self._follow(view, path)
@@ -149,7 +149,7 @@ class Watcher:
         except LoraTreeError as error:
             if isinstance(error, FormatError) and not _locked(view.tree, self._names.read(path)):
                 raise  # without a lock, the files may be half written
-            self._no_longer(path, error)
+            self._stop_serving(path, error)
             return
         self._once.is_over(path)
         if any(swapped):
@@ -167,7 +167,7 @@ class Watcher:
         """
         return any(front.serves(path) not in (None, content) for front in self._fronts)
 
-    def _no_longer(self, path: str, error: LoraTreeError) -> None:
+    def _stop_serving(self, path: str, error: LoraTreeError) -> None:
         dropped = [front.drop(path) for front in self._fronts]
         if not all(dropped):
             return  # vLLM is loading it just now; at the next look it has it

@@ -58,7 +58,7 @@ class LinearSite(Site):
         return out_features, in_features
 
     @property
-    def makes_its_output(self) -> bool:
+    def has_new_output(self) -> bool:
         # Check `vars` too: a wrapper may have set a forward on the instance, and it may return its
         # input.
         return type(self.module).forward is nn.Linear.forward and "forward" not in vars(self.module)

@@ -146,7 +146,7 @@ class Site(ABC):
         return x.shape[1:-1] if x.ndim > 1 else x.shape
 
     @property
-    def makes_its_output(self) -> bool:
+    def has_new_output(self) -> bool:
         """Return whether the module's output is always new memory, so that it may be added to in
         place.
         """

@@ -41,7 +41,7 @@ class Ways:
 
     def dtypes(self, base: nn.Module) -> tuple[torch.dtype | None, ...] | None:
         """Return the present dtypes of the sites' weights; None if a site has left the base."""
-        if not self._lead_where_they_led(base) and not self._lead_to_the_sites(base):
+        if not self._lead_to_the_same_modules(base) and not self._lead_to_the_sites(base):
             return None
         found: list[torch.dtype | None] = []
         for module, name, shape in self._weights:
@@ -60,7 +60,7 @@ class Ways:
             found.append(None if weight is None else weight.dtype)
         return tuple(found)
 
-    def _lead_where_they_led(self, base: nn.Module) -> bool:
+    def _lead_to_the_same_modules(self, base: nn.Module) -> bool:
         """Return whether every module on the ways is the same as at the last check."""
         if self._first is None:
             return False

@@ -72,7 +72,7 @@ def make_claim(path: Path, shared: bool) -> Path | None:
             is_compatible = shared and ".shared." in other.name
             if other == claim or is_compatible:
                 continue
-            if not _left_over(other, now_s):
+            if not _is_abandoned(other, now_s):
                 drop_claim(claim)
                 return None
             with suppress(FileNotFoundError):
@@ -117,7 +117,7 @@ def clear(folder: Path, name: re.Pattern[str]) -> None:
         if of is None or not name.match(of[1]) or os.path.lexists(folder / of[1]):
             continue
         with suppress(OSError):
-            if _left_over(folder / entry, time.time()):
+            if _is_abandoned(folder / entry, time.time()):
                 os.unlink(folder / entry)
 
 
@@ -159,7 +159,7 @@ def _owner(claim: Path) -> dict[str, Any]:
     return owner if all(isinstance(owner[key], kind) for key, kind in kinds.items()) else {}
 
 
-def _left_over(claim: Path, now_s: float) -> bool:
+def _is_abandoned(claim: Path, now_s: float) -> bool:
     """Return whether the holder of a claim is gone."""
     try:
         seen = os.lstat(claim)
@@ -173,12 +173,12 @@ def _left_over(claim: Path, now_s: float) -> bool:
             with _changed:
                 return owner["token"] not in _mine
         if os.name == "posix":  # on Windows, to ask for a process would end it
-            return not _lives(owner["pid"], owner["started"])
+            return not _is_running(owner["pid"], owner["started"])
     # a time far ahead comes from a copied file, not from a holder
     return abs(now_s - seen.st_mtime) > STALE_S
 
 
-def _lives(pid: int, started: str) -> bool:
+def _is_running(pid: int, started: str) -> bool:
     """Return whether a process still runs; another one may have its number by now."""
     if pid <= 0:
         return False

@@ -116,7 +116,7 @@ class Training:
                 self._own(bound, dtype)
                 self._handed.look(bool(chosen))
                 self._packing.forbid(bool(chosen))
-                self._sharded_together(self._factors.sharded)
+                self._set_layer_hooks(self._factors.sharded)
                 self._manner.dropout = dropout
                 if self._flags is None:
                     self._flags = _flags_of(self._base)
@@ -189,7 +189,7 @@ class Training:
             parameter.requires_grad_(flag)
         self._handed.look(False)
         self._packing.forbid(False)
-        self._sharded_together(False)
+        self._set_layer_hooks(False)
 
     # ------------------------------------------------------------------ private
     def _check_unmerged(self, chosen: list[str]) -> None:
@@ -271,7 +271,7 @@ class Training:
         self._manner.dropout, self._flags = before.dropout, before.base_flags
         self._handed.look(before.is_watching)
         self._packing.forbid(before.packing_forbidden)
-        self._sharded_together(self._factors.sharded)
+        self._set_layer_hooks(self._factors.sharded)
         # Laying out one path model may have failed after others had got the new factors.
         for path_model in list(self._path_models):
             path_model.renew()
@@ -283,7 +283,7 @@ class Training:
         for path_model in list(self._path_models):
             path_model.renew()
 
-    def _sharded_together(self, wanted: bool) -> None:
+    def _set_layer_hooks(self, wanted: bool) -> None:
         """Put the hooks of `every_layer` on the base, or take them off."""
         while self._layers:
             self._layers.pop().remove()

@@ -88,7 +88,7 @@ class NodeSteps:
         moving = self._moving(groups)
         still = [group for group, moves in zip(groups, moving, strict=True) if not moves]
         # The check is before the first drop: an error must leave all gradients as they are.
-        _check_still(still)
+        _refuse_stray_gradients(still)
         for group in still:
             for parameter in group["params"]:
                 parameter.grad = None
@@ -112,7 +112,7 @@ class NodeSteps:
         return list(map(bool, total.tolist()))
 
 
-def _check_still(groups: Sequence[dict[str, Any]]) -> None:
+def _refuse_stray_gradients(groups: Sequence[dict[str, Any]]) -> None:
     """Refuse to drop a gradient that came from something else than a row.
 
     Usually there are no gradients at all, and nothing is read. Zeros are read from the device once,

@@ -28,7 +28,7 @@ from ..sidepaths.ground import grounds_of
 from ..sidepaths.shares import Share
 from ..sidepaths.side import Draft, GroundedSide, Manner, PathSide, Side, side_device, side_dtype
 from .factor_tables import PlanTables
-from .forms import Strategy, SumForm, form_for, way_of
+from .forms import Strategy, SumForm, first_suitable_form, form_for
 from .owed import Owed
 from .path_form import OneRowForm, one_row
 from .row_grounds import RowGrounds
@@ -276,7 +276,7 @@ class Route:
         key = id(owed), tokens
         found = self._forms.get(key)
         if found is None:
-            way = self._way(owed, tokens)
+            way = self._form_kind(owed, tokens)
             laid_out = id(owed), way  # the same for any number of tokens
             found = self._forms.get(laid_out)
             if found is None:
@@ -289,11 +289,11 @@ class Route:
             self._forms[key] = found
         return found
 
-    def _way(self, owed: Owed, tokens: int) -> type[SumForm]:
+    def _form_kind(self, owed: Owed, tokens: int) -> type[SumForm]:
         """Return the kind of form that was asked for, or that ``auto`` chooses."""
         if self.strategy == "auto":
             return form_for(owed, tokens, trains=self._trains)
-        return way_of(self.strategy, owed, tokens)
+        return first_suitable_form(self.strategy, owed, tokens)
 
 
 @dataclass(frozen=True, eq=False)

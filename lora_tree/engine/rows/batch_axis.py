@@ -36,7 +36,7 @@ __all__ = [
     "SeenSites",
     "has_rows_first",
     "in_a_list_of_lists",
-    "not_by_rows",
+    "rows_not_first_error",
 ]
 
 DECLARE = (
@@ -303,7 +303,7 @@ def has_rows_first(site: Place, x: Tensor, out: Tensor, length: int, *, batch_fi
     return length not in others and not tokens_sent_here
 
 
-def not_by_rows(site: Place, x: Tensor, length: int) -> BaseMismatch:
+def rows_not_first_error(site: Place, x: Tensor, length: int) -> BaseMismatch:
     """Return the error for an input whose first axis is not known to be the rows."""
     return BaseMismatch(
         f"{site.name}: its input is {tuple(x.shape)}, and the first axis should be "

@@ -28,7 +28,7 @@ __all__ = [
     "can_copy_on_device",
     "copies_on_device",
     "copy_on_host",
-    "is_apart",
+    "has_own_memory",
 ]
 
 CopyPlace: TypeAlias = Literal["auto", "device", "log", "host", "none"]
@@ -79,7 +79,7 @@ def can_copy_on_device(place: CopyPlace, parameters: Sequence[Tensor]) -> bool:
     for parameter in parameters:
         nbytes = parameter.numel() * parameter.element_size()
         taken[parameter.device] = taken.get(parameter.device, 0) + nbytes
-    cards = [device for device in taken if is_apart(device)]
+    cards = [device for device in taken if has_own_memory(device)]
     if place == "device":
         return bool(cards)
     return bool(cards) and all(taken[device] <= _room_bytes(device) for device in cards)
@@ -110,7 +110,7 @@ def copy_on_host(parameter: Tensor) -> Tensor:
     return _copy(parameter, torch.device("cpu"))
 
 
-def is_apart(device: torch.device) -> bool:
+def has_own_memory(device: torch.device) -> bool:
     """Return whether a device has memory of its own, and says how much of it is free."""
     return device.type == "cuda"
 

@@ -137,7 +137,7 @@ class Mergeable:
         names: dict[tuple[int, str], str] = {}
         unknown: list[tuple[Site, str, str]] = []
         for name, terms in plan.terms.items():
-            site, node = plan.sites[name], plan.someone(name)
+            site, node = plan.sites[name], plan.first_node(name)
             for term in terms:
                 site.check_mode(term.value, merged=True, node=term.node)
             replacing = plan.overrides.get(name)

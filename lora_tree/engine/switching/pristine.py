@@ -27,7 +27,7 @@ from .copy_place import (
     can_copy_on_device,
     copies_on_device,
     copy_on_host,
-    is_apart,
+    has_own_memory,
 )
 from .switches import Switch, Writes
 from .tile_log import TileLog
@@ -230,7 +230,7 @@ class Pristine:
             on_device = False
             copies = [copy_on_host(weight.parameter) for weight in missing]
         for weight, copy in zip(missing, copies, strict=True):
-            is_on_device = on_device and is_apart(weight.parameter.device)
+            is_on_device = on_device and has_own_memory(weight.parameter.device)
             self._kept[id(weight.module), weight.attribute] = _PristineCopy(
                 weight, copy, is_on_device
             )

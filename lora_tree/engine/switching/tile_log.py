@@ -101,7 +101,7 @@ class TileLog(UndoLog):
             return terms.layout
         return None
 
-    def come_home(self, weight: Tensor, scratch: Scratch) -> None:
+    def restore_moved(self, weight: Tensor, scratch: Scratch) -> None:
         """Take the terms out of a weight that was moved to another device. They are computed on the
         device where they were put in, so that their bits are the same.
         """
@@ -355,7 +355,7 @@ def write_logs(writes: Sequence[LogWrite], scratch: Scratch, plan: LaidPlan | No
         pending, share = known.run(writes), SHARE // GROWTH
         _take_out(pending)
     else:
-        pending, share = _made_ready(writes, scratch), SHARE
+        pending, share = _prepare_writes(writes, scratch), SHARE
     while pending:
         parts = [write.log.part_in(write, share) for write in pending]
         launch = log_launch(parts)
@@ -371,7 +371,7 @@ def write_logs(writes: Sequence[LogWrite], scratch: Scratch, plan: LaidPlan | No
         pending, share = again, max(share // GROWTH, 1)
 
 
-def _made_ready(writes: Sequence[LogWrite], scratch: Scratch) -> list[LogWrite]:
+def _prepare_writes(writes: Sequence[LogWrite], scratch: Scratch) -> list[LogWrite]:
     """Prepare weights for a kernel that puts new terms in; write those that it does not cover, and
     return the other writes.
     """
@@ -380,7 +380,7 @@ def _made_ready(writes: Sequence[LogWrite], scratch: Scratch) -> list[LogWrite]:
     out: list[LogWrite] = []
     for write in writes:
         log, new = write.log, write.laid
-        log.come_home(write.weight, scratch)
+        log.restore_moved(write.weight, scratch)
         if not log.is_bare:
             log.write_stock(write.weight, (), scratch)
         if new is None or not new.terms:
