@@ -393,8 +393,8 @@ class Adapter:
 
         >>> import torch
         >>> carried = Adapter({}, unchanged={"x": torch.ones(2), "y": torch.ones(2)})
-        >>> told = carried.told_apart({"x": torch.ones(2).bfloat16(), "y": torch.zeros(2)})
-        >>> list(told.unchanged), list(told.overrides)
+        >>> split = carried.split_unchanged({"x": torch.ones(2).bfloat16(), "y": torch.zeros(2)})
+        >>> list(split.unchanged), list(split.overrides)
         (['x'], ['y'])
         """
         overrides: dict[str, Override] = {}

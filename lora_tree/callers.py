@@ -49,8 +49,8 @@ def caller_object(matches: Callable[[Any], bool]) -> Any:
     >>> engine.run() is engine
     True
     """
-    found = _nearest(lambda frame: matches(frame.f_locals.get("self")))
-    return None if found is None else found.f_locals.get("self")
+    frame = _nearest(lambda frame: matches(frame.f_locals.get("self")))
+    return None if frame is None else frame.f_locals.get("self")
 
 
 def caller_in(modules: Collection[str], *, until: CodeType) -> str | None:

@@ -32,16 +32,16 @@ def weighed_terms(
     """
     terms = list(terms)
     check_matched([(node, weight, adapter.module_names) for node, weight, adapter in terms])
-    found: list[tuple[str, float, Adapter]] = []
+    weighed: list[tuple[str, float, Adapter]] = []
     for node, weight, adapter in terms:
         if isinstance(weight, float):
-            found.append((node, weight, adapter))
+            weighed.append((node, weight, adapter))
             continue
         try:
-            found.append((node, 1.0, adapter.weighed(weight)))
+            weighed.append((node, 1.0, adapter.weighed(weight)))
         except LoraTreeError as error:
             raise error.within(node) from error
-    return found
+    return weighed
 
 
 def combine(terms: Sequence[tuple[Adapter, GivenWeight]], *, names: Sequence[str] = ()) -> Adapter:

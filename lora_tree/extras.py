@@ -62,10 +62,10 @@ def need(module: str, *, extra: str, what: str) -> Any:
     # Looked for before it is imported: an ImportError out of a package that is installed has
     # another cause, and the advice to install it would be wrong.
     try:
-        found = importlib.util.find_spec(module)
+        module_spec = importlib.util.find_spec(module)
     except ModuleNotFoundError:  # find_spec imports the package around a.b, which may be missing
-        found = None
-    if found is None:
+        module_spec = None
+    if module_spec is None:
         raise MissingExtra(
             f"{what} needs {module}, which is not installed", f"pip install 'lora_tree[{extra}]'"
         )

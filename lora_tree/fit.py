@@ -39,11 +39,11 @@ def misfits(tree: AdapterTree, base: nn.Module) -> list[tuple[str, str]]:
     """
     # One budget of work for the patterns of all nodes.
     patterns, renaming = patterns_of_a_tree(), Renaming(base)
-    found = []
+    misfitting = []
     for path in tree.paths():
         for error in _misfits(tree, path, base, patterns, renaming):
-            found.append((path, f"{path}: {error}"))
-    return found
+            misfitting.append((path, f"{path}: {error}"))
+    return misfitting
 
 
 def _misfits(

@@ -201,8 +201,8 @@ def standing(
             # Comparing nodes is enough: a node has one override of a tensor.
             if [node for node, _ in one] != [node for node, _ in other]:
                 raise SpecError(
-                    f"{tensor}: {_whose(one)} for one path of the blend and {_whose(other)} for "
-                    "another, and replacements can't be blended",
+                    f"{tensor}: {_owners_text(one)} for one path of the blend and "
+                    f"{_owners_text(other)} for another, and replacements can't be blended",
                     "activate or export one path at a time; or route each row by its own path",
                 )
     return common or {}
@@ -220,7 +220,7 @@ def _on_lineage(
     return found
 
 
-def _whose(stack: Sequence[tuple[str, Override]]) -> str:
+def _owners_text(stack: Sequence[tuple[str, Override]]) -> str:
     nodes = listing([node for node, _ in stack])
     return f"replaced by {nodes}" if nodes else "the base's own"
 
@@ -245,15 +245,15 @@ def counted_modules(
         modules: its increments.
         effective: as `standing` returned it.
     """
-    found: dict[str, LowRank] = {}
+    kept: dict[str, LowRank] = {}
     lines: list[str] = []
     for module, value in modules.items():
         own = counted(node, module, value, effective)
         if own is not None:
-            found[module] = own
+            kept[module] = own
         if own is not value:
             lines.append(f"{node}: {module}: {_overridden_by(node, module, effective)}")
-    return found, lines
+    return kept, lines
 
 
 def warn_of_dropped(lines: Sequence[str], *, stacklevel: int) -> None:

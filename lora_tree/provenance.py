@@ -131,7 +131,7 @@ def data_files(
     Raises:
         FolderError: a file can't be read.
     """
-    found = []
+    hashed_files = []
     for file in files:
         hashed = hashlib.sha256()
         try:
@@ -140,8 +140,8 @@ def data_files(
                     hashed.update(block)
         except OSError as error:
             raise FolderError(f"{file}: can't be read: {error.strerror}") from error
-        found.append(DataFile(path=seen_from(folder, file), sha256=hashed.hexdigest()))
-    return found
+        hashed_files.append(DataFile(path=seen_from(folder, file), sha256=hashed.hexdigest()))
+    return hashed_files
 
 
 def seen_from(folder: str | os.PathLike[str], path: str | os.PathLike[str]) -> str:

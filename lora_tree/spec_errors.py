@@ -103,10 +103,12 @@ def _message_parts(detail: Mapping[str, Any], loc: Loc, value: Any, hint: str) -
                 return head, "; write fr/legal as {fr: {children: {legal: {}}}}"
             return head, ": letters, digits, '-', '_' and '.', at most 128, no leading dot"
         case kind, _:
-            return f"{_place(loc)}: got {_short(value)}, which ", _wrong(kind, detail, value)
+            return f"{_place(loc)}: got {_short(value)}, which ", _mismatch_text(
+                kind, detail, value
+            )
 
 
-def _wrong(kind: str, detail: Mapping[str, Any], value: Any) -> str:
+def _mismatch_text(kind: str, detail: Mapping[str, Any], value: Any) -> str:
     if kind == "too_short":
         return "should have one entry at least"
     if kind not in ("model_type", "dict_type"):

@@ -506,12 +506,12 @@ class AdapterTree:
         >>> tree.counting_lineages({"fr/legal": 0.5, "de": 0.5})
         [['fr', 'fr/legal'], ['de']]
         """
-        found = []
+        lineages = []
         for path, weight in self._entries(blend).items():
             lineage = self.lineage(path)
             if weight != 0.0:
-                found.append([node for node in lineage if self[node].weight != 0.0])
-        return found
+                lineages.append([node for node in lineage if self[node].weight != 0.0])
+        return lineages
 
     def flatten(
         self,
@@ -653,11 +653,11 @@ class AdapterTree:
         if not isinstance(path, str):
             raise PathError(f"a path is a string like 'fr/legal', got {path!r}")
         if path not in self._graph:
-            meant = suggest_path(path, self._graph)
+            hint = suggest_path(path, self._graph)
             if is_pattern(path):
-                meant = ": one path is wanted here, and this is a pattern"
+                hint = ": one path is wanted here, and this is a pattern"
             raise PathError(
-                f"no node {path!r} in the tree{meant}",
+                f"no node {path!r} in the tree{hint}",
                 f"the tree has: {listing(self.paths()) or 'no nodes yet'}",
             )
 

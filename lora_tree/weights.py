@@ -173,15 +173,15 @@ def parse_weight(text: str, where: str = "weight") -> Weight:
         body = body[1:-1]
     if "=" not in body:
         return as_weight(_number(body, where, text), where)
-    found: dict[str, float] = {}
+    numbers: dict[str, float] = {}
     for part in body.split(","):
         pattern, equals, number = part.strip().rpartition("=")
         if not equals:
             raise SpecError(f"{where} {text!r:.80}: {part!r:.80} is no pattern=number", _WRITTEN)
-        if pattern in found:
+        if pattern in numbers:
             raise SpecError(f"{where} {text!r:.80}: {pattern!r:.80} occurs twice")
-        found[pattern] = _number(number, where, text)
-    return as_weight(found, where)
+        numbers[pattern] = _number(number, where, text)
+    return as_weight(numbers, where)
 
 
 _WRITTEN = "write 0.8, or '*.down_proj=0.5,layers.[0-7].*=0,default=1'"
@@ -209,8 +209,8 @@ def check_finite(value: object, what: str) -> None:
         or not isinstance(value, (int, float))
         or not abs(value) <= sys.float_info.max
     ):
-        got = repr(value) if not _is_huge(value) else "an integer too large for one"
-        raise SpecError(f"{what} must be a finite number, got {got}")
+        shown = repr(value) if not _is_huge(value) else "an integer too large for one"
+        raise SpecError(f"{what} must be a finite number, got {shown}")
 
 
 def _is_huge(value: object) -> bool:

@@ -43,7 +43,7 @@ def suspects(plan: Plan) -> list[str]:
     bound can tell.
     """
     most = largest_in_plan(plan, plan.adapters)
-    found = []
+    suspected = []
     for name, terms in plan.terms.items():
         dtype = plan.sites[name].dtype or torch.float32
         total = folded = 0.0
@@ -54,8 +54,8 @@ def suspects(plan: Plan) -> list[str]:
         if _is_harmless(total * most * most, total * most, folded * most, dtype):
             continue
         if not harmless([(term.value, term.coefficient) for term in terms], dtype):
-            found.append(name)
-    return found
+            suspected.append(name)
+    return suspected
 
 
 def harmless(values: Sequence[tuple[LowRank, float]], dtype: torch.dtype) -> bool:

@@ -55,11 +55,11 @@ class CompileWatch:
         """
         guard_on_hooks(wanted=compiles_next)
         frames = compiled_frames()
-        found = self._compiled or is_compiled(base)
+        is_base_compiled = self._compiled or is_compiled(base)
         # The referrers are inspected again only if torch has compiled something since.
-        if not found and (frames is None or frames != self._frames):
-            found = self._find_wrapper(base, frames)
-        if found:
+        if not is_base_compiled and (frames is None or frames != self._frames):
+            is_base_compiled = self._find_wrapper(base, frames)
+        if is_base_compiled:
             raise StateError(
                 "the base is compiled, and a compiled forward ignores hooks that come later",
                 'activate(…, mode="merged") works under torch.compile as it is',

@@ -86,9 +86,9 @@ def _largest_in(adapter: Adapter) -> float:
         return 0.0  # every rank has a part; `Mergeable.check` keeps these from being merged
     parameters = [tensor for tensor in tensors if isinstance(tensor, nn.Parameter)]
     writes = _writes(parameters)
-    found = max(_largest(spans(tensors)), default=0.0, key=size_key)
-    _LARGEST[adapter] = _Known(parameters, writes, found)
-    return found
+    largest = max(_largest(spans(tensors)), default=0.0, key=size_key)
+    _LARGEST[adapter] = _Known(parameters, writes, largest)
+    return largest
 
 
 def _writes(parameters: Sequence[Tensor]) -> int:
@@ -106,10 +106,10 @@ def _largest(tensors: Iterable[Tensor]) -> list[float]:
         if plain.element_size() == 1:
             plain = plain.float()  # torch finds no extremes of 8-bit floats
         key = plain.device, plain.dtype
-        found = ends.setdefault(key, [])
-        places.append((key, len(found) // 2))
-        found += torch.aminmax(plain)
-    sizes = {key: _sizes(found) for key, found in ends.items()}
+        extremes = ends.setdefault(key, [])
+        places.append((key, len(extremes) // 2))
+        extremes += torch.aminmax(plain)
+    sizes = {key: _sizes(extremes) for key, extremes in ends.items()}
     return [sizes[key][i] for key, i in places]
 
 

@@ -56,7 +56,7 @@ def side_path_increments(tree: AdapterTree, binder: Binder) -> dict[Site, list[L
     Raises:
         BaseMismatch, FormatError: a node does not fit the base, or its files are broken.
     """
-    found: dict[Site, list[LowRank]] = {}
+    increments: dict[Site, list[LowRank]] = {}
     for path in tree.paths():
         outline = tree.outline(path)
         if outline is None:
@@ -66,8 +66,8 @@ def side_path_increments(tree: AdapterTree, binder: Binder) -> dict[Site, list[L
             # Some modules read a weight themselves, or run a forward of their own, where a side
             # path would be missed or wrong. Such a node can still be merged.
             if site.why_merged_only is None and not site.read_in:
-                found.setdefault(site, []).append(value)
-    return found
+                increments.setdefault(site, []).append(value)
+    return increments
 
 
 @dataclass(frozen=True, eq=False)

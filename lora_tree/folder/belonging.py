@@ -119,7 +119,7 @@ def missing_among(names: Collection[str], spec: TreeSpec | None, lock: TreeLock)
         lock: its tree.lock.
     """
     homes = _homes(spec)
-    found = []
+    missing = []
     for path, node_lock in lock.nodes.items():
         if node_lock.hub is not None:
             continue  # its adapter is in another repository
@@ -129,8 +129,8 @@ def missing_among(names: Collection[str], spec: TreeSpec | None, lock: TreeLock)
         else:
             is_there = home in names or any(f"{home}/{name}" in names for name in _FOLDERS)
         if not is_there:
-            found.append(path)
-    return found
+            missing.append(path)
+    return missing
 
 
 def _homes(spec: TreeSpec | None) -> dict[str, str]:

@@ -167,18 +167,18 @@ def moved_branches(path: str | os.PathLike[str]) -> list[str]:
     Raises:
         FolderError: there is no such folder or file.
     """
-    found = []
+    notes = []
     for node, entry in inspect(place_of(path)).entries.items():
         name = None if entry.hub is None else parse_hub_name(entry.hub.adapter)
         if name is None or entry.hub is None:
             continue
         head = moved_to(name, entry.hub.commit)
         if head is not None:
-            found.append(
+            notes.append(
                 f"{node}: {name} has moved on to {head[:12]}…; the commit in use is "
                 f"{entry.hub.commit[:12]}…: lora-tree lock takes the new one"
             )
-    return found
+    return notes
 
 
 def _part_of_a_tree(opened: Opened) -> list[str]:

@@ -129,20 +129,20 @@ class Keeping:
     @cached_property
     def moves(self) -> dict[str, str]:
         """Old path → new path of the nodes that were moved."""
-        found = {}
+        new_paths = {}
         for old, new in self.note.moved.items():
             if old in self.before and old not in self.kept and new in self.kept:
-                found[old] = new
+                new_paths[old] = new
         removed: dict[str, list[str]] = {}
         for old, was in self.before.items():
-            if old not in self.kept and old not in found:
+            if old not in self.kept and old not in new_paths:
                 removed.setdefault(was.content, []).append(old)
-        taken = set(found.values())
+        taken = set(new_paths.values())
         for path in sorted(self.kept):
             same = removed.get(self.kept[path].content)
             if same and path not in self.before and path not in taken:
-                found[same.pop(0)] = path
-        return found
+                new_paths[same.pop(0)] = path
+        return new_paths
 
     @cached_property
     def _origins(self) -> dict[str, str]:
@@ -219,13 +219,13 @@ class Keeping:
         if not wanted:
             return ()
         missing = wanted - archived(self.opened.place.folder)
-        found = {}
+        archived_contents = {}
         for path, was in self.before.items():
             files = self.opened.entries[path].files
             if was.content in missing and was.elsewhere is None and files is not None:
                 places = {name: at for name, (at, _) in files.now.items()}
-                found[was.content] = Archived(was.content, places)
-        return tuple(found[content] for content in sorted(found))
+                archived_contents[was.content] = Archived(was.content, places)
+        return tuple(archived_contents[content] for content in sorted(archived_contents))
 
     def forgets(self) -> frozenset[str]:
         """Return the contents that no log names any more, or that a node has again."""

@@ -125,7 +125,7 @@ class Lineages:
         return known
 
     def _steps_of(self, digest: str) -> tuple[LineageStep, ...] | None:
-        found: list[LineageStep] = []
+        steps: list[LineageStep] = []
         while digest != ROOT:
             entry = self._table.get(digest)
             if entry is None:
@@ -138,18 +138,18 @@ class Lineages:
                     return None
                 step = LineageStep(entry.content, entry.own_weight, entry.node)
                 self._steps[digest] = step
-            found.append(step)
+            steps.append(step)
             digest = entry.above
-        return tuple(reversed(found))
+        return tuple(reversed(steps))
 
 
 def lineage_locks(mentioned: Iterable[Trained]) -> dict[str, LineageLock]:
     """Return the lock's entries for every lineage that its nodes mention, each step once."""
-    found: dict[str, LineageLock] = {}
-    for one in mentioned:
+    entries: dict[str, LineageLock] = {}
+    for trained_with in mentioned:
         # A lineage of which the lock lists no steps stays known by its hash alone.
         above = ROOT
-        for step in one.on.steps or ():
+        for step in trained_with.on.steps or ():
             digest = lineage(above, step.content, step.weight)
             entry = LineageLock(
                 above=above,
@@ -157,9 +157,9 @@ def lineage_locks(mentioned: Iterable[Trained]) -> dict[str, LineageLock]:
                 weight=weight_line(step.weight),
                 node=step.node,
             )
-            found.setdefault(digest, entry)
+            entries.setdefault(digest, entry)
             above = digest
-    return found
+    return entries
 
 
 def made_of(made: MadeLock | None, trainings: Mapping[str, TrainedWith]) -> Made | None:

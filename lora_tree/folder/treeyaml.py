@@ -69,15 +69,15 @@ class YamlNeeds:
         resolved = resolve(spec, None, self._scan_after(), self.opened.place.folder, pins=pins)
         if resolved.problems or list(resolved.entries) != self.tree.paths():
             return False
-        for path, found in resolved.entries.items():
+        for path, entry in resolved.entries.items():
             node, kept = self.tree[path], self.kept.get(path)
-            if found.weight != node.weight:
+            if entry.weight != node.weight:
                 return False
-            if found.fresh != (None if kept else node.fresh):
+            if entry.fresh != (None if kept else node.fresh):
                 return False
-            there = os.path.realpath(found.files.folder) if found.files else None
-            here = os.path.realpath(kept.folder) if kept else None
-            if there != here:
+            resolved_folder = os.path.realpath(entry.files.folder) if entry.files else None
+            kept_folder = os.path.realpath(kept.folder) if kept else None
+            if resolved_folder != kept_folder:
                 return False
         return True
 

@@ -82,22 +82,24 @@ def as_lowrank(module_tensors: ModuleTensors, *, scale: float | None = None) -> 
         raise FormatError(f"{module_tensors.named}: {error.what}", *error.todo) from error
 
 
-def alpha_of(found: ModuleTensors, rank: int) -> float:
+def alpha_of(module_tensors: ModuleTensors, rank: int) -> float:
     """Return the module's alpha, or its rank if the file has no alpha.
 
     Raises:
         FormatError: it is not one finite number.
     """
-    alpha = found.parts.get("alpha")
+    alpha = module_tensors.parts.get("alpha")
     if alpha is None:
         return float(rank)
     if alpha.numel() != 1:
-        raise FormatError(f"{found.named}: alpha is {tuple(alpha.shape)}, expected one number")
+        raise FormatError(
+            f"{module_tensors.named}: alpha is {tuple(alpha.shape)}, expected one number"
+        )
     if alpha.is_meta:
         return float(rank)  # an outline has no numbers
     number = float(alpha)
     if not math.isfinite(number):
-        raise FormatError(f"{found.named}: alpha is {number}, expected a finite number")
+        raise FormatError(f"{module_tensors.named}: alpha is {number}, expected a finite number")
     return number
 
 

@@ -161,7 +161,7 @@ def _common(kind: str, tensors: Mapping[str, Tensor], where: str) -> list[Tensor
         FormatError: one is missing, or not a floating point matrix.
         UnsupportedAdapter: VeRA's are not in the file.
     """
-    found = []
+    shared = []
     for name in _SHARED[kind]:
         tensor = tensors.get(f"{_ROOT}{name}")
         if tensor is None and kind == "VERA":
@@ -175,8 +175,8 @@ def _common(kind: str, tensors: Mapping[str, Tensor], where: str) -> list[Tensor
         if tensor is None or tensor.ndim != 2 or not tensor.is_floating_point():
             shape = "missing" if tensor is None else str(tuple(tensor.shape))
             raise FormatError(f"{where}: {_ROOT}{name}: {shape}, expected a matrix")
-        found.append(tensor)
-    return found
+        shared.append(tensor)
+    return shared
 
 
 def _check(own: Mapping[str, Tensor], dimensions: Mapping[str, int]) -> None:

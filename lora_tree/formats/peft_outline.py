@@ -311,7 +311,7 @@ def _recorded_nesting(metadata: Mapping[str, str], where: str) -> dict[str, tupl
         return {}
     where = f"{where}: metadata {NESTING}"
     recorded = strict_json.loads(metadata[NESTING].encode("utf-8"), where)
-    found: dict[str, tuple[str, ...]] = {}
+    nesting: dict[str, tuple[str, ...]] = {}
     for module, names in recorded.items():
         is_list = isinstance(names, list) and len(names) > 0
         if not is_list or not all(isinstance(name, str) and name for name in names):
@@ -324,5 +324,5 @@ def _recorded_nesting(metadata: Mapping[str, str], where: str) -> dict[str, tupl
                 f"{where}: {module}: a name occurs twice in {names}, expected each once",
                 "lora_tree writes this entry: save the adapter with it again",
             )
-        found[module] = tuple(names)
-    return found
+        nesting[module] = tuple(names)
+    return nesting

@@ -98,15 +98,15 @@ class SavedWhole:
             FormatError: the config lists no rows for the module, or another number of them.
         """
         tokens = self.tokens or {}
-        found = [rows for end, rows in tokens.items() if module.endswith(end)]
-        if len(found) != 1 or len(found[0]) != len(values):
-            count_text = "no rows of it" if not found else plural(len(found[0]), "row")
+        matching = [rows for end, rows in tokens.items() if module.endswith(end)]
+        if len(matching) != 1 or len(matching[0]) != len(values):
+            count_text = "no rows of it" if not matching else plural(len(matching[0]), "row")
             raise FormatError(
                 f"{self.where}: trainable_token_indices: {count_text} for {module}, whose "
                 f"trainable_tokens_delta has {len(values)}",
                 "the two files are not of one adapter: save it again with PEFT",
             )
-        return Override(values, found[0])
+        return Override(values, matching[0])
 
     def check_found(self, overrides: Mapping[str, Override], weights: str) -> None:
         """Check that the file has the tensors that the config announces.
@@ -168,7 +168,7 @@ def _tokens(value: Any, where: str) -> dict[str, tuple[int, ...]] | None:
     if value is None:
         return None
     of: Mapping[str, Any] = value if isinstance(value, dict) else {"": value}
-    found: dict[str, tuple[int, ...]] = {}
+    rows_by_name: dict[str, tuple[int, ...]] = {}
     for name, rows in of.items():
         is_list = isinstance(rows, list) and len(rows) > 0
         if not is_list or not all(type(row) is int and 0 <= row < 2**31 for row in rows):
@@ -178,8 +178,8 @@ def _tokens(value: Any, where: str) -> dict[str, tuple[int, ...]] | None:
             )
         if len(set(rows)) != len(rows):
             raise FormatError(f"{where}: a row occurs twice in {str(rows)[:80]}")
-        found[name] = tuple(rows)
-    return found
+        rows_by_name[name] = tuple(rows)
+    return rows_by_name
 
 
 # ---------------------------------------------------------------------- out

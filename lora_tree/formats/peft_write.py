@@ -242,7 +242,7 @@ def _attentions(modules: Mapping[str, LowRank], nested: _Nested) -> set[str]:
         FormatError: a module with factors is inside another one in any other way.
     """
     wrapped = [name for name, value in modules.items() if value.layout.kind != "parameter"]
-    found: set[str] = set()
+    attentions: set[str] = set()
     for name in [*wrapped, *nested]:
         for owner in peft_keys.ancestors(name):
             if owner not in modules:
@@ -254,8 +254,8 @@ def _attentions(modules: Mapping[str, LowRank], nested: _Nested) -> set[str]:
                     "only for the out_proj of an nn.MultiheadAttention",
                     "leave one of the two out of the adapter",
                 )
-            found.add(owner)
-    return found
+            attentions.add(owner)
+    return attentions
 
 
 def _both_linear(x: LowRank, y: LowRank) -> bool:
@@ -302,7 +302,7 @@ def _with_biases(modules: Mapping[str, LowRank]) -> dict[str, LowRank]:
     """
     if all(value.bias is None for value in modules.values()):
         return dict(modules)
-    found: dict[str, LowRank] = {}
+    biased: dict[str, LowRank] = {}
     for name, value in modules.items():
         if value.layout.kind in ("embedding", "parameter"):
             raise FormatError(
@@ -313,8 +313,8 @@ def _with_biases(modules: Mapping[str, LowRank]) -> dict[str, LowRank]:
         if value.bias is None:
             out = math.prod(value.B.shape[:-1])  # over all groups of a convolution
             value = replace(value, bias=value.B.new_zeros(out))
-        found[name] = value
-    return found
+        biased[name] = value
+    return biased
 
 
 def _tensors(adapter: Adapter, form: PeftForm) -> dict[str, Tensor]:

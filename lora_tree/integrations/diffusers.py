@@ -71,16 +71,16 @@ def components_of(pipe: Any) -> dict[str, nn.Module]:
             f"expected a DiffusionPipeline, got {type(pipe).__name__}",
             "a single model is attached by lora_tree.attach(tree, model)",
         )
-    found: dict[str, nn.Module] = {}
+    components: dict[str, nn.Module] = {}
     for name, component in held.items():
         if ADAPTABLE.match(name) and isinstance(component, nn.Module):
-            found[name] = component
-    if not found:
+            components[name] = component
+    if not components:
         raise SpecError(
             f"{type(pipe).__name__} has no component that takes adapters: it has {listing(held)}",
             "a pipeline's unet, transformer and text_encoder do",
         )
-    return found
+    return components
 
 
 def attach_pipeline(

@@ -132,7 +132,7 @@ class Usage:
     def holders(self, content: str) -> list[str] | None:
         """Return the paths that are served with a content; None if it has to stay."""
         with self._lock:
-            is_in_flight = any(content == one for one, _ in self._in_flight)
+            is_in_flight = any(content == used_content for used_content, _ in self._in_flight)
             paths = [path for path, served in self._served.items() if served == content]
             in_grace = not all(self.is_idle(path) for path in paths)
             if content in self._released:
@@ -164,10 +164,10 @@ class Usage:
             held += list(self._in_flight)
             held += [(content, is_blend(path)) for path, content in self._served.items()]
             held += [(content, True) for content in self._released]
-        found: dict[str, bool] = {}
+        only_blends: dict[str, bool] = {}
         for content, for_blend in held:
-            found[content] = found.get(content, True) and for_blend
-        return found
+            only_blends[content] = only_blends.get(content, True) and for_blend
+        return only_blends
 
     def _release(self, content: str) -> None:
         """Begin the grace of a content that no path is served with; the caller holds the lock."""

@@ -62,15 +62,15 @@ class HeldRows:
             return losses(_rows(self.data, places), {leaf: at_part(leaf, part) for leaf in leaves})
 
         counts = {path: len(places) for path, places in self.places.items()}
-        found = judge(tree, nodes, counts, measure)
-        for verdict in found:
+        verdicts = judge(tree, nodes, counts, measure)
+        for verdict in verdicts:
             if verdict.is_reweighed:
                 # `update` refuses nodes that train, and a Trainer's nodes still do. A new weight is
                 # safe here: no path is active, and the next batch makes a new route.
                 tree.replace(replace(tree[verdict.node], weight=verdict.weight))
             # A changed weight is logged as a warning, because the user did not ask for it.
             _log.log(logging.INFO if verdict.beats_parent else logging.WARNING, str(verdict))
-        return found
+        return verdicts
 
 
 def held_rows(

@@ -39,8 +39,8 @@ class HubAdapters:
             snapshot = client.fetch(commit or name.revision, list(names))
             _check_whole(client, name, snapshot, choices)
         place = str(snapshot.folder)
-        found = os.path.join(place, name.path) if name.path else place
-        return Fetched(found, snapshot.commit)
+        adapter_place = os.path.join(place, name.path) if name.path else place
+        return Fetched(adapter_place, snapshot.commit)
 
     def head(self, name: HubName) -> str | None:
         """Return the commit that a name means now; None if the hub does not say."""

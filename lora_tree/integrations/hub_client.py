@@ -122,12 +122,16 @@ class HubClient:
             revision: a commit, or a branch or tag, which is what it was when it was last fetched.
             choices: the lists of files of which any one is enough, the preferred one first.
         """
-        found = self._in_cache(revision, choices)
+        cached_files = self._in_cache(revision, choices)
         for i, choice in enumerate(choices):
             earlier = set(itertools.chain.from_iterable(choices[:i]))
-            if choice and found.keys() >= set(choice) and not earlier - set(choice) & found.keys():
+            if (
+                choice
+                and cached_files.keys() >= set(choice)
+                and not earlier - set(choice) & cached_files.keys()
+            ):
                 depth = choice[0].count("/") + 1
-                folder = Path(found[choice[0]]).parents[depth - 1]
+                folder = Path(cached_files[choice[0]]).parents[depth - 1]
                 return Snapshot(folder, folder.name)
         return None
 
@@ -187,14 +191,14 @@ class HubClient:
         if commit in self._listed:  # a commit never changes
             return self._listed[commit]
         file_type: Any = need("huggingface_hub.hf_api", extra="hub", what="a listing").RepoFile
-        found: dict[str, HubFile] = {}
+        listed: dict[str, HubFile] = {}
         with self._translated_errors(commit):
             for entry in self._api.list_repo_tree(self.repository, revision=commit, recursive=True):
                 if isinstance(entry, file_type):
                     sha256 = entry.lfs.sha256 if entry.lfs is not None else None
-                    found[entry.path] = HubFile(entry.size, entry.blob_id, sha256)
-        self._listed[commit] = found
-        return found
+                    listed[entry.path] = HubFile(entry.size, entry.blob_id, sha256)
+        self._listed[commit] = listed
+        return listed
 
     def fetch(self, revision: str | None, names: Sequence[str]) -> Snapshot:
         """Bring files of a revision into the cache, unless they are there.

@@ -98,7 +98,7 @@ class SharedFolder:
 
         The lists of processes that ended are removed.
         """
-        found: dict[str, bool] = {}
+        used: dict[str, bool] = {}
         for name in self._listdir(self._locks):
             file = self._locks / name
             if not _LIST.match(name) or file == self._list:
@@ -109,8 +109,8 @@ class SharedFolder:
                 ended.release(remove=True)
                 continue
             for entry, mark in _read(file).items():
-                found[entry] = found.get(entry, True) and mark
-        return found
+                used[entry] = used.get(entry, True) and mark
+        return used
 
     def sweep(self) -> None:
         """Remove the files that killed processes and version 1 left."""

@@ -92,9 +92,9 @@ def _begun(name: str, folder: Path, config: Mapping[str, Any], done: int) -> Any
 
 def _values(step: StepLosses) -> dict[int, dict[str, float]]:
     """Return step → name → number; an evaluation has the step after which it was made."""
-    found: dict[int, dict[str, float]] = {}
+    values: dict[int, dict[str, float]] = {}
     for line in step.nodes:
-        found.setdefault(line.step, {}).update(
+        values.setdefault(line.step, {}).update(
             {
                 f"loss/{line.node}": line.loss,
                 f"grad_norm/{line.node}": line.grad_norm,
@@ -104,5 +104,5 @@ def _values(step: StepLosses) -> dict[int, dict[str, float]]:
         )
     for measured in step.held_out:
         name = f"eval_loss/{measured.path or BASE_LABEL}"
-        found.setdefault(measured.step, {})[name] = measured.loss
-    return dict(sorted(found.items()))
+        values.setdefault(measured.step, {})[name] = measured.loss
+    return dict(sorted(values.items()))

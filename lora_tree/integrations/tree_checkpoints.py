@@ -155,12 +155,12 @@ class TreeCheckpoints(Trainer):  # type: ignore[misc]
         limit = self.args.save_total_limit
         if limit is None or limit <= 0:
             return
-        found = sort_checkpoints(str(parent), use_mtime=True)
-        kept = {found[-1]}  # to resume from
+        checkpoints = sort_checkpoints(str(parent), use_mtime=True)
+        kept = {checkpoints[-1]}  # to resume from
         if self.state.best_model_checkpoint is not None:
             kept.add(str(Path(self.state.best_model_checkpoint)))
-        others = [checkpoint for checkpoint in found if checkpoint not in kept]
-        too_many = max(len(found) - max(limit, len(kept)), 0)
+        others = [checkpoint for checkpoint in checkpoints if checkpoint not in kept]
+        too_many = max(len(checkpoints) - max(limit, len(kept)), 0)
         for checkpoint in others[:too_many]:
             retire(Path(checkpoint))
 

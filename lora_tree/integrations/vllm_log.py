@@ -35,22 +35,22 @@ def tell_served(found: Flattened) -> None:
         )
 
 
-def tell_request(found: Flattened, adapter: str) -> None:
+def tell_request(flattened: Flattened, adapter: str) -> None:
     """Log, in one line with a JSON object, which versions of the nodes answer a request.
 
     The digits of a node are those by which `lora_tree.history` and ``lora-tree restore`` know its
     version.
 
     Args:
-        found: the adapter of the request.
+        flattened: the adapter of the request.
         adapter: the name that the engine has for it, which vLLM's own lines on requests show.
     """
     record = {
-        "path": found.path,
+        "path": flattened.path,
         "adapter": adapter,
-        "content": found.content,
-        "nodes": {node: digits[:VERSION_DIGITS] for node, digits in found.nodes.items()},
-        "stale": bool(found.stale),
+        "content": flattened.content,
+        "nodes": {node: digits[:VERSION_DIGITS] for node, digits in flattened.nodes.items()},
+        "stale": bool(flattened.stale),
     }
     log.info("lora_tree: request %s", json.dumps(record))
 
@@ -80,4 +80,6 @@ class OnceLog:
 
     def keep_only(self, about: Collection[str]) -> None:
         """Forget all other subjects, so that paths no longer served don't accumulate."""
-        self._last_texts = {one: text for one, text in self._last_texts.items() if one in about}
+        self._last_texts = {
+            subject: text for subject, text in self._last_texts.items() if subject in about
+        }

@@ -28,20 +28,20 @@ def replaced_tensors(base: nn.Module, spec: LoraSpec) -> dict[str, Rows]:
         BaseMismatch: an entry names no module; or a module has statistics, which no optimiser
             trains; or an embedding is named both whole and by its rows.
     """
-    found: dict[str, Rows] = {}
+    rows_of: dict[str, Rows] = {}
     for word in spec.modules_to_save or ():
         for module, held in _ending_with(base, word, "modules_to_save").items():
             for name in _tensors_of(module, held):
-                found[name] = None
+                rows_of[name] = None
     for module, rows in _token_rows(base, spec).items():
         name = f"{module}.weight"
-        if name in found:
+        if name in rows_of:
             raise BaseMismatch(
                 f"{module}: modules_to_save replaces all of it, and trainable_token_indices rows",
                 "name it in one of the two",
             )
-        found[name] = tuple(rows)
-    return dict(sorted(found.items()))
+        rows_of[name] = tuple(rows)
+    return dict(sorted(rows_of.items()))
 
 
 def is_inside(module: str, tensors: Mapping[str, Rows]) -> bool:

@@ -43,22 +43,22 @@ class Ways:
         """Return the present dtypes of the sites' weights; None if a site has left the base."""
         if not self._lead_to_the_same_modules(base) and not self._lead_to_the_sites(base):
             return None
-        found: list[torch.dtype | None] = []
+        dtypes: list[torch.dtype | None] = []
         for module, name, shape in self._weights:
             weight = module._parameters.get(name)
             if weight is None:
-                is_alike = shape is None  # not a parameter, as before (quantised)
+                is_unchanged = shape is None  # not a parameter, as before (quantised)
             elif shape is None:
-                is_alike = is_lazy(weight)
+                is_unchanged = is_lazy(weight)
             else:
                 try:
-                    is_alike = weight.shape == shape
+                    is_unchanged = weight.shape == shape
                 except RuntimeError:  # a lazy weight has taken its place
-                    is_alike = False
-            if not is_alike:
+                    is_unchanged = False
+            if not is_unchanged:
                 return None
-            found.append(None if weight is None else weight.dtype)
-        return tuple(found)
+            dtypes.append(None if weight is None else weight.dtype)
+        return tuple(dtypes)
 
     def _lead_to_the_same_modules(self, base: nn.Module) -> bool:
         """Return whether every module on the ways is the same as at the last check."""

@@ -43,7 +43,7 @@ STALE_S = 300.0
 _MOST_BYTES = 4096
 _CLAIM = re.compile(r"(.+)\.(alone|shared)\.[0-9a-f]{32}\Z")
 
-_mine: dict[str, Path] = {}  # token → claim; hold the condition to change it
+_own_claims: dict[str, Path] = {}  # token → claim; hold the condition to change it
 _changed = threading.Condition()
 _beating = False
 
@@ -61,7 +61,7 @@ def make_claim(path: Path, shared: bool) -> Path | None:
     with _changed:
         # Before the file is there: a claim of this process without an entry counts as left over,
         # and another thread would remove it.
-        _mine[token] = claim
+        _own_claims[token] = claim
     try:
         _create(claim, token)
         # The clock of the file system, which all its machines share; their own clocks may differ.
@@ -89,7 +89,7 @@ def drop_claim(claim: Path) -> None:
     with suppress(OSError):
         os.unlink(claim)
     with _changed:
-        _mine.pop(claim.name[-32:], None)
+        _own_claims.pop(claim.name[-32:], None)
         _changed.notify_all()
 
 
@@ -171,7 +171,7 @@ def _is_abandoned(claim: Path, now_s: float) -> bool:
     if owner and owner["machine"] == _machine():
         if owner["pid"] == os.getpid() and owner["started"] == _started(os.getpid()):
             with _changed:
-                return owner["token"] not in _mine
+                return owner["token"] not in _own_claims
         if os.name == "posix":  # on Windows, to ask for a process would end it
             return not _is_running(owner["pid"], owner["started"])
     # a time far ahead comes from a copied file, not from a holder
@@ -236,10 +236,10 @@ def _touch_all() -> None:
     while True:
         with _changed:
             _changed.wait(BEAT_S)
-            if not _mine:
+            if not _own_claims:
                 _beating = False
                 return
-            claims = list(_mine.values())
+            claims = list(_own_claims.values())
         # Without the condition: a network share may take seconds, and a release must not wait.
         for claim in claims:
             with suppress(OSError):
@@ -260,7 +260,7 @@ def _touch(claim: Path) -> None:
 @atexit.register
 def _drop_all() -> None:
     """Remove this process's claims when it ends, as the system does with its flocks."""
-    for claim in list(_mine.values()):
+    for claim in list(_own_claims.values()):
         with suppress(OSError):
             os.unlink(claim)
 
@@ -268,7 +268,7 @@ def _drop_all() -> None:
 def _forget_all() -> None:
     """Forget the parent's claims in the child of a fork: the parent still holds them."""
     global _beating, _changed
-    _mine.clear()
+    _own_claims.clear()
     # A new condition: another thread of the parent may have held the old one during the fork, and
     # that thread does not exist here to release it.
     _changed = threading.Condition()

@@ -276,15 +276,15 @@ def _by_spelling(numbers: Mapping[str, T], what: str) -> dict[str, T]:
     Raises:
         SpecError: two of them are the same blend.
     """
-    found: dict[str, T] = {}
+    by_spelling: dict[str, T] = {}
     for blend, number in numbers.items():
         name = spelled(blend)
-        if name in found:
+        if name in by_spelling:
             raise SpecError(
                 f"{what}: {blend!r} is {name!r}, which stands there already", "name each blend once"
             )
-        found[name] = number
-    return found
+        by_spelling[name] = number
+    return by_spelling
 
 
 def _known_paths(

@@ -141,8 +141,8 @@ class NodePatience:
         """Bring back every node that still trains, after the last step of the run."""
         if self.patience is None:
             return
-        for node, one in self.courses.items():
-            if one.stopped_at is None and one.best_step is not None:
+        for node, course in self.courses.items():
+            if course.stopped_at is None and course.best_step is not None:
                 self._bring_back(node, step, measure)
 
     def note_now(self, losses: PathLosses) -> None:

@@ -160,8 +160,8 @@ def _clip(parameters: Sequence[nn.Parameter], norm: float, scale: Tensor | None)
         nn.utils.clip_grad_norm_(parameters, norm)
         return
     # The norm is that of the unscaled gradients, so they are clipped as without a scaler.
-    found = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    nn.utils.clip_grads_with_norm_(parameters, norm, found / scale.to(found.device))
+    total_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    nn.utils.clip_grads_with_norm_(parameters, norm, total_norm / scale.to(total_norm.device))
 
 
 def _check(group: dict[str, Any], factors: Factors) -> None:

@@ -247,8 +247,8 @@ def is_merging_correct_on(device: torch.device) -> bool:
     ).run()
     # The order of an fp32 sum may move a number to its neighbour, here and there. A sum that is
     # rounded to bf16 in between moves many.
-    wrong = int((weight.cpu() != exact).sum())
-    return wrong <= exact.numel() // 1000
+    wrong_numbers = int((weight.cpu() != exact).sum())
+    return wrong_numbers <= exact.numel() // 1000
 
 
 # ---------------------------------------------------------------------- the table

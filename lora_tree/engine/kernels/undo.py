@@ -97,10 +97,10 @@ class LaidLogs:
             call(self._flags[device])
         short = [False] * len(self._order)
         for device, flags in self._flags.items():
-            found = flags.tolist()
-            if any(found):
+            flag_values = flags.tolist()
+            if any(flag_values):
                 self._flags[device] = self._no_flags(device)
-            for i, flag in zip(self._order, found, strict=True):
+            for i, flag in zip(self._order, flag_values, strict=True):
                 short[i] = short[i] or bool(flag)
         return short
 

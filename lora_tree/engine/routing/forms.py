@@ -80,14 +80,14 @@ def form_for(owed: Owed, tokens: int, *, trains: bool) -> type[SumForm]:
         return first_suitable_form("paths", owed, tokens)
     if not owed.site.is_product:
         return NodesForm
-    way = first_suitable_form("paths", owed, tokens)
+    form_kind = first_suitable_form("paths", owed, tokens)
     inputs = tokens * len(owed.batch.adapted) / len(owed.batch.by_kind)
-    return NodesForm if way is EachPathForm and inputs < FEW else way
+    return NodesForm if form_kind is EachPathForm and inputs < FEW else form_kind
 
 
 def first_suitable_form(strategy: str, owed: Owed, tokens: int) -> type[SumForm]:
     """Return the first class of a form that suits what is owed."""
-    for way in FORMS[strategy]:
-        if way.suits(owed, tokens):
-            return way
+    for form_kind in FORMS[strategy]:
+        if form_kind.suits(owed, tokens):
+            return form_kind
     raise AssertionError(f"the last way of {strategy} suits everything")

@@ -274,20 +274,20 @@ class Route:
     def _form(self, owed: Owed, tokens: int) -> SumForm:
         """Return the form that adds up what is owed, laid out when it is first needed."""
         key = id(owed), tokens
-        found = self._forms.get(key)
-        if found is None:
-            way = self._form_kind(owed, tokens)
-            laid_out = id(owed), way  # the same for any number of tokens
-            found = self._forms.get(laid_out)
-            if found is None:
-                if way.lays_out:
+        form = self._forms.get(key)
+        if form is None:
+            form_kind = self._form_kind(owed, tokens)
+            laid_out = id(owed), form_kind  # the same for any number of tokens
+            form = self._forms.get(laid_out)
+            if form is None:
+                if form_kind.lays_out:
                     with exact_mode(owed.device):
-                        found = way(owed)
+                        form = form_kind(owed)
                 else:  # entering the mode takes longer than making such a form
-                    found = way(owed)
-                self._forms[laid_out] = found
-            self._forms[key] = found
-        return found
+                    form = form_kind(owed)
+                self._forms[laid_out] = form
+            self._forms[key] = form
+        return form
 
     def _form_kind(self, owed: Owed, tokens: int) -> type[SumForm]:
         """Return the kind of form that was asked for, or that ``auto`` chooses."""

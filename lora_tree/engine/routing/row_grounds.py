@@ -116,10 +116,10 @@ class RowGrounds:
         except LoraTreeError as error:
             row = self._batch.of_row.index(kind)
             raise error.within(f"row {row}: {self._site.name}") from error
-        found: list[OverrideTerm] = []
+        override_terms: list[OverrideTerm] = []
         for attribute in sorted(effective):
-            found += [held[node][attribute] for node, _ in effective[attribute]]
-        return tuple(found)
+            override_terms += [held[node][attribute] for node, _ in effective[attribute]]
+        return tuple(override_terms)
 
     def _dropped(self, effective: OverrideTerms, terms: Terms) -> frozenset[str]:
         """Return the nodes whose increments these overrides drop.

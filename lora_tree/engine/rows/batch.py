@@ -323,11 +323,14 @@ class Batch:
             device: where the lists are read.
         """
         key = tokens, compute, device
-        found = self._tiled.get(key)
-        if found is None:
+        segments_and_tiling = self._tiled.get(key)
+        if segments_and_tiling is None:
             segments = self.segments(group_of(tokens, len(self)), device)
-            found = self._tiled[key] = segments, Tiling.of(segments.sizes, tokens, compute)
-        return found
+            segments_and_tiling = self._tiled[key] = (
+                segments,
+                Tiling.of(segments.sizes, tokens, compute),
+            )
+        return segments_and_tiling
 
     @cached_property
     def _tiled(self) -> dict[tuple[int, torch.dtype, torch.device], tuple[Segments, Tiling]]:

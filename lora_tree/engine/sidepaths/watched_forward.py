@@ -101,9 +101,9 @@ class WatchedForward(TorchFunctionMode):
             return func(*args, **kwargs)
         if func is torch.einsum and len(args) == 2 and isinstance(args[1], Sequence):
             args = (args[0], *args[1])
-        found = self._weights(args, kwargs)
-        if found:
-            return self._with_weight(func, args, kwargs, found)
+        views = self._weights(args, kwargs)
+        if views:
+            return self._with_weight(func, args, kwargs, views)
         out = func(*args, **kwargs)
         if self.layouts:
             followed(self.layouts, func, args, kwargs, out)
@@ -112,7 +112,7 @@ class WatchedForward(TorchFunctionMode):
     # ------------------------------------------------------------------ a function of a weight
     def _weights(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[Any, WeightView]:
         """Return the arguments that are weights, or were made of one, by place or keyword."""
-        found: dict[Any, WeightView] = {}
+        views: dict[Any, WeightView] = {}
         for at, value in (*enumerate(args), *kwargs.items()):
             for tensor in value if isinstance(value, (list, tuple)) else (value,):
                 if not isinstance(tensor, Tensor):
@@ -123,8 +123,8 @@ class WatchedForward(TorchFunctionMode):
                     if site.weight is tensor:
                         view = WeightView(site)
                 if view is not None:
-                    found[at] = view
-        return found
+                    views[at] = view
+        return views
 
     def _with_weight(
         self,

@@ -220,13 +220,13 @@ def _equally_replaced(plan: Plan, site: Site, attribute: str) -> set[tuple[int, 
     if plan.terms[site.name]:
         return set()
     own_terms = _replacing(plan, site.name, attribute)
-    found: set[tuple[int, str]] = set()
+    replaced: set[tuple[int, str]] = set()
     for name, overrides in plan.overrides.items():
         for override in overrides:
             other_terms = _replacing(plan, name, override.attribute)
             if name != site.name and not plan.terms[name] and _are_equal(own_terms, other_terms):
-                found.add((id(plan.sites[name].module), override.attribute))
-    return found
+                replaced.add((id(plan.sites[name].module), override.attribute))
+    return replaced
 
 
 def _replacing(plan: Plan, name: str, attribute: str) -> list[OverrideTerm]:

@@ -167,11 +167,11 @@ class MergedWeights:
             return []
         if self.plan.ways.dtypes(self._base) is not None:
             return []
-        found = []
+        weight_names = []
         for site in self.plan.sites.values():
             if not site.is_in(self._base):
-                found.append(f"{site.module_name}.{site.weight_name}")
-        return found
+                weight_names.append(f"{site.module_name}.{site.weight_name}")
+        return weight_names
 
     def _launch_of(self, plan: Plan, switch: Switch) -> KeptLaunch | None:
         """Return the launch that makes a whole switch; None if none was kept, or if the switch

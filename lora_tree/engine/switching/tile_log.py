@@ -222,10 +222,10 @@ def _laid(log: TileLog, weight: Tensor, values: Sequence[LowRank]) -> tuple[Laid
     if not logs(weight.device):
         return None, False
     alone = [unshared(value) for value in values]
-    found = part_of(log.site, weight, weight, [(value, 1.0) for value in alone])
-    if found is None:
+    part_and_copied = part_of(log.site, weight, weight, [(value, 1.0) for value in alone])
+    if part_and_copied is None:
         return None, False
-    part, is_copied = found
+    part, is_copied = part_and_copied
     for before, after in zip(values, alone, strict=True):
         is_copied = is_copied or before is not after
     return lay_terms(part.terms, len(part.weight)), is_copied
