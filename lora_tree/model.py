@@ -53,9 +53,9 @@ from .given import check_iterable
 from .path_model import PathModel
 from .path_models import PathModels
 from .storage import Source
+from .training.bare_base_watch import BareBaseWatch
 from .training.every_rank import joined
 from .training.factors import Factors
-from .training.handed import Handed
 from .training.rank_names import ranks
 from .training.session import Training
 from .tree import AdapterTree
@@ -222,7 +222,7 @@ class TreeModel(AnswersForBase):
             path_models=self._path_models,
             binder=self._binder,
             manner=self._manner,
-            handed=Handed(inner, TreeModel.forward),
+            bare_base_watch=BareBaseWatch(inner, TreeModel.forward),
         )
         if how.pristine == "none":
             warnings.warn(

@@ -65,7 +65,7 @@ def side_path_increments(tree: AdapterTree, binder: Binder) -> dict[Site, list[L
             site = binder.site_for(path, name, value)
             # Some modules read a weight themselves, or run a forward of their own, where a side
             # path would be missed or wrong. Such a node can still be merged.
-            if site.why_merged_only is None and not site.read_in:
+            if site.why_merged_only is None and not site.reader_names:
                 increments.setdefault(site, []).append(value)
     return increments
 
@@ -251,7 +251,7 @@ class Prepared:
         kinds = side_kinds(plan, self._dtype)
         for name, terms in plan.terms.items():
             site = plan.sites[name]
-            if site.read_in:
+            if site.reader_names:
                 raise MergedOnly(
                     f"{terms[0].node}: {name}: can't run in a prepared model: "
                     f"{type(site.module).__name__} reads it itself",

@@ -153,7 +153,7 @@ def notes(path: str | os.PathLike[str]) -> list[str]:
     opened = inspect(place_of(path))
     return [
         *_part_of_a_tree(opened),
-        *_passed_over(opened),
+        *_passed_over_notes(opened),
         *_not_added(opened),
         *_bases(opened),
     ]
@@ -193,7 +193,7 @@ def _part_of_a_tree(opened: Opened) -> list[str]:
     return [f"{folder}: the node {node} of the tree {tree}; its ancestors there don't count here"]
 
 
-def _passed_over(opened: Opened) -> list[str]:
+def _passed_over_notes(opened: Opened) -> list[str]:
     """Return a note for each run whose steps are passed over."""
     runs: dict[str, list[str]] = {}
     for step in opened.passed:

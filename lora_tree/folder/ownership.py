@@ -127,7 +127,7 @@ class Ownership:
         # node that names it, so it stays.
         named = {os.path.relpath(own.folder, folder) for own in kept.values() if own.named}
         for path, files in self.opened.scan.found.items():
-            if self._stays(path, kept, named):
+            if self._is_kept(path, kept, named):
                 continue
             if not self.is_ours(path, files):
                 # A line of tree.yaml can say that a node has no adapter, also if one lies in its
@@ -151,7 +151,7 @@ class Ownership:
             )
         return going
 
-    def _stays(self, path: str, kept: Mapping[str, KeptAdapter], named: set[str]) -> bool:
+    def _is_kept(self, path: str, kept: Mapping[str, KeptAdapter], named: set[str]) -> bool:
         """Tell whether the adapter in a folder is a node's, or a step of a run whose node stays."""
         if (path or ".") in named or (path in kept and not kept[path].named):
             return True

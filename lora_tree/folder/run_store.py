@@ -58,7 +58,7 @@ _GONE = ".gone-"
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def _holding_run_lock(folder: Path) -> Iterator[None]:
     with locks.holding(folder / RUN_LOCK):
         yield
 
@@ -75,7 +75,7 @@ def resumed_or_new_run(folder: Path, identity: str, about: Mapping[str, Any]) ->
         FolderError: the folder can't be written.
     """
     disk.make_inside(folder)
-    with _alone(folder):
+    with _holding_run_lock(folder):
         known = numbered_runs(folder)
         for _, own in reversed(known):
             if _is_resumable(own, identity):
@@ -165,7 +165,7 @@ def drop_runs(folder: Path, *, most: int = RUNS_KEPT) -> list[Path]:
     """
     if not is_folder(folder):
         return []
-    with _alone(folder):
+    with _holding_run_lock(folder):
         spare = spare_runs(folder, most=most)
         _drop(spare)
         with disk.named("list it", folder):

@@ -13,6 +13,7 @@ from ..errors import LoraTreeWarning, listing
 from ..provenance import SaveNote
 from ..tree import AdapterTree, Node
 from .alone import finish_nodes
+from .atomic_folders import make_all
 from .changes import Changes, stamps_of
 from .commit import writing
 from .decide import decide
@@ -22,7 +23,6 @@ from .problem import raise_any
 from .seen import Seen, recall, remember, yaml_sha256
 from .source import FolderSource
 from .tree_place import place_of
-from .whole import make_all
 
 __all__ = ["HistoryWarning", "save_tree"]
 

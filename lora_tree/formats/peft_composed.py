@@ -190,7 +190,7 @@ def _check(own: Mapping[str, Tensor], dimensions: Mapping[str, int]) -> None:
             )
 
 
-def _wide(*tensors: Tensor) -> list[Tensor]:
+def _widened(*tensors: Tensor) -> list[Tensor]:
     """Return tensors in one dtype, at least fp32: products in bf16 would be rounded."""
     dtype = torch.float32
     for tensor in tensors:
@@ -210,7 +210,7 @@ def _adalora(
         )
     if A.shape[0] == 0:
         return None  # all ranks of this module were pruned
-    B, E = _wide(B, E)
+    B, E = _widened(B, E)
     return LowRank(A.to(B.dtype), B * E.mT, config.scale)
 
 
@@ -225,7 +225,7 @@ def _vera(
             f"vera_lambda_b {tuple(b.shape)} and vera_lambda_d {tuple(d.shape)} do not fit vera_A "
             f"{tuple(A.shape)} and vera_B {tuple(B.shape)}"
         )
-    A, B, b, d = _wide(A, B, b, d)
+    A, B, b, d = _widened(A, B, b, d)
     # All modules share the tensor A, so the module's own vectors go into B.
     return LowRank(A, b[:, None] * B[: len(b)] * d)
 
@@ -241,7 +241,7 @@ def _vblora(
             f"vblora_logits_A {tuple(a.shape)} and _B {tuple(b.shape)} do not fit "
             f"{plural(len(bank), 'vector')}, of which {config.topk} count"
         )
-    bank, a, b = _wide(bank, a, b)
+    bank, a, b = _widened(bank, a, b)
     A = _pieces(a, bank, config.topk).flatten(1)  # (r, in / l, l) → (r, in)
     B = _pieces(b, bank, config.topk).transpose(1, 2).flatten(0, 1)  # (out / l, r, l) → (out, r)
     return LowRank(A, B.contiguous())

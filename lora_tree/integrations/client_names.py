@@ -176,7 +176,7 @@ def _fits(names: list[str], pattern: tuple[str, ...]) -> bool:
     """Tell whether names match a pattern. ``used``: the possible counts of parts matched so far."""
     # All possible positions are followed at once. Backtracking could take exponential time with
     # several ``**`` in a pattern.
-    used = _passed({0}, pattern)
+    used = _skip_any_depth({0}, pattern)
     for name in names:
         after = set()
         for i in used:
@@ -184,11 +184,11 @@ def _fits(names: list[str], pattern: tuple[str, ...]) -> bool:
                 after.add(i)
             elif i < len(pattern) and fnmatchcase(name, pattern[i]):
                 after.add(i + 1)
-        used = _passed(after, pattern)
+        used = _skip_any_depth(after, pattern)
     return len(pattern) in used
 
 
-def _passed(used: Iterable[int], pattern: tuple[str, ...]) -> set[int]:
+def _skip_any_depth(used: Iterable[int], pattern: tuple[str, ...]) -> set[int]:
     """Add the positions behind each ``**``, which may match no name at all."""
     found = set(used)
     for i in sorted(found):

@@ -79,7 +79,7 @@ def _check_whole(
         return
     begun = [lack for lack, choice in zip(lacks, choices, strict=True) if len(lack) < len(choice)]
     if not begun:
-        raise _not_there(client, name, snapshot.commit)
+        raise _missing_adapter_error(client, name, snapshot.commit)
     # This raises if the hub can't be asked. An adapter that is half on the hub is for its reader to
     # refuse.
     on_the_hub = client.files(snapshot.commit)
@@ -90,7 +90,7 @@ def _check_whole(
             )
 
 
-def _not_there(client: HubClient, name: HubName, commit: str) -> HubError:
+def _missing_adapter_error(client: HubClient, name: HubName, commit: str) -> HubError:
     what = f"{name}: no adapter there at {commit[:12]}…"
     if not client.is_online:
         return HubError(what, "the hub does not answer, so only the cache was looked at")

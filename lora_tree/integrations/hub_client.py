@@ -327,7 +327,7 @@ class HubClient:
                 f"accept them at {page}, then {_LOGIN}",
             ) from error
         except known.RepositoryNotFoundError as error:
-            raise HubError(*self._not_there()) from error
+            raise HubError(*self._missing_repository_lines()) from error
         except known.RevisionNotFoundError as error:
             raise HubError(
                 f"{name}: no branch, tag or commit {revision!r}", f"see {page}/branches"
@@ -351,7 +351,7 @@ class HubClient:
             what = f"{name}: {type(error).__name__}: {first_line}"
             raise HubError(what, f"is {self._constants.ENDPOINT} in reach?") from error
 
-    def _not_there(self) -> list[str]:
+    def _missing_repository_lines(self) -> list[str]:
         if self._hub.get_token() is None:
             return [
                 f"{self.repository}: no such repository of models, or a private one, and there is "

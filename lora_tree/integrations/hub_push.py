@@ -262,7 +262,7 @@ def _check_arrived(client: HubClient, commit: str, draft: Mapping[str, bytes | P
     """
     # A .gitignore in the repository makes the client leave files out, with a line in its own log.
     there = client.files(commit)
-    lost = [path for path, data in draft.items() if not _arrived(there.get(path), data)]
+    lost = [path for path, data in draft.items() if not _has_arrived(there.get(path), data)]
     if lost:
         raise HubError(
             f"{client.repository}: {listing(lost)}: missing from the commit {commit[:12]}, or not "
@@ -271,5 +271,5 @@ def _check_arrived(client: HubClient, commit: str, draft: Mapping[str, bytes | P
         )
 
 
-def _arrived(known: HubFile | None, data: bytes | Path) -> bool:
+def _has_arrived(known: HubFile | None, data: bytes | Path) -> bool:
     return known is not None and _holds(known, data)

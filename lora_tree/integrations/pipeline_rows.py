@@ -57,7 +57,7 @@ class PipelineAxis(BatchAxis):
         self._spreads.pop(name, None)
         # Only the pipeline's own call knows the number of images per prompt.
         call = locals_of_call("__call__", self._pipe, ("batch_size", "num_images_per_prompt"))
-        given = _rows_given(args, kwargs)
+        given = _row_count(args, kwargs)
         if call is None or given is None:
             return  # the component was called by itself: `spread` uses what the caller declared
         if name.startswith("text_encoder"):
@@ -116,7 +116,7 @@ class PipelineAxis(BatchAxis):
         return repeat, given // (self.rows * repeat)
 
 
-def _rows_given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
+def _row_count(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
     """Return the size of the first axis of a component's main input; None if it has none."""
     main = [kwargs[name] for name in MAIN_INPUTS if name in kwargs]
     found = next((x for x in [*args, *main] if isinstance(x, Tensor) and x.ndim > 1), None)

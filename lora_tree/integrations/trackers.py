@@ -65,7 +65,7 @@ def reporting(
         def tell(step: StepLosses) -> None:
             if not trackers:
                 for name in names:
-                    trackers.append(_begun(name, folder(), config, done))
+                    trackers.append(_start_tracker(name, folder(), config, done))
                     closing.callback(trackers[-1].finish)
             for number, values in _values(step).items():
                 for tracker in trackers:
@@ -74,7 +74,7 @@ def reporting(
         yield tell
 
 
-def _begun(name: str, folder: Path, config: Mapping[str, Any], done: int) -> Any:
+def _start_tracker(name: str, folder: Path, config: Mapping[str, Any], done: int) -> Any:
     classes = need("accelerate.tracking", extra="train", what=_WHAT).LOGGER_TYPE_TO_CLASS
     with foreign(f"{_WHAT} {name}: the tracker can't start"):
         if name == "tensorboard":

@@ -61,7 +61,7 @@ class TreeCheckpoints(Trainer):  # type: ignore[misc]
                 put_back(Path(named).parent)
             else:
                 put_back(Path(self.args.output_dir))
-        _meet()
+        _wait_for_ranks()
         start = Start(self.tree_model.factors)
         ended: RunState = "stopped"
         try:
@@ -115,7 +115,7 @@ class TreeCheckpoints(Trainer):  # type: ignore[misc]
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save as the Trainer does, into a folder that gets its name when it is complete."""
         parent, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
-        with appearing(parent, name, writes=self.args.should_save, meet=_meet) as stage:
+        with appearing(parent, name, writes=self.args.should_save, meet=_wait_for_ranks) as stage:
             self._stage = stage
             try:
                 super()._save_checkpoint(model, trial)
@@ -178,7 +178,7 @@ class TreeCheckpoints(Trainer):  # type: ignore[misc]
         load_factors(self.tree_model, Path(self.state.best_model_checkpoint))
 
 
-def _meet() -> None:
+def _wait_for_ranks() -> None:
     """Wait for all ranks: one writes, and the others must not run ahead of it."""
     if ranks() > 1:
         dist.barrier()

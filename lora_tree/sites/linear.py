@@ -41,7 +41,7 @@ class LinearSite(Site):
         return module.in_features * module.out_features > 0 or is_lazy(module.weight)
 
     @staticmethod
-    def relaid(module: nn.Module, value: LowRank) -> LowRank:
+    def in_own_layout(module: nn.Module, value: LowRank) -> LowRank:
         if isinstance(module, nn.Linear) and set(value.layout.kernel) == {1}:
             return replace(value, layout=LINEAR)
         return value

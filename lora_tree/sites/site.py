@@ -84,7 +84,7 @@ class Site(ABC):
         return False
 
     @staticmethod
-    def relaid(module: nn.Module, value: LowRank) -> LowRank:
+    def in_own_layout(module: nn.Module, value: LowRank) -> LowRank:
         """Return the value in this kind's layout, if its file did not state one; else unchanged."""
         return value
 
@@ -153,7 +153,7 @@ class Site(ABC):
         return False
 
     @property
-    def read_in(self) -> tuple[str, ...]:
+    def reader_names(self) -> tuple[str, ...]:
         """The dotted names of the modules that may read the weight directly; none if the weight is
         used only in the site's own forward.
         """

@@ -30,9 +30,9 @@ from ..engine.stage import Stage
 from ..errors import SpecError, StateError
 from ..given import check_dtype, unchecked
 from ..tree import AdapterTree, Node
+from .bare_base_watch import BareBaseWatch
 from .every_rank import every_layer
 from .factors import Factors
-from .handed import Handed
 from .sharded import gather_adapter
 from .steps import NodeSteps
 
@@ -57,7 +57,7 @@ class Training:
         path_models: path models of the same base, which are also laid out again.
         binder: checks a node's adapter against the base.
         manner: gets the dropout.
-        handed: looks whether a trainer was given the bare base.
+        bare_base_watch: looks whether a trainer was given the bare base.
     """
 
     def __init__(
@@ -70,12 +70,12 @@ class Training:
         path_models: Iterable[Renewed],
         binder: Binder,
         manner: Manner,
-        handed: Handed,
+        bare_base_watch: BareBaseWatch,
     ) -> None:
         self._base, self._tree, self._factors = base, tree, factors
         self._stage, self._binder, self._manner = stage, binder, manner
         self._path_models = path_models
-        self._handed = handed
+        self._bare_base_watch = bare_base_watch
         self._packing = Packing(base)
         self._steps: weakref.WeakKeyDictionary[torch.optim.Optimizer, NodeSteps]
         self._steps = weakref.WeakKeyDictionary()
@@ -114,7 +114,7 @@ class Training:
             bound = self._bound(chosen, dtype, within)
             with self._as_before_on_failure():
                 self._own(bound, dtype)
-                self._handed.look(bool(chosen))
+                self._bare_base_watch.look(bool(chosen))
                 self._packing.forbid(bool(chosen))
                 self._set_layer_hooks(self._factors.sharded)
                 self._manner.dropout = dropout
@@ -187,7 +187,7 @@ class Training:
         """Give the base its flags back, and take every hook out; a second call is a no-op."""
         for parameter, flag in self._flags or ():
             parameter.requires_grad_(flag)
-        self._handed.look(False)
+        self._bare_base_watch.look(False)
         self._packing.forbid(False)
         self._set_layer_hooks(False)
 
@@ -250,7 +250,7 @@ class Training:
             flags=[*_flags_of(self._base), *_flags_of(self._factors)],
             dropout=self._manner.dropout,
             base_flags=self._flags,
-            is_watching=self._handed.is_watching,
+            is_watching=self._bare_base_watch.is_watching,
             packing_forbidden=self._packing.forbidden,
         )
         try:
@@ -269,7 +269,7 @@ class Training:
         for parameter, flag in before.flags:
             parameter.requires_grad_(flag)
         self._manner.dropout, self._flags = before.dropout, before.base_flags
-        self._handed.look(before.is_watching)
+        self._bare_base_watch.look(before.is_watching)
         self._packing.forbid(before.packing_forbidden)
         self._set_layer_hooks(self._factors.sharded)
         # Laying out one path model may have failed after others had got the new factors.

@@ -179,7 +179,7 @@ class EachPathForm(_InTurn):
             if owed.site.is_product and not owed.live:
                 # The batched product over all paths (`AllPathsForm`) reads the same memory.
                 value = owed.path_stacks.value(path)
-                self._values.append(partial(_same, value))
+                self._values.append(partial(_identity, value))
             else:
                 self._values.append(owed.held(owed.stacking(coefficients)))
 
@@ -191,7 +191,7 @@ class EachPathForm(_InTurn):
         return products
 
 
-def _same(value: LowRank) -> LowRank:
+def _identity(value: LowRank) -> LowRank:
     return value
 
 

@@ -173,7 +173,7 @@ def _pieces(layout: RowLayout, args: Args, kwargs: Kwargs, out: Any) -> Made:
     x = args[0]
     dim = kwargs.get("dim", args[2] if len(args) > 2 else 0) % x.ndim
     if dim == x.ndim - 1:
-        return _alone(layout, args, kwargs, out)
+        return _along_last_axis(layout, args, kwargs, out)
     made: list[tuple[Tensor, RowLayout | None]] = []
     start = 0
     for piece in out:
@@ -183,7 +183,7 @@ def _pieces(layout: RowLayout, args: Args, kwargs: Kwargs, out: Any) -> Made:
     return made
 
 
-def _alone(layout: RowLayout, args: Args, kwargs: Kwargs, out: Any) -> Made:
+def _along_last_axis(layout: RowLayout, args: Args, kwargs: Kwargs, out: Any) -> Made:
     """Return the layouts for a function that mixes numbers along the last axis only; nothing if
     that has the rows.
     """
@@ -192,7 +192,7 @@ def _alone(layout: RowLayout, args: Args, kwargs: Kwargs, out: Any) -> Made:
 
 def _normed(layout: RowLayout, args: Args, kwargs: Kwargs, out: Any) -> Made:
     shape = kwargs.get("normalized_shape", args[1] if len(args) > 1 else ())
-    return _alone(layout, args, kwargs, out) if len(shape) == 1 else []
+    return _along_last_axis(layout, args, kwargs, out) if len(shape) == 1 else []
 
 
 def _of_last_axis(at: int, default: int | None = -1) -> Rule:
@@ -209,7 +209,7 @@ def _of_last_axis(at: int, default: int | None = -1) -> Rule:
             (dim,) = dim
         if not isinstance(dim, int) or dim % args[0].ndim != args[0].ndim - 1:
             return []
-        return _alone(layout, args, kwargs, out)
+        return _along_last_axis(layout, args, kwargs, out)
 
     return rule
 
@@ -218,7 +218,7 @@ def _times_matrix(layout: RowLayout, args: Args, kwargs: Kwargs, out: Any) -> Ma
     x, matrix = args[:2]
     # A matrix with more axes is a batch of matrices, and a product with a vector is a sum over
     # tokens or features: these have no rule.
-    return _alone(layout, args, kwargs, out) if matrix.ndim == 2 and x.ndim > 1 else []
+    return _along_last_axis(layout, args, kwargs, out) if matrix.ndim == 2 and x.ndim > 1 else []
 
 
 _RULES: dict[str, Rule] = {

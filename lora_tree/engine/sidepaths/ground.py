@@ -136,7 +136,7 @@ def check_grounds(plan: Plan) -> None:
             )
         for other, terms in plan.terms.items():
             # The twin's forward is not the one that is watched.
-            if terms and plan.sites[other].read_in and plan.sites[other].module is site.module:
+            if terms and plan.sites[other].reader_names and plan.sites[other].module is site.module:
                 raise MergedOnly(
                     f"{overrides[0].node}: {name}: an override can't run beside the weights while "
                     f"{terms[0].node} changes {other}, which the same module reads itself",

@@ -353,7 +353,7 @@ def write_logs(writes: Sequence[LogWrite], scratch: Scratch, plan: LaidPlan | No
     known = None if plan is None else plan.find(writes)
     if known is not None:
         pending, share = known.run(writes), SHARE // GROWTH
-        _take_out(pending)
+        _restore_weights(pending)
     else:
         pending, share = _prepare_writes(writes, scratch), SHARE
     while pending:
@@ -367,7 +367,7 @@ def write_logs(writes: Sequence[LogWrite], scratch: Scratch, plan: LaidPlan | No
                 again.append(write)
             else:
                 write.log.settled(part.states[1])
-        _take_out(again)
+        _restore_weights(again)
         pending, share = again, max(share // GROWTH, 1)
 
 
@@ -393,13 +393,13 @@ def _prepare_writes(writes: Sequence[LogWrite], scratch: Scratch) -> list[LogWri
         # out first.
         if log.is_cut_off or log.layout() not in (None, new.layout):
             out.append(write)
-    _take_out(out)
+    _restore_weights(out)
     for write in stock:
         write.log.write_stock(write.weight, write.values, scratch)
     return pending
 
 
-def _take_out(writes: Sequence[LogWrite]) -> None:
+def _restore_weights(writes: Sequence[LogWrite]) -> None:
     """Bring weights back to their own numbers, and drop the memory of their logs."""
     # A weight that was cut off has two parts, each for the tiles in one state.
     for turn in range(2):
