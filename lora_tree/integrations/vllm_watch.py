@@ -107,7 +107,7 @@ class Watcher:
                 # A file that is being written has another size, and so another reason, at every
                 # look. It is one event for the log.
                 kind = FolderError if isinstance(error, FolderError) else type(error)
-                self._once.say(path, text, told_as=kind.__name__)
+                self._once.say(path, text, compared_text=kind.__name__)
         self._metrics.looked(served=len(self._cache.served), stale=stale, behind=behind)
 
     def _look_at(self, view: View, path: str) -> bool:
