@@ -95,7 +95,7 @@ class _Combination:
 
     def __init__(self, names: Sequence[str]) -> None:
         self._names = names
-        self._taken: list[Adapter] = []
+        self._adapters: list[Adapter] = []
         self._parts: dict[str, dict[int, LowRank]] = {}
         self._carried: dict[str, tuple[int, Tensor]] = {}
         self._nesting: dict[str, tuple[int, tuple[str, ...]]] = {}
@@ -103,7 +103,7 @@ class _Combination:
 
     def add(self, at: int, adapter: Adapter, coefficient: float) -> None:
         """Add a term; raises as `combine`."""
-        self._taken.append(adapter)
+        self._adapters.append(adapter)
         for name, value in adapter.modules.items():
             self._add_module(at, name, value, coefficient)
         for name, tensor in adapter.unchanged.items():
@@ -121,12 +121,12 @@ class _Combination:
                 modules[name] = _sum(list(values.values()))
         return Adapter(
             modules,
-            base=next((term.base for term in self._taken if term.base), None),
+            base=next((term.base for term in self._adapters if term.base), None),
             # Fields that terms disagree on are dropped: they would not be true of the sum.
-            config=_agreed([term.config for term in self._taken if term.config]),
+            config=_agreed([term.config for term in self._adapters if term.config]),
             unchanged={name: tensor for name, (_, tensor) in self._carried.items()},
             nesting={module: order for module, (_, order) in self._nesting.items()},
-            assumed=frozenset().union(*(term.assumed for term in self._taken)),
+            assumed=frozenset().union(*(term.assumed for term in self._adapters)),
             overrides={name: override for name, (_, override) in self._overrides.items()},
         )
 

@@ -158,7 +158,7 @@ class Behaviour:
     """A request, and everything that is needed to make the base do it.
 
     Args:
-        request: what was asked.
+        request: the request that it fulfils.
         placed: what every site gets.
         weights: the plan that is written into the weights: all of it, or an empty one.
         side_paths: the side paths; none if the plan is written into the weights.

@@ -233,11 +233,13 @@ class _Resolving:
         elif path not in self.entries:
             for above in paths_above(path):
                 if above in self.claimed and above not in self.entries:
-                    self.problems.append(Problem(above, "folder", self._taken(above, path)))
+                    self.problems.append(
+                        Problem(above, "folder", self._taken_adapter_text(above, path))
+                    )
                 self.entries.setdefault(above, FolderNode())  # a group
             self.entries[path] = FolderNode(files=files)
 
-    def _taken(self, above: str, path: str) -> str:
+    def _taken_adapter_text(self, above: str, path: str) -> str:
         """Say that a node would lose its adapter, because tree.yaml names it for another one."""
         text = (
             f"{os.path.join(self.folder, above)}: tree.yaml names this adapter for another node, "

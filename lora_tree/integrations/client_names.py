@@ -47,7 +47,7 @@ def shown(text: object, most: int = SHOWN_CHARACTERS) -> str:
 
 @dataclass(frozen=True)
 class RequestedName:
-    """A name that may be asked of the tree.
+    """A path or blend that a client may request.
 
     Args:
         name: its one spelling.

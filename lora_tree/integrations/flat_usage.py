@@ -36,9 +36,9 @@ class Usage:
         self._is_read = is_read
         self._lock = threading.Lock()
         self._served: dict[str, str] = {}  # path → content
-        self._used: dict[str, float] = {}  # path → its last use, by the monotonic clock
+        self._last_use: dict[str, float] = {}  # path → its last use, by the monotonic clock
         self._released: dict[str, float] = {}  # content → when it was last served
-        # (content, asked for by a blend) → requests under way
+        # (content, whether a blend requests it) → requests under way
         self._in_flight: Counter[tuple[str, bool]] = Counter()
 
     @property
@@ -55,22 +55,22 @@ class Usage:
         assignment to a dict is atomic.
         """
         if path in self._served:
-            self._used[path] = time.monotonic()
+            self._last_use[path] = time.monotonic()
 
     def is_idle(self, path: str) -> bool:
         """Tell whether the last use of a path is longer ago than the grace."""
-        return time.monotonic() - self._used.get(path, 0.0) >= self.grace_s
+        return time.monotonic() - self._last_use.get(path, 0.0) >= self.grace_s
 
     def idle_s(self, path: str) -> float:
         """Return the seconds since the last use of a path."""
-        return time.monotonic() - self._used.get(path, 0.0)
+        return time.monotonic() - self._last_use.get(path, 0.0)
 
     def serve(self, path: str, content: str) -> None:
         """Serve a path with a content from now on; the one before is released."""
         with self._lock:
             before = self._served.get(path)
             self._served[path] = content
-            self._used[path] = time.monotonic()
+            self._last_use[path] = time.monotonic()
             self._released.pop(content, None)
             if before is not None and before != content:
                 self._release(before)
@@ -79,7 +79,7 @@ class Usage:
         """Stop serving a path; its content becomes free when the grace is over."""
         with self._lock:
             content = self._served.pop(path, None)
-            self._used.pop(path, None)
+            self._last_use.pop(path, None)
             if content is not None:
                 self._release(content)
 
@@ -87,7 +87,7 @@ class Usage:
         """Return the blends that are served, the one used longest ago first."""
         with self._lock:
             blends = [path for path in self._served if is_blend(path)]
-        return sorted(blends, key=lambda path: self._used.get(path, 0.0))
+        return sorted(blends, key=lambda path: self._last_use.get(path, 0.0))
 
     # ------------------------------------------------------------------ one content
     @contextmanager

@@ -62,7 +62,7 @@ class Site(ABC):
         self.module_name = name
         self.module = module
         self.parent = parent
-        self._way: tuple[str, tuple[str, ...]] = ("", ())
+        self._module_names: tuple[str, tuple[str, ...]] = ("", ())
         # `is_in` compares the weight's present shape with this one, because
         # `resize_token_embeddings` changes the shape but keeps the module.
         self.shape = self._shape_now()
@@ -246,11 +246,11 @@ class Site(ABC):
         same in one pass.
         """
         holder: nn.Module | None = base
-        name, way = self._way
+        name, module_names = self._module_names
         if name != self.module_name:
-            way = tuple(self.module_name.split("."))
-            self._way = self.module_name, way
-        for part in way:
+            module_names = tuple(self.module_name.split("."))
+            self._module_names = self.module_name, module_names
+        for part in module_names:
             if holder is None:
                 return False
             holder = holder._modules.get(part)

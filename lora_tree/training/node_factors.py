@@ -154,7 +154,7 @@ def _slashed(name: str) -> str:
 
 
 def _training_dtype(value: LowRank, requested: torch.dtype | None) -> torch.dtype:
-    """Return the dtype in which a value trains: the one asked for, or its own if that is wider."""
+    """Return the dtype in which a value trains: the requested one, or its own if that is wider."""
     if requested is None:
         return value.dtype
     if value.dtype.itemsize == 1:
@@ -164,5 +164,5 @@ def _training_dtype(value: LowRank, requested: torch.dtype | None) -> torch.dtyp
 
 
 def _wider(own: torch.dtype, requested: torch.dtype | None) -> torch.dtype:
-    """Return the dtype in which an override trains: the one asked for, or its own if wider."""
+    """Return the dtype in which an override trains: the requested one, or its own if wider."""
     return own if requested is None else torch.promote_types(own, requested)

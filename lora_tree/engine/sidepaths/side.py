@@ -305,7 +305,7 @@ def side_kinds(plan: Plan, requested_dtype: torch.dtype | None) -> dict[str, Sid
 
     Args:
         plan: its sites and terms.
-        requested_dtype: the dtype asked for; None: the widest of the factors' and the weight's own.
+        requested_dtype: the caller's; None: the widest of the factors' and the weight's own.
 
     Raises:
         MergedOnly: a site does not run when its module is called; says which and why.
@@ -326,13 +326,13 @@ def side_kinds(plan: Plan, requested_dtype: torch.dtype | None) -> dict[str, Sid
 def side_dtype(
     weight: Tensor | None, values: Sequence[LowRank], requested_dtype: torch.dtype | None
 ) -> torch.dtype:
-    """Return the dtype that a site's side path computes in: the one asked for, or the widest of the
+    """Return the dtype that a site's side path computes in: the requested one, or the widest of the
     factors' and the weight's own.
 
     Args:
         weight: the site's; its dtype does not count if it is quantised.
         values: the increments at the site.
-        requested_dtype: the dtype asked for, if one was.
+        requested_dtype: the caller's; None: the widest.
     """
     if requested_dtype is not None:
         return requested_dtype

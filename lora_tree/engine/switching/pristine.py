@@ -184,13 +184,13 @@ class Pristine:
         begun = self._begun.get(switch)
         if begun is None:
             self._keep(switch.all)
-            begun = self._begun[switch] = self._found(switch)
+            begun = self._begun[switch] = self._copies_for(switch)
         # Nothing fails any more until the first write.
         for kept, merged in begun.copies:
             kept.merged = merged
         return begun.sources
 
-    def _found(self, switch: Switch) -> _Begun:
+    def _copies_for(self, switch: Switch) -> _Begun:
         copies: list[tuple[_PristineCopy, bool]] = []
         sources: dict[tuple[int, str], Source] = {}
         for writes, merged in ((switch.bare, False), (switch.merged, True)):
