@@ -116,7 +116,7 @@ def _first_uses(folder: str, *, handed_on: bool) -> dict[str, list[float]]:
             object.__setattr__(tree[node].source, "_hashed", None)
         if handed_on:
             model._planner.forget()
-            model._stage.beside.forget()
+            model._stage.side_hooks.forget()
         start = time.perf_counter()
         model.activate(path, mode="unmerged")
         activate_ms.append(1e3 * (time.perf_counter() - start))

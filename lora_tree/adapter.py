@@ -121,7 +121,9 @@ class Adapter:
                 kind = type(override).__name__
                 raise SpecError(f"{name}: overrides: expected an Override, got {kind}")
         for name, order in self.nesting.items():
-            if not isinstance(order, tuple) or not all(isinstance(each, str) for each in order):
+            if not isinstance(order, tuple) or not all(
+                isinstance(parameter, str) for parameter in order
+            ):
                 raise SpecError(f"{name}: nesting: expected a tuple of names, got {order!r:.80}")
         for name, error in self.errors.items():
             if not isinstance(unchecked(error), Real):
@@ -379,7 +381,7 @@ class Adapter:
             assumed=known.assumed,
         )
 
-    def told_apart(self, own: Mapping[str, Tensor]) -> Adapter:
+    def split_unchanged(self, own: Mapping[str, Tensor]) -> Adapter:
         """Compare the carried tensors (`unchanged`) with the base's own, and return the adapter
         with those that differ as overrides.
 
@@ -391,8 +393,8 @@ class Adapter:
 
         >>> import torch
         >>> carried = Adapter({}, unchanged={"x": torch.ones(2), "y": torch.ones(2)})
-        >>> told = carried.told_apart({"x": torch.ones(2).bfloat16(), "y": torch.zeros(2)})
-        >>> list(told.unchanged), list(told.overrides)
+        >>> split = carried.split_unchanged({"x": torch.ones(2).bfloat16(), "y": torch.zeros(2)})
+        >>> list(split.unchanged), list(split.overrides)
         (['x'], ['y'])
         """
         overrides: dict[str, Override] = {}

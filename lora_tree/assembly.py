@@ -117,8 +117,8 @@ class AssemblyNames:
             errors[own] = max(adapter.errors.get(name, 0.0) for name in sources[own])
             if not adapter.rounded.isdisjoint(sources[own]):
                 rounded.add(own)
-        told = {own: error for own, error in errors.items() if error}
-        return replace(adapter, modules=modules, errors=told, rounded=frozenset(rounded))
+        nonzero_errors = {own: error for own, error in errors.items() if error}
+        return replace(adapter, modules=modules, errors=nonzero_errors, rounded=frozenset(rounded))
 
     def _placed(self, name: str, value: LowRank) -> Mapping[str, LowRank]:
         """Return the modules of the base that a name stands for, each with its value.
@@ -131,15 +131,15 @@ class AssemblyNames:
         converted: Mapping[str, LowRank] = {}
         if self._base.convert is not None:
             converted = self._base.convert(name, value)
-        found: dict[str, LowRank] = {}
+        placed: dict[str, LowRank] = {}
         for other, moved in converted.items():
             own = self._own(other)
             if own is None:
                 raise self._unknown(other, f"{name}: ")
-            found[own] = moved
-        if not found:
+            placed[own] = moved
+        if not placed:
             raise self._unknown(name)
-        return found
+        return placed
 
     def _own(self, name: str) -> str | None:
         """Return the one module of the base that ``name`` stands for; None if there is none."""
@@ -148,19 +148,19 @@ class AssemblyNames:
         first, _, rest = name.partition(".")
         component = self._base.aliases.get(first, first)
         if component in self._base._modules and rest:
-            found = self._spelled(component, rest)
+            candidates = self._spelled(component, rest)
         else:
             # An adapter of one component alone has no prefix. It belongs to the component that has
             # such a module.
-            found = []
-            for each in self._base._modules:
-                found += self._spelled(each, name)
-        if len(found) > 1:
+            candidates = []
+            for component_name in self._base._modules:
+                candidates += self._spelled(component_name, name)
+        if len(candidates) > 1:
             raise BaseMismatch(
-                f"{name}: ambiguous in this base: it could be {listing(found)}",
+                f"{name}: ambiguous in this base: it could be {listing(candidates)}",
                 "rename the module in the file: write its own name, with dots",
             )
-        return found[0] if found else None
+        return candidates[0] if candidates else None
 
     def _spelled(self, component: str, path: str) -> Sequence[str]:
         """Return the modules of a component that equal ``path`` with underscores for dots."""
@@ -215,7 +215,7 @@ def _flattened(component: nn.Module, prefix: str) -> dict[str, list[str]]:
 
     If the component has a former prefix, each name is entered with it as well.
     """
-    found: dict[str, list[str]] = {}
+    modules_by_spelling: dict[str, list[str]] = {}
     for name, module in component.named_modules():
         # A container has no weight, so no factor is meant for it. In the table it could only make a
         # name ambiguous, or stand for a module that is refused later.
@@ -223,5 +223,5 @@ def _flattened(component: nn.Module, prefix: str) -> dict[str, list[str]]:
             continue
         spellings = [name, f"{prefix}.{name}"] if prefix else [name]
         for spelling in spellings:
-            found.setdefault(spelling.replace(".", "_"), []).append(name)
-    return found
+            modules_by_spelling.setdefault(spelling.replace(".", "_"), []).append(name)
+    return modules_by_spelling

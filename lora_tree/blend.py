@@ -43,11 +43,11 @@ def parse_blend(blend: Blend) -> dict[str, Weight]:
     if isinstance(blend, Mapping):
         if not blend:
             raise SpecError("an empty blend; the bare base is the path ''")
-        found = {}
+        weights = {}
         for path, weight in blend.items():
             check_path(path)
-            found[path] = as_weight(weight, f"blend: weight of {path!r}")
-        return found
+            weights[path] = as_weight(weight, f"blend: weight of {path!r}")
+        return weights
     if not isinstance(blend, str):
         raise PathError(
             f"expected a path like 'fr/legal' or a mapping of paths to weights, got {blend!r}"

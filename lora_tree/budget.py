@@ -54,8 +54,8 @@ class Budgets:
     def __post_init__(self) -> None:
         for name, nbytes in (("host_bytes", self.host_bytes), ("device_bytes", self.device_bytes)):
             # `type`, not `isinstance`: True is an int.
-            whole = type(unchecked(nbytes)) is int
-            if nbytes is not None and not (whole and 0 < nbytes <= MOST):
+            is_int = type(unchecked(nbytes)) is int
+            if nbytes is not None and not (is_int and 0 < nbytes <= MOST):
                 raise SpecError(
                     f"{name}: expected whole bytes, at least 1 and at most 4 EiB, got "
                     f"{_spelled(nbytes)}"
@@ -84,18 +84,18 @@ class Budgets:
         """
         # Each budget by itself: a program may name one in code and leave the other to the
         # environment.
-        found = []
-        for (name, variable), asked, in_yaml in zip(
+        budgets = []
+        for (name, variable), requested, in_yaml in zip(
             VARIABLES.items(), (host, device), spec, strict=True
         ):
-            text, where = asked, f"{name}_budget"
+            text, where = requested, f"{name}_budget"
             # A variable that is set to nothing is how a shell unsets it for one command.
             if text is None and environment.get(variable, "").strip():
                 text, where = environment[variable], variable
             if text is None:
                 text, where = in_yaml, f"tree.yaml: cache.{name}_budget"
-            found.append(None if text is None else _named(text, where))
-        return Budgets(*found)
+            budgets.append(None if text is None else _named(text, where))
+        return Budgets(*budgets)
 
     @property
     def bounded(self) -> bool:
@@ -135,9 +135,9 @@ def parse_bytes(size: int | str) -> int:
     nbytes = -1
     if not number.startswith("-"):
         # In whole numbers: a float has too few digits for 4 EiB.
-        whole, _, part = number.partition(".")
+        integer_part, _, fraction = number.partition(".")
         factor = UNITS[unit or "B"]
-        nbytes = int(whole) * factor + int(part or 0) * factor // 10 ** len(part)
+        nbytes = int(integer_part) * factor + int(fraction or 0) * factor // 10 ** len(fraction)
     if not 0 < nbytes <= MOST:
         raise SpecError(
             f"got {_spelled(size)}; a budget is at least 1 byte and at most 4 EiB", todo

@@ -49,8 +49,8 @@ def caller_object(matches: Callable[[Any], bool]) -> Any:
     >>> engine.run() is engine
     True
     """
-    found = _nearest(lambda frame: matches(frame.f_locals.get("self")))
-    return None if found is None else found.f_locals.get("self")
+    frame = _nearest(lambda frame: matches(frame.f_locals.get("self")))
+    return None if frame is None else frame.f_locals.get("self")
 
 
 def caller_in(modules: Collection[str], *, until: CodeType) -> str | None:
@@ -71,12 +71,12 @@ def caller_in(modules: Collection[str], *, until: CodeType) -> str | None:
     def ends(frame: FrameType) -> bool:
         return frame.f_code is until or _module(frame) in modules
 
-    found = _nearest(ends)
-    if found is None or found.f_code is until:
+    frame = _nearest(ends)
+    if frame is None or frame.f_code is until:
         return None
-    owner = found.f_locals.get("self")
+    owner = frame.f_locals.get("self")
     if owner is None:  # a plain function
-        return found.f_code.co_name
+        return frame.f_code.co_name
     return type(owner).__name__
 
 
@@ -100,11 +100,11 @@ def locals_of_call(method: str, owner: object, names: Collection[str]) -> dict[s
         # common name, and one call may contain another.
         return frame.f_code.co_name == method and frame.f_locals.get("self") is owner
 
-    found = _nearest(runs)
-    if found is None:
+    frame = _nearest(runs)
+    if frame is None:
         return None
-    said = found.f_locals
-    return {name: said[name] for name in names if name in said}
+    variables = frame.f_locals
+    return {name: variables[name] for name in names if name in variables}
 
 
 def _nearest(matches: Callable[[FrameType], bool]) -> FrameType | None:

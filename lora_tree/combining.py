@@ -32,16 +32,16 @@ def weighed_terms(
     """
     terms = list(terms)
     check_matched([(node, weight, adapter.module_names) for node, weight, adapter in terms])
-    found: list[tuple[str, float, Adapter]] = []
+    weighed: list[tuple[str, float, Adapter]] = []
     for node, weight, adapter in terms:
         if isinstance(weight, float):
-            found.append((node, weight, adapter))
+            weighed.append((node, weight, adapter))
             continue
         try:
-            found.append((node, 1.0, adapter.weighed(weight)))
+            weighed.append((node, 1.0, adapter.weighed(weight)))
         except LoraTreeError as error:
             raise error.within(node) from error
-    return found
+    return weighed
 
 
 def combine(terms: Sequence[tuple[Adapter, GivenWeight]], *, names: Sequence[str] = ()) -> Adapter:
@@ -95,7 +95,7 @@ class _Combination:
 
     def __init__(self, names: Sequence[str]) -> None:
         self._names = names
-        self._taken: list[Adapter] = []
+        self._adapters: list[Adapter] = []
         self._parts: dict[str, dict[int, LowRank]] = {}
         self._carried: dict[str, tuple[int, Tensor]] = {}
         self._nesting: dict[str, tuple[int, tuple[str, ...]]] = {}
@@ -103,7 +103,7 @@ class _Combination:
 
     def add(self, at: int, adapter: Adapter, coefficient: float) -> None:
         """Add a term; raises as `combine`."""
-        self._taken.append(adapter)
+        self._adapters.append(adapter)
         for name, value in adapter.modules.items():
             self._add_module(at, name, value, coefficient)
         for name, tensor in adapter.unchanged.items():
@@ -121,23 +121,23 @@ class _Combination:
                 modules[name] = _sum(list(values.values()))
         return Adapter(
             modules,
-            base=next((term.base for term in self._taken if term.base), None),
+            base=next((term.base for term in self._adapters if term.base), None),
             # Fields that terms disagree on are dropped: they would not be true of the sum.
-            config=_agreed([term.config for term in self._taken if term.config]),
+            config=_agreed([term.config for term in self._adapters if term.config]),
             unchanged={name: tensor for name, (_, tensor) in self._carried.items()},
             nesting={module: order for module, (_, order) in self._nesting.items()},
-            assumed=frozenset().union(*(term.assumed for term in self._taken)),
+            assumed=frozenset().union(*(term.assumed for term in self._adapters)),
             overrides={name: override for name, (_, override) in self._overrides.items()},
         )
 
     def _add_module(self, at: int, name: str, value: LowRank, coefficient: float) -> None:
-        mine = self._parts.setdefault(name, {})
+        parts = self._parts.setdefault(name, {})
         with self._naming(name, at):
-            mine[at] = value.scaled(coefficient)
+            parts[at] = value.scaled(coefficient)
         # Comparing with the first alone is enough: all of them have its shape.
-        first = next(iter(mine))
+        first = next(iter(parts))
         with self._naming(name, *sorted({first, at})):
-            same_place(mine[first], mine[at])
+            same_place(parts[first], parts[at])
 
     def _add_carried(self, at: int, name: str, tensor: Tensor) -> None:
         before, known = self._carried.setdefault(name, (at, tensor))

@@ -263,16 +263,22 @@ def suggest_path(path: str, known: Iterable[str]) -> str:
     "; did you mean 'shared/fr/legal'?"
     """
     paths = list(known)
-    meant = [found for found in paths if path and found.endswith(f"/{path}")]
+    suggested = [candidate for candidate in paths if path and candidate.endswith(f"/{path}")]
     near = nearest(path, paths)
-    if not meant and near is not None:
-        meant = [near]
-    if not meant:
-        name = nearest(path.rpartition("/")[2], {found.rpartition("/")[2] for found in paths})
-        meant = [found for found in paths if name and found.rpartition("/")[2] == name]
-    if not meant:
+    if not suggested and near is not None:
+        suggested = [near]
+    if not suggested:
+        name = nearest(
+            path.rpartition("/")[2], {candidate.rpartition("/")[2] for candidate in paths}
+        )
+        suggested = [
+            candidate for candidate in paths if name and candidate.rpartition("/")[2] == name
+        ]
+    if not suggested:
         return ""
-    return f"; did you mean {' or '.join(repr(found) for found in meant[:_MOST_MEANT])}?"
+    return (
+        f"; did you mean {' or '.join(repr(candidate) for candidate in suggested[:_MOST_MEANT])}?"
+    )
 
 
 def plural(count: int, one: str, many: str | None = None) -> str:

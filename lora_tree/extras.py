@@ -62,10 +62,10 @@ def need(module: str, *, extra: str, what: str) -> Any:
     # Looked for before it is imported: an ImportError out of a package that is installed has
     # another cause, and the advice to install it would be wrong.
     try:
-        found = importlib.util.find_spec(module)
+        module_spec = importlib.util.find_spec(module)
     except ModuleNotFoundError:  # find_spec imports the package around a.b, which may be missing
-        found = None
-    if found is None:
+        module_spec = None
+    if module_spec is None:
         raise MissingExtra(
             f"{what} needs {module}, which is not installed", f"pip install 'lora_tree[{extra}]'"
         )
@@ -97,11 +97,11 @@ def foreign(what: str, *todo: str) -> Iterator[None]:
         raise
     except Exception as error:
         # The first line: transformers adds paragraphs of links to its own documentation.
-        said = next(iter(str(error).strip().splitlines()), "")
-        if len(said) > MOST_CHARACTERS:
-            said = f"{said[:MOST_CHARACTERS]}…"
+        first_line = next(iter(str(error).strip().splitlines()), "")
+        if len(first_line) > MOST_CHARACTERS:
+            first_line = f"{first_line[:MOST_CHARACTERS]}…"
         raise SpecError(
-            f"{what}: {type(error).__name__}: {said}".removesuffix(": "), *todo
+            f"{what}: {type(error).__name__}: {first_line}".removesuffix(": "), *todo
         ) from error
 
 

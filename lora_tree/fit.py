@@ -39,11 +39,11 @@ def misfits(tree: AdapterTree, base: nn.Module) -> list[tuple[str, str]]:
     """
     # One budget of work for the patterns of all nodes.
     patterns, renaming = patterns_of_a_tree(), Renaming(base)
-    found = []
+    misfitting = []
     for path in tree.paths():
         for error in _misfits(tree, path, base, patterns, renaming):
-            found.append((path, f"{path}: {error}"))
-    return found
+            misfitting.append((path, f"{path}: {error}"))
+    return misfitting
 
 
 def _misfits(
@@ -57,14 +57,14 @@ def _misfits(
         elif node.fresh is not None:
             spec = tree.defaults.complete(node.fresh, path)
             for name in target_names(base, spec, patterns):
-                yield from _unfit(base, name)
+                yield from _fit_errors(base, name)
     except LoraTreeError as error:
         yield error
         return
     if adapter is None:
         return  # a group, or a fresh node, which was checked above
     for name, value in adapter.modules.items():
-        yield from _unfit(base, name, value)
+        yield from _fit_errors(base, name, value)
     for tensor, override in adapter.overrides.items():
         try:
             site, attribute = find_tensor_site(base, tensor)
@@ -73,7 +73,9 @@ def _misfits(
             yield error
 
 
-def _unfit(base: nn.Module, name: str, value: LowRank | None = None) -> Iterator[LoraTreeError]:
+def _fit_errors(
+    base: nn.Module, name: str, value: LowRank | None = None
+) -> Iterator[LoraTreeError]:
     try:
         site = find_site(base, name)
         if value is not None:
@@ -105,11 +107,11 @@ def dropped(tree: AdapterTree) -> list[str]:
             outlines[path] = outline
     lines: dict[str, None] = {}
     for path, own in outlines.items():
-        stands = {tensor: ((path, override),) for tensor, override in own.overrides.items()}
+        effective = {tensor: ((path, override),) for tensor, override in own.overrides.items()}
         for above in tree.lineage(path)[:-1]:
-            if stands and above in outlines:
-                _, found = counted_modules(above, outlines[above].modules, stands)
-                lines |= dict.fromkeys(found)
+            if effective and above in outlines:
+                _, dropped_lines = counted_modules(above, outlines[above].modules, effective)
+                lines |= dict.fromkeys(dropped_lines)
     return list(lines)
 
 
@@ -143,18 +145,18 @@ def clashes(tree: AdapterTree, base: nn.Module | None = None) -> list[tuple[str,
         outline = tree.outline(path)
         if outline is not None:
             outlines[path] = outline if renaming is None else _bound(renaming, outline)
-    found = []
+    clashing = []
     for path in outlines:
         # The outlines from the root down to this node. A group has none.
         above = {node: outlines[node] for node in tree.lineage(path) if node in outlines}
         for text in _clashes(path, above):
-            found.append((path, text))
+            clashing.append((path, text))
         # With a base the outlines have today's names, so two names are two modules. An outline that
         # does not fit the base is listed by `misfits`.
         if base is None:
             for text in _two_names(path, above):
-                found.append((path, text))
-    return found
+                clashing.append((path, text))
+    return clashing
 
 
 def _bound(renaming: Renaming, outline: Adapter) -> Adapter:
@@ -178,16 +180,16 @@ def _two_names(path: str, lineage: Mapping[str, Adapter]) -> Iterator[str]:
     twice = spelled_twice(names)
     if twice is None:
         return
-    mine = [name for name in twice if name in lineage[path].modules]
-    if not mine:
+    own_names = [name for name in twice if name in lineage[path].modules]
+    if not own_names:
         return  # both names stand further up, and were listed there
-    other = twice[0] if mine[0] == twice[1] else twice[1]
+    other = twice[0] if own_names[0] == twice[1] else twice[1]
     whose = path
     for node, outline in lineage.items():
         if other in outline.modules:
             whose = node  # the nearest one counts, and comes last
     yield (
-        f"{path}: {mine[0]} here and {other} in {whose} look like two names of one module: "
+        f"{path}: {own_names[0]} here and {other} in {whose} look like two names of one module: "
         "a base says which counts (lora-tree check --base FOLDER_OR_ID)"
     )
 
@@ -212,11 +214,11 @@ def _clashes(path: str, lineage: Mapping[str, Adapter]) -> Iterator[str]:
                 nearest = node  # from the root down, so the nearest comes last
         if nearest is None:
             continue
-        theirs = modules[nearest][module]
+        inherited = modules[nearest][module]
         try:
-            same_place(value, theirs)
+            same_place(value, inherited)
         except ShapeMismatch:
             yield (
                 f"{path}: {module}: {value.shape} ({value.layout}) here and "
-                f"{theirs.shape} ({theirs.layout}) in {nearest} do not add up"
+                f"{inherited.shape} ({inherited.layout}) in {nearest} do not add up"
             )

@@ -64,23 +64,23 @@ def resolved(terms: NodeTerms, lineages: list[list[str]]) -> NodeTerms:
     Raises:
         SpecError: two paths have different overrides of a tensor.
     """
-    stands = standing(lineages, {node: adapter.overrides for node, _, adapter in terms})
-    counts: dict[str, dict[str, Override]] = {}
-    for tensor, stack in stands.items():
+    effective = standing(lineages, {node: adapter.overrides for node, _, adapter in terms})
+    counted_overrides: dict[str, dict[str, Override]] = {}
+    for tensor, stack in effective.items():
         for node, override in stack:
-            counts.setdefault(node, {})[tensor] = override
-    found = []
+            counted_overrides.setdefault(node, {})[tensor] = override
+    counting = []
     dropped: list[str] = []
     for node, coefficient, adapter in terms:
-        modules, lines = counted_modules(node, adapter.modules, stands)
+        modules, lines = counted_modules(node, adapter.modules, effective)
         dropped += lines
         # A carried tensor of the base is dropped if an override replaces that tensor.
-        unchanged = {name: t for name, t in adapter.unchanged.items() if name not in stands}
-        own = counts.get(node, {})
+        unchanged = {name: t for name, t in adapter.unchanged.items() if name not in effective}
+        own = counted_overrides.get(node, {})
         made = replace(adapter, modules=modules, unchanged=unchanged, overrides=own)
-        found.append((node, coefficient, made))
+        counting.append((node, coefficient, made))
     warn_of_dropped(dropped, stacklevel=3)
-    return found
+    return counting
 
 
 def _spelled_once(terms: NodeTerms, base: nn.Module | None) -> None:

@@ -83,12 +83,12 @@ def check_whole_number(number: object, what: str) -> None:
     # True is an Integral too, and no caller means 1 by it.
     if isinstance(number, bool) or not isinstance(number, Integral):
         raise SpecError(f"{what} must be a whole number, got {number!r:.80}")
-    whole = int(number)
-    if whole < 1:
+    integer = int(number)
+    if integer < 1:
         # Python refuses to write out an integer of thousands of digits.
-        told = whole if whole > -(2**63) else "a huge negative one"
-        raise SpecError(f"{what} must be at least 1, got {told}")
-    if whole >= 2**31:
+        shown = integer if integer > -(2**63) else "a huge negative one"
+        raise SpecError(f"{what} must be at least 1, got {shown}")
+    if integer >= 2**31:
         raise SpecError(f"{what} must be less than 2^31, got a larger number")
 
 
@@ -108,10 +108,10 @@ def finite_number(value: object, what: str) -> float:
         except OverflowError:
             number = math.inf
     if not math.isfinite(number):
-        told = f"{value!r:.80}"
+        shown = f"{value!r:.80}"
         if isinstance(value, int) and value.bit_length() > 1024:
-            told = "an integer too large for a float"
-        raise SpecError(f"{what} must be finite, got {told}")
+            shown = "an integer too large for a float"
+        raise SpecError(f"{what} must be finite, got {shown}")
     return number
 
 

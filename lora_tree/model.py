@@ -35,10 +35,10 @@ from .engine.answers import AnswersForBase
 from .engine.behaviour import Mode, Request, RoutedRows, State
 from .engine.binder import Binder
 from .engine.fresh import settle_fresh
-from .engine.host import CompileWatch, MergedWarning, claim, let_go, unwrapped
+from .engine.host import CompileWatch, MergedWarning, claim, release_claim, unwrapped
 from .engine.plan import Plan
 from .engine.planner import KEPT_PLANS, Planner
-from .engine.prepared import Prepared, increments_beside
+from .engine.prepared import Prepared, side_path_increments
 from .engine.routing.expansion import expansions
 from .engine.routing.forms import Strategy
 from .engine.rows.batch import Batch
@@ -53,9 +53,9 @@ from .given import check_iterable
 from .path_model import PathModel
 from .path_models import PathModels
 from .storage import Source
+from .training.bare_base_watch import BareBaseWatch
 from .training.every_rank import joined
 from .training.factors import Factors
-from .training.handed import Handed
 from .training.rank_names import ranks
 from .training.session import Training
 from .tree import AdapterTree
@@ -163,19 +163,19 @@ class TreeModel(AnswersForBase):
         link = link_to(inner)
         # The claim comes before the fresh nodes: if another model holds this base, the tree is
         # still as the caller left it.
-        mine = claim(inner, self)
+        own_claim = claim(inner, self)
         try:
             settle_fresh(tree, inner, tree.paths())
         except BaseException:
             # The error's traceback may keep this model alive for long, and so its claim.
-            let_go(inner)
+            release_claim(inner)
             raise
         self.cache = Cache(tree, budgets, policy=how.eviction, link=link)
         cache = self.cache
 
         def keeps(plan: Plan) -> bool:
             # A plan keeps its adapters alive, and under a budget the cache decides about memory.
-            return cache.reclaims and plan.lies_in_buffers
+            return cache.reclaims and plan.is_in_buffers
 
         name = getattr(inner, "name_or_path", None)
         own_name = name if isinstance(name, str) and name else None
@@ -196,9 +196,9 @@ class TreeModel(AnswersForBase):
         self._stage = Stage(
             inner,
             tree,
-            mine,
+            own_claim,
             merged=self._merged,
-            beside=Unmerged(inner, self._manner, ledger=self.cache),
+            side_hooks=Unmerged(inner, self._manner, ledger=self.cache),
             planner=self._planner,
             compiled=self._compiled,
             pin=Pinning(self.cache, inner),
@@ -219,10 +219,10 @@ class TreeModel(AnswersForBase):
             tree,
             self.factors,
             stage=self._stage,
-            beside=self._path_models,
+            path_models=self._path_models,
             binder=self._binder,
             manner=self._manner,
-            handed=Handed(inner, TreeModel.forward),
+            bare_base_watch=BareBaseWatch(inner, TreeModel.forward),
         )
         if how.pristine == "none":
             warnings.warn(
@@ -249,7 +249,7 @@ class TreeModel(AnswersForBase):
         >>> model = attach(tree, base)
         >>> with model.using("fr"):
         ...     model.pristine
-        Copies(asked='auto', device_bytes=0, host_bytes=48, log_bytes=0)
+        Copies(requested='auto', device_bytes=0, host_bytes=48, log_bytes=0)
         """
         return self._merged.pristine.copies
 
@@ -258,7 +258,7 @@ class TreeModel(AnswersForBase):
         """The path or blend that is active now; ``""`` is the bare base; one for each row if
         routed.
         """
-        return self._stage.current.request.asked
+        return self._stage.current.request.selection
 
     @property
     def state(self) -> State:
@@ -298,8 +298,8 @@ class TreeModel(AnswersForBase):
                 near = suggest(str(mode), get_args(Mode))
                 raise SpecError(f"mode must be 'merged' or 'unmerged', got {mode!r}{near}")
             # A copy: the caller may go on to change the mapping, and a block may bring this back.
-            asked = dict(blend) if isinstance(blend, Mapping) else blend
-            self._stage.become(Request(asked, mode))
+            copied = dict(blend) if isinstance(blend, Mapping) else blend
+            self._stage.become(Request(copied, mode))
 
     def deactivate(self) -> None:
         """Make the base bare again, as it was before `attach`: weights, buffers, hooks."""
@@ -418,8 +418,8 @@ class TreeModel(AnswersForBase):
         """
         with self._lock:
             self._usable()
-            asked = dict(blend) if isinstance(blend, Mapping) else blend
-            return self._path_models.add(asked, owner=self)
+            copied = dict(blend) if isinstance(blend, Mapping) else blend
+            return self._path_models.add(copied, owner=self)
 
     def prefetch(self, paths: Blend | Iterable[Blend]) -> None:
         """Load the nodes of some paths or blends in the background, and return at once.
@@ -485,13 +485,13 @@ class TreeModel(AnswersForBase):
             self._stage.close()
             self._training.close()
             self._merged.forget()
-            self._stage.beside.forget()
+            self._stage.side_hooks.forget()
             self._planner.forget()
             # Before the cache: a tree that still asked this model would read from a cache that is
             # closed.
             self.tree.release(self)
             self.cache.close()
-            let_go(self.base)
+            release_claim(self.base)
             # Last, so that after an error in a step above the caller can call detach() again.
             self._detached = True
 
@@ -547,7 +547,7 @@ class TreeModel(AnswersForBase):
         """
         with self._lock:
             self._usable()
-            if self.state is not State.BARE or self._stage.beside.permanent:
+            if self.state is not State.BARE or self._stage.side_hooks.permanent:
                 raise StateError(
                     "prepare needs a bare model that is not prepared yet",
                     "deactivate(), or detach()",
@@ -558,7 +558,7 @@ class TreeModel(AnswersForBase):
             # Nodes may have been added since `attach`. Each needs its adapter now, because a buffer
             # is laid out for the increments of all nodes at its site, and its size is fixed.
             settle_fresh(self.tree, self.base, self.tree.paths(), self._binder.own_value)
-            values = increments_beside(self.tree, self._binder)
+            values = side_path_increments(self.tree, self._binder)
             # A function, because the stage makes the new side paths itself: it puts the earlier
             # ones back if the switch to the new ones fails.
             paths = self.tree.paths()
@@ -715,7 +715,7 @@ class TreeModel(AnswersForBase):
         tasks of the same thread, so each open block has an owner, which is checked here.
         """
         self._attached()
-        self._stage.blocks.check_mine()
+        self._stage.blocks.check_innermost()
         # Tested here to save a call: every switch comes by, and there is hardly ever one.
         if self._path_models.dropped:
             self._path_models.close_dropped()

@@ -63,17 +63,17 @@ class Nesting:
         moved: dict[str, str] = {}
         orders, assumed = dict(self.orders), set(self.assumed)
         for module, parameters in registered.items():
-            mine = tuple(p for p in parameters if f"{module}.{p}" in names)
+            present = tuple(p for p in parameters if f"{module}.{p}" in names)
             guessed = self.orders.get(module, ())
             # If the two sets differ, the order came from another base. It stays assumed, and
             # binding refuses it.
-            if module in assumed and set(mine) == set(guessed):
-                for was, now in zip(guessed, mine, strict=True):
+            if module in assumed and set(present) == set(guessed):
+                for was, now in zip(guessed, present, strict=True):
                     moved[f"{module}.{was}"] = f"{module}.{now}"
                 assumed.discard(module)
             # A single parameter has no order to record.
-            if len(mine) > 1 and module not in assumed:
-                orders[module] = mine
+            if len(present) > 1 and module not in assumed:
+                orders[module] = present
         return Nesting(orders, frozenset(assumed)), moved
 
 

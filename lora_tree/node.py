@@ -88,6 +88,6 @@ class Node:
         """
         return replace(self, loaded=adapter, rereadable=rereadable)
 
-    def holding_nothing(self) -> Node:
+    def unloaded(self) -> Node:
         """Return the node without its adapter in memory."""
         return replace(self, loaded=None, rereadable=False)

@@ -71,8 +71,8 @@ class Override:
         if self.rows is None:
             return
         rows = self.rows
-        whole = isinstance(unchecked(rows), tuple) and all(type(row) is int for row in rows)
-        if not whole or any(row < 0 for row in rows):
+        are_integers = isinstance(unchecked(rows), tuple) and all(type(row) is int for row in rows)
+        if not are_integers or any(row < 0 for row in rows):
             raise SpecError(f"an override's rows: expected whole numbers from 0, got {rows!r:.80}")
         if not rows or len(set(rows)) != len(rows):
             raise SpecError(f"an override's rows: expected each row once, got {rows!r:.80}")
@@ -131,9 +131,9 @@ class Override:
             return Override(self.applied(above.values))
         taken = set(self.rows)
         kept = [i for i, row in enumerate(above.rows) if row not in taken]
-        theirs = above.values[kept].to(device=self.values.device)
+        values_above = above.values[kept].to(device=self.values.device)
         rows = (*[above.rows[i] for i in kept], *self.rows)
-        return Override(torch.cat([theirs, self.values]), rows)
+        return Override(torch.cat([values_above, self.values]), rows)
 
     def write(self, target: Tensor) -> None:
         """Write the override into a tensor, rounded to the tensor's dtype."""
@@ -191,21 +191,21 @@ def standing(
     >>> [node for node, _ in standing([["fr", "fr/legal"]], held)["score.weight"]]
     ['fr/legal']
     """
-    found: Standing | None = None
+    common: Standing | None = None
     for lineage in lineages:
-        mine = _on_lineage(lineage, held)
-        if found is None:
-            found = mine
-        for tensor in sorted({*found, *mine}):
-            one, other = found.get(tensor, ()), mine.get(tensor, ())
+        on_path = _on_lineage(lineage, held)
+        if common is None:
+            common = on_path
+        for tensor in sorted({*common, *on_path}):
+            one, other = common.get(tensor, ()), on_path.get(tensor, ())
             # Comparing nodes is enough: a node has one override of a tensor.
             if [node for node, _ in one] != [node for node, _ in other]:
                 raise SpecError(
-                    f"{tensor}: {_whose(one)} for one path of the blend and {_whose(other)} for "
-                    "another, and replacements can't be blended",
+                    f"{tensor}: {_owners_text(one)} for one path of the blend and "
+                    f"{_owners_text(other)} for another, and replacements can't be blended",
                     "activate or export one path at a time; or route each row by its own path",
                 )
-    return found or {}
+    return common or {}
 
 
 def _on_lineage(
@@ -220,7 +220,7 @@ def _on_lineage(
     return found
 
 
-def _whose(stack: Sequence[tuple[str, Override]]) -> str:
+def _owners_text(stack: Sequence[tuple[str, Override]]) -> str:
     nodes = listing([node for node, _ in stack])
     return f"replaced by {nodes}" if nodes else "the base's own"
 
@@ -236,24 +236,24 @@ def tensor_owner(tensor: str) -> tuple[str, str]:
 
 
 def counted_modules(
-    node: str, modules: Mapping[str, LowRank], stands: Standing
+    node: str, modules: Mapping[str, LowRank], effective: Standing
 ) -> tuple[dict[str, LowRank], list[str]]:
     """Return the increments of a node that count, and a line for each that is dropped or cut.
 
     Args:
         node: the node that has the increments.
         modules: its increments.
-        stands: as `standing` returned it.
+        effective: as `standing` returned it.
     """
-    found: dict[str, LowRank] = {}
+    kept: dict[str, LowRank] = {}
     lines: list[str] = []
     for module, value in modules.items():
-        own = counted(node, module, value, stands)
+        own = counted(node, module, value, effective)
         if own is not None:
-            found[module] = own
+            kept[module] = own
         if own is not value:
-            lines.append(f"{node}: {module}: {_overridden_by(node, module, stands)}")
-    return found, lines
+            lines.append(f"{node}: {module}: {_overridden_by(node, module, effective)}")
+    return kept, lines
 
 
 def warn_of_dropped(lines: Sequence[str], *, stacklevel: int) -> None:
@@ -268,9 +268,9 @@ def warn_of_dropped(lines: Sequence[str], *, stacklevel: int) -> None:
         warnings.warn(OverrideWarning(what), stacklevel=stacklevel + 1)
 
 
-def _overridden_by(node: str, module: str, stands: Standing) -> str:
+def _overridden_by(node: str, module: str, effective: Standing) -> str:
     owners: dict[str, None] = {}
-    for tensor, stack in stands.items():
+    for tensor, stack in effective.items():
         if module in (tensor, tensor_owner(tensor)[0]):
             for owner, _ in stack:
                 if owner.startswith(f"{node}/"):
@@ -278,7 +278,7 @@ def _overridden_by(node: str, module: str, stands: Standing) -> str:
     return listing(owners)
 
 
-def counted(node: str, module: str, value: LowRank, stands: Standing) -> LowRank | None:
+def counted(node: str, module: str, value: LowRank, effective: Standing) -> LowRank | None:
     """Return the part of a node's increment that counts under the overrides of a path.
 
     An increment of a node above an override is dropped. Above overridden rows it loses these rows;
@@ -288,7 +288,7 @@ def counted(node: str, module: str, value: LowRank, stands: Standing) -> LowRank
         node: the node that has the increment.
         module: the module, or the raw parameter, that it changes.
         value: the increment.
-        stands: as `standing` returned it.
+        effective: as `standing` returned it.
 
     Returns:
         the value itself if nothing is dropped; None if nothing is left.
@@ -298,7 +298,7 @@ def counted(node: str, module: str, value: LowRank, stands: Standing) -> LowRank
     >>> counted("fr", "score", value, stands), counted("fr/legal", "score", value, stands) is value
     (None, True)
     """
-    for tensor, stack in stands.items():
+    for tensor, stack in effective.items():
         owner_module, leaf = tensor_owner(tensor)
         if module not in (tensor, owner_module):
             continue

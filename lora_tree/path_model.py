@@ -131,10 +131,10 @@ class PathModel(AnswersForBase):
             if head is not None and site.module is head:
                 nodes = [term.node for term in plan.terms.get(name, ())]
                 nodes += [override.node for override in plan.overrides.get(name, ())]
-                told = listing(dict.fromkeys(nodes))
+                changed_by = listing(dict.fromkeys(nodes))
                 raise StateError(
-                    f"{name}: the head is changed by {told}, and a caller that takes its weight "
-                    "alone would leave that out",
+                    f"{name}: the head is changed by {changed_by}, and a caller that takes its "
+                    "weight alone would leave that out",
                     "call the model for its logits, or leave the head out of the node: "
                     f'exclude_modules=["{name}"]',
                 )

@@ -122,13 +122,13 @@ class PathModels:
 
     def _stage_over(self, view: nn.Module) -> Stage:
         """Return a stage over a view, which never writes into the base's weights."""
-        reached = self._base_stage.beside.reached
+        reached = self._base_stage.side_hooks.reached
         return Stage(
             view,
             self._tree,
             Claim(view),
             merged=MergedWeights(view, place="none"),
-            beside=Unmerged(view, self._manner, ledger=self._cache, reached=reached),
+            side_hooks=Unmerged(view, self._manner, ledger=self._cache, reached=reached),
             planner=Planner(
                 Binder(view, self._tree.base, own_name=self._base_name),
                 origin=self._cache.origin,
@@ -148,7 +148,7 @@ def _refuse_merged(stage: Stage) -> None:
     """
     if stage.current.weights.terms:
         raise StateError(
-            f"{stage.current.request.asked!r} is merged into the base's weights, and a path model "
-            "adds to the base's own",
+            f"{stage.current.request.selection!r} is merged into the base's weights, and a path "
+            "model adds to the base's own",
             'model.deactivate(), or model.activate(path, mode="unmerged")',
         )

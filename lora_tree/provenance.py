@@ -76,11 +76,11 @@ class TrainedWith(StrictModel):
     @property
     def digest(self) -> str:
         """A hash of all fields: tree.lock keeps one entry under it for all nodes of a training."""
-        told = self.model_dump(mode="json")
+        fields = self.model_dump(mode="json")
         # A training without `held_out` keeps the hash that it had before this field existed.
-        if told["held_out"] is None:
-            del told["held_out"]
-        text = json.dumps(told, sort_keys=True)
+        if fields["held_out"] is None:
+            del fields["held_out"]
+        text = json.dumps(fields, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -131,7 +131,7 @@ def data_files(
     Raises:
         FolderError: a file can't be read.
     """
-    found = []
+    hashed_files = []
     for file in files:
         hashed = hashlib.sha256()
         try:
@@ -140,8 +140,8 @@ def data_files(
                     hashed.update(block)
         except OSError as error:
             raise FolderError(f"{file}: can't be read: {error.strerror}") from error
-        found.append(DataFile(path=seen_from(folder, file), sha256=hashed.hexdigest()))
-    return found
+        hashed_files.append(DataFile(path=seen_from(folder, file), sha256=hashed.hexdigest()))
+    return hashed_files
 
 
 def seen_from(folder: str | os.PathLike[str], path: str | os.PathLike[str]) -> str:

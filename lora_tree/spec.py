@@ -99,8 +99,8 @@ def _size(value: int | str) -> int | str:
         parse_bytes(value)
     except SpecError as error:
         # pydantic puts the place before it, so the place in our own text is cut off
-        said = error.what.partition(": ")[2]
-        raise ValueError(f"is not a size: {said or error.todo[0]}") from error
+        reason = error.what.partition(": ")[2]
+        raise ValueError(f"is not a size: {reason or error.todo[0]}") from error
     return value
 
 

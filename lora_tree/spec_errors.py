@@ -46,7 +46,7 @@ def describe_invalid(
     Returns:
         (the way to the value or key, the message), in pydantic's order.
     """
-    found: dict[tuple[Loc, str], list[str]] = {}
+    texts_at: dict[tuple[Loc, str], list[str]] = {}
     hints = 0
     details = [
         (detail, *_inside(detail["loc"], data))
@@ -60,12 +60,12 @@ def describe_invalid(
             hints += 1
             if hints <= _MOST_HINTS:
                 hint = _outdented(loc, top) or _nearest(str(loc[-1]), loc, top)
-        head, text = _said(detail, loc, value, hint)
+        head, text = _message_parts(detail, loc, value, hint)
         # The members of a union share a place and a head.
-        texts = found.setdefault((loc, head), [])
+        texts = texts_at.setdefault((loc, head), [])
         if text not in texts:
             texts.append(text)
-    return [(loc, head + " or ".join(texts)) for (loc, head), texts in found.items()]
+    return [(loc, head + " or ".join(texts)) for (loc, head), texts in texts_at.items()]
 
 
 def _is_other_member(
@@ -83,7 +83,7 @@ def _is_other_member(
     return any(other is not detail for other in others)
 
 
-def _said(detail: Mapping[str, Any], loc: Loc, value: Any, hint: str) -> tuple[str, str]:
+def _message_parts(detail: Mapping[str, Any], loc: Loc, value: Any, hint: str) -> tuple[str, str]:
     """Return the beginning of a message, which says where, and its end, which says what."""
     match detail["type"], detail["loc"][-1:]:
         case "extra_forbidden", _:
@@ -103,10 +103,12 @@ def _said(detail: Mapping[str, Any], loc: Loc, value: Any, hint: str) -> tuple[s
                 return head, "; write fr/legal as {fr: {children: {legal: {}}}}"
             return head, ": letters, digits, '-', '_' and '.', at most 128, no leading dot"
         case kind, _:
-            return f"{_place(loc)}: got {_short(value)}, which ", _wrong(kind, detail, value)
+            return f"{_place(loc)}: got {_short(value)}, which ", _mismatch_text(
+                kind, detail, value
+            )
 
 
-def _wrong(kind: str, detail: Mapping[str, Any], value: Any) -> str:
+def _mismatch_text(kind: str, detail: Mapping[str, Any], value: Any) -> str:
     if kind == "too_short":
         return "should have one entry at least"
     if kind not in ("model_type", "dict_type"):

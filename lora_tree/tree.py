@@ -478,15 +478,15 @@ class AdapterTree:
             BaseMismatch: an adapter can't be put into the base's names; names the node and the
                 module.
         """
-        found = []
+        path_terms = []
         for path, coefficient in self.coefficients(blend).items():
             adapter = self.adapter(path)
             if adapter is None:
                 continue  # a group, or a fresh node that no base has made an adapter for
-            found.append((path, coefficient, adapter))
+            path_terms.append((path, coefficient, adapter))
         terms = []
         # Patterns are meant for the adapter's own names, so weights come before renaming.
-        for path, number, adapter in weighed_terms(found):
+        for path, number, adapter in weighed_terms(path_terms):
             own = adapter if base is None else _named(path, adapter, base)
             terms.append((path, number, own if bound is None else bound(path, own)))
         if not any(adapter.overrides for _, _, adapter in terms):
@@ -506,12 +506,12 @@ class AdapterTree:
         >>> tree.counting_lineages({"fr/legal": 0.5, "de": 0.5})
         [['fr', 'fr/legal'], ['de']]
         """
-        found = []
+        lineages = []
         for path, weight in self._entries(blend).items():
             lineage = self.lineage(path)
             if weight != 0.0:
-                found.append([node for node in lineage if self[node].weight != 0.0])
-        return found
+                lineages.append([node for node in lineage if self[node].weight != 0.0])
+        return lineages
 
     def flatten(
         self,
@@ -627,7 +627,7 @@ class AdapterTree:
             node = self[path]
             # An adapter that is in memory alone stays: to drop it would lose it.
             if node.rereadable:
-                self.replace(node.holding_nothing())
+                self.replace(node.unloaded())
 
     def release(self, model: AttachedModel) -> None:
         """Stop consulting a model; a tree without a reader keeps what it reads itself."""
@@ -653,11 +653,11 @@ class AdapterTree:
         if not isinstance(path, str):
             raise PathError(f"a path is a string like 'fr/legal', got {path!r}")
         if path not in self._graph:
-            meant = suggest_path(path, self._graph)
+            hint = suggest_path(path, self._graph)
             if is_pattern(path):
-                meant = ": one path is wanted here, and this is a pattern"
+                hint = ": one path is wanted here, and this is a pattern"
             raise PathError(
-                f"no node {path!r} in the tree{meant}",
+                f"no node {path!r} in the tree{hint}",
                 f"the tree has: {listing(self.paths()) or 'no nodes yet'}",
             )
 

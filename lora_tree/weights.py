@@ -33,11 +33,11 @@ __all__ = [
     "check_finite",
     "check_matched",
     "inverse_weight",
-    "less_weight",
     "parse_weight",
     "plain_weight",
     "scaled_weight",
     "weight_at",
+    "weight_difference",
     "weight_digest",
     "weight_within",
 ]
@@ -168,30 +168,32 @@ def parse_weight(text: str, where: str = "weight") -> Weight:
     >>> parse_weight("*.down_proj=0.5").as_dict()
     {'default': 1.0, '*.down_proj': 0.5}
     """
-    whole = text.strip()
-    if whole.startswith("{") and whole.endswith("}"):
-        whole = whole[1:-1]
-    if "=" not in whole:
-        return as_weight(_number(whole, where, text), where)
-    found: dict[str, float] = {}
-    for part in whole.split(","):
+    body = text.strip()
+    if body.startswith("{") and body.endswith("}"):
+        body = body[1:-1]
+    if "=" not in body:
+        return as_weight(_number(body, where, text), where)
+    numbers: dict[str, float] = {}
+    for part in body.split(","):
         pattern, equals, number = part.strip().rpartition("=")
         if not equals:
             raise SpecError(f"{where} {text!r:.80}: {part!r:.80} is no pattern=number", _WRITTEN)
-        if pattern in found:
+        if pattern in numbers:
             raise SpecError(f"{where} {text!r:.80}: {pattern!r:.80} occurs twice")
-        found[pattern] = _number(number, where, text)
-    return as_weight(found, where)
+        numbers[pattern] = _number(number, where, text)
+    return as_weight(numbers, where)
 
 
 _WRITTEN = "write 0.8, or '*.down_proj=0.5,layers.[0-7].*=0,default=1'"
 
 
-def _number(text: str, where: str, whole: str) -> float:
+def _number(text: str, where: str, full_text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise SpecError(f"{where} {whole!r:.80}: {text!r:.80} is not a number", _WRITTEN) from None
+        raise SpecError(
+            f"{where} {full_text!r:.80}: {text!r:.80} is not a number", _WRITTEN
+        ) from None
 
 
 def check_finite(value: object, what: str) -> None:
@@ -207,8 +209,8 @@ def check_finite(value: object, what: str) -> None:
         or not isinstance(value, (int, float))
         or not abs(value) <= sys.float_info.max
     ):
-        got = repr(value) if not _is_huge(value) else "an integer too large for one"
-        raise SpecError(f"{what} must be a finite number, got {got}")
+        shown = repr(value) if not _is_huge(value) else "an integer too large for one"
+        raise SpecError(f"{what} must be a finite number, got {shown}")
 
 
 def _is_huge(value: object) -> bool:
@@ -265,8 +267,10 @@ def _total(shares: Sequence[float], own: float, name: str) -> float:
     except OverflowError:
         found = math.inf
     if not math.isfinite(found):
-        said = " + ".join(f"{share:g}" for share in shares)
-        raise SpecError(f"{name}: its coefficient ({said}) · {own:g} is too large for a float")
+        shares_text = " + ".join(f"{share:g}" for share in shares)
+        raise SpecError(
+            f"{name}: its coefficient ({shares_text}) · {own:g} is too large for a float"
+        )
     return found
 
 
@@ -303,7 +307,7 @@ def weight_within(weight: Weight, modules: Collection[str]) -> Weight:
     return ModuleWeights(weight.default, left) if left else weight.default
 
 
-def less_weight(plus: Weight, minus: Weight) -> Weight:
+def weight_difference(plus: Weight, minus: Weight) -> Weight:
     """Return the difference of two weights; equal ones cancel exactly."""
     if plus == minus:
         return 0.0

@@ -384,7 +384,7 @@ def test_a_key_value_mark_outlives_eviction(folder: Path) -> None:
     marks = []
     for _ in range(2):
         model.activate("a/b/c", mode="unmerged")
-        marks.append(model._stage.beside._forward_guard.number)  # type: ignore[union-attr]
+        marks.append(model._stage.side_hooks._forward_guard.number)  # type: ignore[union-attr]
         model.deactivate()
         for path in ("e/g", "a/d", "e/f", "e/g"):
             model.activate(path)

@@ -8,7 +8,12 @@ import pytest
 import torch
 
 from lora_tree.engine.switching import copy_place
-from lora_tree.engine.switching.copy_place import Copies, CopyPlace, copies_beside, goes_beside
+from lora_tree.engine.switching.copy_place import (
+    Copies,
+    CopyPlace,
+    can_copy_on_device,
+    copies_on_device,
+)
 
 GIB = 1 << 30
 
@@ -50,24 +55,24 @@ def test_auto_leaves_an_eighth_of_the_device_free(
     place: CopyPlace, gib: float, beside: bool
 ) -> None:
     weights: Any = [Weight("cuda:0", gib / 2), Weight("cuda:0", gib / 2)]
-    assert goes_beside(place, weights) is beside
+    assert can_copy_on_device(place, weights) is beside
 
 
 @pytest.mark.usefixtures("_card")
 def test_one_device_without_room_sends_all_copies_to_the_host() -> None:
     weights: Any = [Weight("cuda:0", 1), Weight("cuda:1", 3)]
-    assert goes_beside("auto", weights[:1])
-    assert not goes_beside("auto", weights)
+    assert can_copy_on_device("auto", weights[:1])
+    assert not can_copy_on_device("auto", weights)
 
 
 @pytest.mark.parametrize("place", ["auto", "device", "host", "log", "none"])
 def test_memory_of_the_host_is_no_device(place: CopyPlace) -> None:
-    assert not goes_beside(place, [torch.zeros(2)])
+    assert not can_copy_on_device(place, [torch.zeros(2)])
 
 
 def test_without_memory_there_is_no_copy_and_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     weights = [torch.ones(4), torch.zeros(2, dtype=torch.bfloat16)]
-    copies = copies_beside(weights)
+    copies = copies_on_device(weights)
     assert copies is not None
     for weight, copy in zip(weights, copies, strict=True):
         assert torch.equal(copy, weight)
@@ -79,7 +84,7 @@ def test_without_memory_there_is_no_copy_and_a_warning(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(copy_place, "_copy", full)
     with pytest.warns(RuntimeWarning, match=r"no room on the device for 20 B .*\(no memory left\)"):
-        assert copies_beside(weights) is None
+        assert copies_on_device(weights) is None
 
 
 def test_the_kind_names_every_place_that_has_bytes() -> None:

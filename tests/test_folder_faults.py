@@ -23,12 +23,12 @@ from zoo import adapter, all_are_there, listing, opened, tree, value
 
 import lora_tree as lt
 from lora_tree.errors import FolderError, LoraTreeError
-from lora_tree.folder import archive, carry, commit, disk, opening, record, whole, writer
+from lora_tree.folder import archive, atomic_folders, carry, commit, disk, opening, record, writer
 from lora_tree.folder.changes import Changes, NewFile
 from lora_tree.folder.pending import Pending
 from lora_tree.system import claims, durable, locks, reading
 
-MODULES = (disk, archive, carry, commit, record, whole, locks, claims, durable, reading)
+MODULES = (disk, archive, carry, commit, record, atomic_folders, locks, claims, durable, reading)
 WATCHED = ("open", "write", "fsync", "rename", "link", "unlink", "mkdir", "rmdir")
 
 
@@ -245,7 +245,7 @@ def test_one_adapter_is_whole_or_as_it_was(
         with monkeypatch.context() as patched:
             for module in MODULES:
                 patched.setattr(module, "os", faulty)
-            patched.setattr(whole, "rmtree", faulty.watched("rmtree", shutil.rmtree))
+            patched.setattr(atomic_folders, "rmtree", faulty.watched("rmtree", shutil.rmtree))
             with contextlib.suppress(LoraTreeError, Killed):
                 new.save(folder)
         if folder.exists():

@@ -96,7 +96,7 @@ def test_a_launch_writes_every_weight_to_one_rounding_of_the_exact_sum(
         bound = wanted.abs() * EPS[weight] + 1e-5 * (1 + wanted.abs())
         assert ((each.weight.double() - wanted).abs() <= bound).all()
         torch.testing.assert_close(
-            each.weight, kernel.merged_plainly(each), rtol=4 * EPS[weight], atol=1e-5
+            each.weight, kernel.reference_merge(each), rtol=4 * EPS[weight], atol=1e-5
         )
 
 

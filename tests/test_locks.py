@@ -55,7 +55,7 @@ def code(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     if request.param:
         without_flock(monkeypatch, request.param)
     yield request.param
-    assert not claims._mine
+    assert not claims._own_claims
 
 
 def start(code: int, body: str) -> subprocess.Popen[bytes]:

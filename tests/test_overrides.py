@@ -437,7 +437,7 @@ def test_a_flattened_path_is_the_path(tmp_path: Path) -> None:
         if path == "top/de":
             flat.save(tmp_path / "flat")
             again = lt.Adapter.load(tmp_path / "flat")
-            told = again.told_apart(dict(Net().named_parameters()))
+            told = again.split_unchanged(dict(Net().named_parameters()))
             assert told.overrides.keys() == flat.overrides.keys()
 
 

@@ -200,7 +200,7 @@ def test_a_staging_buffer_is_filled_again_only_when_its_copy_is_done(count: int)
         torch.randn((), generator=draw).double(),
         torch.randn(50, generator=draw),
     ]
-    slab_bytes = sum(Slab.takes(tensor.nbytes) for tensor in tensors)
+    slab_bytes = sum(Slab.padded_bytes(tensor.nbytes) for tensor in tensors)
     there = torch.full((slab_bytes,), 255, dtype=torch.uint8)
     stages = [torch.empty(64, dtype=torch.uint8) for _ in range(count)]
     late: list[Late] = []

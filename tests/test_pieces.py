@@ -84,9 +84,9 @@ def test_the_hash_is_that_of_the_rule_however_the_bytes_are_handed_in(
     found = PieceHash(threads)
     for start in range(0, nbytes, part):
         found.update(memoryview(data)[start : start + part])
-    assert found.runs_beside == (threads > 1 and nbytes >= SMALL)
+    assert found.is_threaded == (threads > 1 and nbytes >= SMALL)
     assert found.hexdigest() == by_hand(data, SMALL)
-    assert not found.runs_beside
+    assert not found.is_threaded
 
 
 @pytest.mark.skipif(shutil.which("split") is None, reason="needs coreutils")

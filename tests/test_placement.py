@@ -218,7 +218,9 @@ def card(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """The host plays a device with memory of its own, and with so much room."""
     room = {"bytes": 1 << 30}
     for module in ("copy_place", "pristine"):
-        monkeypatch.setattr(f"lora_tree.engine.switching.{module}.is_apart", lambda device: True)
+        monkeypatch.setattr(
+            f"lora_tree.engine.switching.{module}.has_own_memory", lambda device: True
+        )
     monkeypatch.setattr(copy_place, "_room_bytes", lambda device: room["bytes"])
     return room
 
@@ -241,7 +243,7 @@ def test_auto_takes_the_device_where_there_is_room_for_all_and_the_host_where_th
         card["bytes"] = room
         model = lt.attach(forest(), base())
         model.activate("a")
-        assert (model.pristine.asked, model.pristine.kind, model.pristine.nbytes) == (
+        assert (model.pristine.requested, model.pristine.kind, model.pristine.nbytes) == (
             "auto",
             kind,
             BYTES,

@@ -134,8 +134,8 @@ def test_the_kernels_are_the_sum_in_float64_and_their_plain_functions(
         mine = slice(row * tokens, (row + 1) * tokens)
         assert torch.equal(copied[mine].view(torch.int32), base[mine].view(torch.int32))
     torch.testing.assert_close(copied.double(), wanted, rtol=1e-5, atol=1e-4)
-    by_hand = shrink.shrunk_plainly(x, segments, factors, 0, tiling)
-    plain = expand.expanded_plainly(by_hand, base, segments, factors, 1, tiling, base.dtype)
+    by_hand = shrink.reference_shrink(x, segments, factors, 0, tiling)
+    plain = expand.reference_expand(by_hand, base, segments, factors, 1, tiling, base.dtype)
     torch.testing.assert_close(copied, plain, rtol=1e-5, atol=1e-4)
 
     narrow, fresh = (
@@ -144,11 +144,11 @@ def test_the_kernels_are_the_sum_in_float64_and_their_plain_functions(
     )
     expand.expand(narrow, None, fresh, segments, table, 0, tiling)
     torch.testing.assert_close(fresh.double(), to_x, rtol=1e-5, atol=1e-4)
-    plainly = shrink.shrunk_plainly(grad, segments, factors, 1, tiling)
+    plainly = shrink.reference_shrink(grad, segments, factors, 1, tiling)
     for side, (sums, plain_sums, wide) in enumerate(((narrow, plainly, x), (low, by_hand, grad))):
         found = outer.outer(sums, wide, segments, table, side, tiling)
         parts = found.split([each[side].numel() for each in factors])
-        others = outer.outer_plainly(plain_sums, wide, segments, factors, side, tiling)
+        others = outer.reference_outer(plain_sums, wide, segments, factors, side, tiling)
         for part, other, exact in zip(parts, others, to_factors, strict=True):
             mine = exact[side]
             # what is stored is rounded to the factors' dtype
@@ -431,9 +431,9 @@ def test_an_unmerged_path_adds_two_operations_a_site(path: lt.Blend) -> None:
             base(x)
         model.activate(path, mode="unmerged")
         base(x)
-        with Operations() as beside:
+        with Operations() as side_hooks:
             base(x)
-    assert len(beside.names) - len(bare.names) == 2 * 2, beside.names
+    assert len(side_hooks.names) - len(bare.names) == 2 * 2, side_hooks.names
 
 
 def test_a_batch_adds_no_operation_beside_its_launches(
@@ -705,7 +705,7 @@ def test_a_switch_rewrites_the_buffers_in_place_and_nothing_stays_in_them(
     x = torch.randn(6, 20)
     with torch.no_grad():
         bare = base(x)
-        segments: Any = model._stage.beside._segments[0]  # type: ignore[attr-defined]
+        segments: Any = model._stage.side_hooks._segments[0]  # type: ignore[attr-defined]
 
         def places() -> list[int]:
             lists = [each.memory.data_ptr() for each in segments._lists[6]]

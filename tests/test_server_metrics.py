@@ -138,7 +138,7 @@ metrics = Metrics()
 for _ in range(served):
     metrics.answered("fr")
 metrics.looked(served=served, stale=0, behind=0)
-metrics.cache_is(nbytes, 1000)
+metrics.note_cache_size(nbytes, 1000)
 metrics.loaded(0.3)
 print("ready", flush=True)
 signal.pause()

@@ -40,9 +40,9 @@ def test_what_becomes_bare_comes_first_and_what_stays_is_left_out() -> None:
     old = planner.plan([("s", 1.0, shared), ("x", 1.0, adapter("2"))])
     new = planner.plan([("s", 1.0, shared), ("y", 1.0, adapter("0"))])
     found = KeptSwitches().between(old, new)
-    assert [write.site.name for write in found.all.each] == ["2", "0"]
+    assert [write.site.name for write in found.all.site_writes] == ["2", "0"]
     assert (found.bare.names, found.merged.names) == (("2",), ("0",))
-    assert [(bool(write.old), bool(write.new)) for write in found.all.each] == [
+    assert [(bool(write.old), bool(write.new)) for write in found.all.site_writes] == [
         (True, False),
         (False, True),
     ]

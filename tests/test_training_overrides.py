@@ -361,18 +361,18 @@ def test_a_head_that_was_frozen_inside_of_a_block_is_not_taken_for_one_that_trai
     model.trainable("head")
     model.activate("head", mode="unmerged")
     before = model._stage.current
-    assert before.beside.training == {"score": ["head"]}
+    assert before.side_paths.training == {"score": ["head"]}
     with model.using("x", mode="unmerged"):
         pass
     assert model._stage.current is before, "nothing has changed, so nothing is composed again"
     with model.using("x", mode="unmerged"):
         model.trainable("x")
-    assert model._stage.current.beside.training == {}
+    assert model._stage.current.side_paths.training == {}
     model.base(inputs_embeds=inputs, use_cache=False).logits.sum().backward()
-    assert model._stage.beside.reached == set()
+    assert model._stage.side_hooks.reached == set()
     with model.using("x", mode="unmerged"):
         model.trainable("head")
-    assert model._stage.current.beside.training == {"score": ["head"]}
+    assert model._stage.current.side_paths.training == {"score": ["head"]}
 
 
 @pytest.mark.filterwarnings("ignore::lora_tree.OverrideWarning")

@@ -184,7 +184,7 @@ def check_that_the_base_does_what_the_model_says(scene: Scene) -> None:
         scene.base.save_pretrained()
     assert bool(told) == (model.state is lt.State.MERGED), "saving warns while a path is merged"
     # Attaching to a base whose model was dropped asks this: nothing of that model may be in it.
-    is_free = model.state is lt.State.BARE and not model._stage.beside.permanent
+    is_free = model.state is lt.State.BARE and not model._stage.side_hooks.permanent
     assert host._ATTACHED[scene.base].bare == is_free
     lineages = {node for blend in blends for node in model.tree.coefficients(blend)}
     assert lineages <= set(model.nodes_in_use())

@@ -274,7 +274,7 @@ def test_what_is_read_again_is_the_same_behaviour_as_what_was_prepared_beside_it
         model.deactivate()
         # Otherwise a kept plan would have the adapter come back as the same object.
         model._planner.forget()
-        model._stage.beside.forget()
+        model._stage.side_hooks.forget()
         gc.collect()
     assert link.events.count("hash") > 3, "files as young as these are hashed at every read"
     assert marks[0] == marks[-1]

@@ -147,19 +147,19 @@ def test_a_stale_node_is_served_and_said(zoo: Path, tmp_path: Path) -> None:
 def test_the_cache_never_holds_more_than_its_budget(zoo: Path, tmp_path: Path) -> None:
     dropped: list[str] = []
 
-    def let_go(path: str) -> bool:
+    def unload(path: str) -> bool:
         dropped.append(path)
         return True
 
     kept = cache(tmp_path, budget_bytes=ROOM, grace_s=0.2)
     first = kept.get(*survey(zoo), "fr")
     room_for_one = kept.nbytes + ROOM - 4096 - 1
-    tight = cache(tmp_path, budget_bytes=room_for_one, grace_s=0.2, let_go=let_go)
+    tight = cache(tmp_path, budget_bytes=room_for_one, grace_s=0.2, unload=unload)
     with pytest.raises(NoRoom, match="no room for"):
         tight.get(*survey(zoo), "de")  # kept uses the one, and is asked for nothing
     kept.forget("fr")
     time.sleep(0.3)
-    kept.tend()
+    kept.report_use()
     assert tight.get(*survey(zoo), "de").folder.is_dir()
     assert not first.folder.exists()
     assert len(there(tmp_path)) == 1
@@ -237,7 +237,7 @@ def test_what_one_request_failed_at_stays_held_for_another(
             raise FolderError("no room")
         with pytest.raises(FolderError, match="no room"):
             kept.get(*survey(zoo), "fr")
-        kept.tend()
+        kept.report_use()
         return real(self, *args)
 
     with monkeypatch.context() as patched:
@@ -246,7 +246,7 @@ def test_what_one_request_failed_at_stays_held_for_another(
     assert kept.served == {"fr": found.content}
     assert folder_of(other).in_use_elsewhere() == {found.content: False}
     kept.forget("fr")
-    kept.tend()
+    kept.report_use()
     assert folder_of(other).in_use_elsewhere() == {}
 
 
@@ -258,7 +258,7 @@ def test_what_is_forgotten_while_it_is_asked_for_stays_held(
 
     def ensure(self: FlatCache, *args: Any) -> float | None:
         kept.forget("fr")
-        kept.tend()
+        kept.report_use()
         assert folder_of(other).in_use_elsewhere()
         return real(self, *args)
 
@@ -273,7 +273,7 @@ def test_what_nobody_could_make_is_held_no_longer(zoo: Path, tmp_path: Path) -> 
     kept, other = cache(tmp_path, budget_bytes=1), cache(tmp_path)
     with pytest.raises(FolderError, match="no room"):
         kept.get(*survey(zoo), "fr")
-    kept.tend()
+    kept.report_use()
     assert not folder_of(other).in_use_elsewhere()
 
 
@@ -728,7 +728,7 @@ def test_a_front_end_that_can_not_be_told_keeps_what_it_has(
 ) -> None:
     monkeypatch.setattr(vllm, "GRACE_S", 0.0)
     monkeypatch.setattr(vllm, "ROOM_S", 0.0)
-    monkeypatch.setattr(vllm, "asking", lambda: None)
+    monkeypatch.setattr(vllm, "find_serving_models", lambda: None)
     with front_end(zoo, tmp_path / "cache", cache_bytes=str((1 << 20) + 500)) as front:
         (first,) = front.answers("fr")
         assert front.answers("de", "fr") == [None, first]

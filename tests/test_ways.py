@@ -184,7 +184,7 @@ def test_no_way_holds_the_base() -> None:
     base = nested()
     ways = Ways(sites_of(base))
     assert ways.dtypes(base) is not None
-    held = [ways._first, ways._further, ways._found, ways._sites, ways._weights]
+    held = [ways._first, ways._further, ways._children, ways._sites, ways._weights]
     flat: list[Any] = []
     for found in held:
         flat += _flat(found)

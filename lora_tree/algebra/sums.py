@@ -22,7 +22,7 @@ from ..override import Override
 from ..spelling import spelled_twice
 from ..storage import names_of
 from ..tree import AdapterTree
-from ..weights import Weight, less_weight
+from ..weights import Weight, weight_difference
 from .deviation import call_named
 from .replacing import check_kept, increments_under
 
@@ -67,7 +67,7 @@ def difference_terms(
     coefficients: dict[str, Weight] = dict(added)
     # Equal coefficients cancel exactly: both come from the same weights by the same sums.
     for node, coefficient in taken.items():
-        coefficients[node] = less_weight(coefficients.get(node, 0.0), coefficient)
+        coefficients[node] = weight_difference(coefficients.get(node, 0.0), coefficient)
     if not kept and not any(has_overrides(tree, node) for node in {*added, *taken}):
         return read_terms(tree, coefficients, base=base)
     changed = [node for node in taken if coefficients[node] != 0.0]

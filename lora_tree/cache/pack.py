@@ -59,7 +59,7 @@ def packed_bytes(adapter: Adapter) -> int:
     buffer = buffer_of(adapter)
     if buffer is not None:
         return buffer.numel()
-    return sum([Slab.takes(tensor.nbytes) for tensor in packed_tensors(adapter)])
+    return sum([Slab.padded_bytes(tensor.nbytes) for tensor in packed_tensors(adapter)])
 
 
 def packed_tensors(adapter: Adapter) -> list[Tensor]:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import FolderError
-from ..folder.whole import new_folders
+from ..folder.atomic_folders import new_folders
 
 __all__ = ["demo_folders"]
 

@@ -131,9 +131,9 @@ def write_sum(
     wide = compute_dtype(weight.dtype, left.dtype, right.dtype)
     if weight.dtype == wide:
         left, right = left.to(wide), right.to(wide)
-    alike = left.dtype == right.dtype == weight.dtype
+    is_one_dtype = left.dtype == right.dtype == weight.dtype
     # Not in blocks: one call is faster than many, because torch starts its threads for each call.
-    if alike and (weight.dtype == wide or _bf16_rounds_once(weight)):
+    if is_one_dtype and (weight.dtype == wide or _bf16_rounds_once(weight)):
         if pristine.device != weight.device:
             pristine = weight.copy_(pristine, non_blocking=True)
         _fused(pristine, left, right, weight)
@@ -202,11 +202,11 @@ def _onednn_is_fp32() -> bool:
     generator = torch.Generator().manual_seed(0)
     x, w = (torch.randn(64, 48, generator=generator, device="cpu") for _ in range(2))
     try:
-        got = product(x, w)
+        result = product(x, w)
     except (RuntimeError, TypeError):  # a signature of another torch
         return False
     exact = x.double() @ w.double().mT
-    return bool(((got - exact).abs() <= 2**-18 * (x.double().abs() @ w.double().abs().mT)).all())
+    return bool(((result - exact).abs() <= 2**-18 * (x.double().abs() @ w.double().abs().mT)).all())
 
 
 def _bf16_rounds_once(weight: Tensor) -> bool:
@@ -229,12 +229,12 @@ def _cpu_bf16_rounds_once() -> bool:
         for shape in ((3, 256, 256), (3, 256, 96), (3, 96, 256))
     )
     exact = (W0.double() + left.double() @ right.double()).to(torch.bfloat16)
-    got = torch.empty_like(W0)
-    wrong = 0
+    result = torch.empty_like(W0)
+    wrong_numbers = 0
     for part in (slice(0, 1), slice(0, 3)):  # one matrix and a batch: torch has a kernel for each
-        _fused(W0[part], left[part], right[part], got[part])
-        wrong = max(wrong, int((got[part] != exact[part]).sum()))
-    return wrong <= 256 * 256 // 1000
+        _fused(W0[part], left[part], right[part], result[part])
+        wrong_numbers = max(wrong_numbers, int((result[part] != exact[part]).sum()))
+    return wrong_numbers <= 256 * 256 // 1000
 
 
 @contextlib.contextmanager

@@ -65,19 +65,19 @@ class Request:
     """A request to a base.
 
     Args:
-        asked: a path or a blend, or one for every row.
+        selection: a path or a blend, or one for every row.
         mode: into the weights or beside them; a batch always runs beside them.
         rows: of a routed batch; None: one path or blend for everything.
     """
 
-    asked: Blend | tuple[Blend, ...]
+    selection: Blend | tuple[Blend, ...]
     mode: Mode = "merged"
     rows: RoutedRows | None = None
 
     @property
     def blends(self) -> tuple[Blend, ...]:
         """The paths and blends that it names."""
-        return self.asked if isinstance(self.asked, tuple) else (self.asked,)
+        return self.selection if isinstance(self.selection, tuple) else (self.selection,)
 
 
 class LaidOut(Protocol):
@@ -158,10 +158,10 @@ class Behaviour:
     """A request, and everything that is needed to make the base do it.
 
     Args:
-        request: what was asked.
+        request: the request that it fulfils.
         placed: what every site gets.
         weights: the plan that is written into the weights: all of it, or an empty one.
-        beside: the side paths; none if the plan is written into the weights.
+        side_paths: the side paths; none if the plan is written into the weights.
         pins: the adapters that the plan was made of.
         adapters: the same ones as the plan has them: with the parameters that train now.
     """
@@ -169,7 +169,7 @@ class Behaviour:
     request: Request
     placed: PlacedPlan
     weights: Plan
-    beside: LaidOut
+    side_paths: LaidOut
     pins: Pins
     adapters: Mapping[str, Adapter]
 

@@ -91,7 +91,7 @@ class Binder:
                 check_override_numbers(tensor, override, getattr(site.module, attribute))
                 sites.append(site)
         except LoraTreeError as error:
-            raise self._told(error, node, adapter) from error
+            raise self._error_at_node(error, node, adapter) from error
         # A warning and no error: people rename and quantise bases. Once for each name.
         if adapter.base and adapter.base not in self._warned:
             self._warned.add(adapter.base)
@@ -132,8 +132,8 @@ class Binder:
         module, _, leaf = tensor.rpartition(".")
         for name in (module, tensor):
             known = self._sites.get(name)
-            mine = known is not None and leaf in (known.weight_name, known.bias_name)
-            if known is not None and mine and known.is_in(self.base):
+            is_its_tensor = known is not None and leaf in (known.weight_name, known.bias_name)
+            if known is not None and is_its_tensor and known.is_in(self.base):
                 return known, leaf
         site, leaf = find_tensor_site(self.base, tensor)
         if site.name in self._sites:
@@ -177,9 +177,9 @@ class Binder:
     # ------------------------------------------------------------------ private
     def _in_base(self, node: str, adapter: Adapter) -> Adapter:
         """Return an adapter under the names of this base, with all its overrides marked as such."""
-        return self._with_told_apart(node, self._renaming.bound(adapter))
+        return self._split_unchanged(node, self._renaming.bound(adapter))
 
-    def _told(self, error: LoraTreeError, node: str, adapter: Adapter) -> LoraTreeError:
+    def _error_at_node(self, error: LoraTreeError, node: str, adapter: Adapter) -> LoraTreeError:
         """Return an error with the node's name, and with the base that the adapter names if it is
         another one.
         """
@@ -192,7 +192,7 @@ class Binder:
             )
         return type(error)(where.what, *todo)
 
-    def _with_told_apart(self, node: str, adapter: Adapter) -> Adapter:
+    def _split_unchanged(self, node: str, adapter: Adapter) -> Adapter:
         """Return the adapter, with the carried tensors that differ from the base's as overrides.
 
         The comparison is with the base's own numbers, whatever is merged into them now.
@@ -208,8 +208,8 @@ class Binder:
                 continue  # it is refused by its name below
             kept = self._own_value(holder, leaf)
             own[name] = now.detach() if kept is None else kept
-        told = adapter.told_apart(own)
-        other = [name for name in told.overrides if name not in adapter.overrides]
+        split = adapter.split_unchanged(own)
+        other = [name for name in split.overrides if name not in adapter.overrides]
         if other:
             what = f"{node}: {listing(other)}: the adapter carries a value unlike the base's"
             warnings.warn(
@@ -219,4 +219,4 @@ class Binder:
                 ),
                 stacklevel=2,
             )
-        return told
+        return split

@@ -32,7 +32,7 @@ class Blocks:
     def __init__(self) -> None:
         self._open: list[Block] = []
 
-    def check_mine(self) -> None:
+    def check_innermost(self) -> None:
         """Raise unless the caller is inside the innermost block.
 
         Other threads wait for the model's lock; other tasks of the same thread come here.
@@ -62,7 +62,7 @@ class Blocks:
         return last is block
 
     @property
-    def befores(self) -> list[Behaviour]:
+    def earlier_behaviours(self) -> list[Behaviour]:
         """The behaviours that the open blocks will bring back."""
         return [block.before for block in self._open]
 

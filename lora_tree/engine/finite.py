@@ -27,11 +27,11 @@ from ..lowrank import LowRank
 from ..override import Override
 from ..sites import Site
 from .arithmetic import Scratch, add_bias, add_weight
-from .largest import badness, largest_in_plan, largest_of
+from .largest import largest_in_plan, largest_of, size_key
 from .plan import PlacedPlan, Plan
 from .sidepaths.side import SideKind
 
-__all__ = ["check_beside", "check_override_numbers", "check_sum", "harmless", "suspects"]
+__all__ = ["check_override_numbers", "check_side_paths", "check_sum", "harmless", "suspects"]
 
 NodeShare = tuple[str, LowRank, float]
 """A node's share at a site: its name, its value and the coefficient of the value."""
@@ -43,7 +43,7 @@ def suspects(plan: Plan) -> list[str]:
     bound can tell.
     """
     most = largest_in_plan(plan, plan.adapters)
-    found = []
+    suspected = []
     for name, terms in plan.terms.items():
         dtype = plan.sites[name].dtype or torch.float32
         total = folded = 0.0
@@ -54,8 +54,8 @@ def suspects(plan: Plan) -> list[str]:
         if _is_harmless(total * most * most, total * most, folded * most, dtype):
             continue
         if not harmless([(term.value, term.coefficient) for term in terms], dtype):
-            found.append(name)
-    return found
+            suspected.append(name)
+    return suspected
 
 
 def harmless(values: Sequence[tuple[LowRank, float]], dtype: torch.dtype) -> bool:
@@ -71,7 +71,7 @@ def harmless(values: Sequence[tuple[LowRank, float]], dtype: torch.dtype) -> boo
         scale = abs(value.scale * coefficient)
         total += scale * value.rank * a * b
         biases += scale * bias
-        folded = max(folded, scale * b, key=badness)
+        folded = max(folded, scale * b, key=size_key)
     return _is_harmless(total, biases, folded, dtype)
 
 
@@ -131,7 +131,7 @@ def _is_harmless(total: float, biases: float, folded: float, dtype: torch.dtype)
 
 
 # ---------------------------------------------------------------------- unmerged
-def check_beside(
+def check_side_paths(
     placed: PlacedPlan,
     kinds: Mapping[str, SideKind],
     largest: Mapping[str, float] | None = None,
@@ -227,4 +227,4 @@ def _not_finite(name: str, parts: Sequence[NodeShare], dtype: torch.dtype) -> Ba
 def _size(part: NodeShare) -> float:
     _, value, coefficient = part
     a, b, bias = largest_of(value)
-    return badness(abs(coefficient * value.scale) * max(value.rank * a * b, bias))
+    return size_key(abs(coefficient * value.scale) * max(value.rank * a * b, bias))

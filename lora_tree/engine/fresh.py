@@ -77,7 +77,7 @@ def _ground(
     site, attribute = find_tensor_site(base, tensor)
     now: Tensor = getattr(site.module, attribute)
     kept = None if own is None else own(site.module, attribute)
-    found = (now if kept is None else kept).detach().to(now.device, copy=True)
+    value = (now if kept is None else kept).detach().to(now.device, copy=True)
     lineage = tree.lineage(path)[:-1]
     terms: NodeTerms = []
     renaming = Renaming(base)
@@ -89,15 +89,15 @@ def _ground(
         if not isinstance(weight, float):
             weight, adapter = 1.0, adapter.weighed(weight)
         terms.append((node, weight, with_tied_rows(base, renaming.bound(adapter))))
-    with exact_mode(found.device):
+    with exact_mode(value.device):
         values = []
         for _, weight, adapter in resolved(terms, [lineage]):
             if tensor in adapter.overrides:
-                adapter.overrides[tensor].write(found)
+                adapter.overrides[tensor].write(value)
             if site.name in adapter.modules:
-                values.append(adapter.modules[site.name].scaled(weight).to(device=found.device))
+                values.append(adapter.modules[site.name].scaled(weight).to(device=value.device))
         if attribute == site.bias_name:
-            add_bias(found, found, values)
+            add_bias(value, value, values)
         elif values:
-            add_weight(site, found, found, values, Scratch())
-    return found
+            add_weight(site, value, value, values, Scratch())
+    return value

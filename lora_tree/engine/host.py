@@ -11,15 +11,15 @@ from torch import nn
 from ..assembly import Assembly
 from ..callers import called_by
 from ..errors import LoraTreeWarning, SpecError, StateError
-from .unpromised import compiled_frames, is_compiled, mind_hooks
+from .unpromised import compiled_frames, guard_on_hooks, is_compiled
 
 __all__ = [
     "Claim",
     "CompileWatch",
     "MergedWarning",
     "claim",
-    "let_go",
-    "saved_by_themselves",
+    "release_claim",
+    "self_saving_modules",
     "unwrapped",
     "warn_on_save",
 ]
@@ -53,27 +53,27 @@ class CompileWatch:
         Raises:
             StateError: the base, or something around it, is compiled.
         """
-        mind_hooks(wanted=compiles_next)
+        guard_on_hooks(wanted=compiles_next)
         frames = compiled_frames()
-        found = self._compiled or is_compiled(base)
+        is_base_compiled = self._compiled or is_compiled(base)
         # The referrers are inspected again only if torch has compiled something since.
-        if not found and (frames is None or frames != self._frames):
-            found = self._sees(base, frames)
-        if found:
+        if not is_base_compiled and (frames is None or frames != self._frames):
+            is_base_compiled = self._find_wrapper(base, frames)
+        if is_base_compiled:
             raise StateError(
                 "the base is compiled, and a compiled forward ignores hooks that come later",
                 'activate(…, mode="merged") works under torch.compile as it is',
                 "or attach first, model.prepare(max_rank=…), and then torch.compile(base)",
             )
 
-    def sees(self, base: nn.Module) -> bool:
+    def has_compiled_wrapper(self, base: nn.Module) -> bool:
         """Return whether ``base`` has got a compiled wrapper since the last search found none."""
         frames = compiled_frames()
         if frames is not None and frames == self._frames:
             return False
-        return self._sees(base, frames)
+        return self._find_wrapper(base, frames)
 
-    def _sees(self, base: nn.Module, frames: int | None) -> bool:
+    def _find_wrapper(self, base: nn.Module, frames: int | None) -> bool:
         for holder in gc.get_referrers(base):
             # The wrapper's `_modules`, by the name that torch gives to a wrapped module.
             if isinstance(holder, dict) and holder.get("_orig_mod") is base:
@@ -118,11 +118,11 @@ def claim(base: nn.Module, model: nn.Module) -> Claim:
             "or prepared, and left that in the base",
             "load the base again; next time keep the model that attach returns, and detach() it",
         )
-    _ATTACHED[base] = mine = Claim(model)
-    return mine
+    _ATTACHED[base] = own_claim = Claim(model)
+    return own_claim
 
 
-def let_go(base: nn.Module) -> None:
+def release_claim(base: nn.Module) -> None:
     """Drop the claim on ``base``."""
     _ATTACHED.pop(base, None)
 
@@ -159,7 +159,7 @@ def unwrapped(base: nn.Module) -> tuple[nn.Module, bool]:
     return base, compiled
 
 
-def saved_by_themselves(base: nn.Module) -> list[nn.Module]:
+def self_saving_modules(base: nn.Module) -> list[nn.Module]:
     """Return the modules of a base whose own ``save_pretrained`` would write merged weights.
 
     That is the base itself, or each of the models of an assembly.

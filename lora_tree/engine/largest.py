@@ -16,7 +16,7 @@ from ..adapter import Adapter
 from ..lowrank import LowRank, spans
 from .plan import Plan
 
-__all__ = ["badness", "largest_in_plan", "largest_of"]
+__all__ = ["largest_in_plan", "largest_of", "size_key"]
 
 _LARGEST: weakref.WeakKeyDictionary[Adapter, _Known] = weakref.WeakKeyDictionary()
 
@@ -36,7 +36,7 @@ class _Known:
     largest: float
 
 
-def badness(size: float) -> float:
+def size_key(size: float) -> float:
     """Return a key by which sizes are compared; NaN counts as the largest."""
     return math.inf if math.isnan(size) else size
 
@@ -56,7 +56,7 @@ def largest_in_plan(plan: Plan, adapters: Iterable[Adapter]) -> float:
             adapter has separately.
         adapters: the adapters of the plan that are looked at.
     """
-    found = [_largest_in(adapter) for adapter in adapters]
+    largest = [_largest_in(adapter) for adapter in adapters]
     own: set[int] = set()
     for adapter in plan.adapters:
         own.update(map(id, adapter.modules.values()))
@@ -68,10 +68,10 @@ def largest_in_plan(plan: Plan, adapters: Iterable[Adapter]) -> float:
             if id(term.value) not in own and not term.trains:
                 made += term.value.tensors
     if made:
-        found += _largest(spans(made))
-    if any(map(math.isnan, found)):
+        largest += _largest(spans(made))
+    if any(map(math.isnan, largest)):
         return math.nan
-    return max(found, default=0.0)
+    return max(largest, default=0.0)
 
 
 def _largest_in(adapter: Adapter) -> float:
@@ -86,9 +86,9 @@ def _largest_in(adapter: Adapter) -> float:
         return 0.0  # every rank has a part; `Mergeable.check` keeps these from being merged
     parameters = [tensor for tensor in tensors if isinstance(tensor, nn.Parameter)]
     writes = _writes(parameters)
-    found = max(_largest(spans(tensors)), default=0.0, key=badness)
-    _LARGEST[adapter] = _Known(parameters, writes, found)
-    return found
+    largest = max(_largest(spans(tensors)), default=0.0, key=size_key)
+    _LARGEST[adapter] = _Known(parameters, writes, largest)
+    return largest
 
 
 def _writes(parameters: Sequence[Tensor]) -> int:
@@ -106,10 +106,10 @@ def _largest(tensors: Iterable[Tensor]) -> list[float]:
         if plain.element_size() == 1:
             plain = plain.float()  # torch finds no extremes of 8-bit floats
         key = plain.device, plain.dtype
-        found = ends.setdefault(key, [])
-        places.append((key, len(found) // 2))
-        found += torch.aminmax(plain)
-    sizes = {key: _sizes(found) for key, found in ends.items()}
+        extremes = ends.setdefault(key, [])
+        places.append((key, len(extremes) // 2))
+        extremes += torch.aminmax(plain)
+    sizes = {key: _sizes(extremes) for key, extremes in ends.items()}
     return [sizes[key][i] for key, i in places]
 
 

@@ -69,7 +69,7 @@ class Term:
         return self.value.trains
 
     @property
-    def is_as_it_was(self) -> bool:
+    def is_unchanged(self) -> bool:
         """True: its factors hold the same numbers, and train or don't, as when it was made."""
         return self.version == _version(self.value) and self.trained == self.value.trains
 
@@ -116,7 +116,7 @@ class OverrideTerm:
         return self.value.trains
 
     @property
-    def is_as_it_was(self) -> bool:
+    def is_unchanged(self) -> bool:
         """True: it holds the same numbers, and trains or doesn't, as when the term was made."""
         return self.version == _override_version(self.value) and self.trained == self.value.trains
 
@@ -178,14 +178,14 @@ class Plan:
         return tuple([tensor.untyped_storage().data_ptr() for tensor in self._anchors])
 
     @cached_property
-    def lies_in_buffers(self) -> bool:
+    def is_in_buffers(self) -> bool:
         """True: all its factors lie in the buffers of its adapters. Factors of modules that the
         base fuses do not; they are made for this base.
         """
         buffers = set(self.places())
         return all(tensor.untyped_storage().data_ptr() in buffers for tensor in self.tensors)
 
-    def someone(self, name: str) -> str:
+    def first_node(self, name: str) -> str:
         """Return the first node of a site, for a message."""
         terms = self.terms[name]
         return terms[0].node if terms else self.overrides[name][0].node
@@ -210,7 +210,7 @@ class Plan:
         """The ways to its sites' modules."""
         return Ways(self.sites.values())
 
-    def is_as_it_was(self) -> bool:
+    def is_unchanged(self) -> bool:
         """Return whether its factors hold the same numbers as before, and the same ones train."""
         if self.fixed:
             return True
@@ -218,11 +218,11 @@ class Plan:
         # those of two tensors of one node and site may differ.
         for terms in self.terms.values():
             for term in terms:
-                if not term.is_as_it_was:
+                if not term.is_unchanged:
                     return False
         for overrides in self.overrides.values():
             for override in overrides:
-                if not override.is_as_it_was:
+                if not override.is_unchanged:
                     return False
         return True
 

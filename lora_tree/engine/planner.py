@@ -128,7 +128,7 @@ class Planner:
         )
         # Site by site in the order in which the lineage first names them; within a site in the
         # order of the sum, which decides the bits.
-        found: dict[str, list[Term]] = {}
+        terms_at: dict[str, list[Term]] = {}
         bound: list[tuple[str, float, Adapter]] = []
         for node, weight, adapter in terms:
             coefficient, weighed = self.binder.weighed(node, weight, adapter)
@@ -137,9 +137,9 @@ class Planner:
         fixed = not any(adapter.is_trainable for _, _, adapter in bound)
         for node, coefficient, adapter in overrides.resolved:
             for name, value in adapter.modules.items():
-                found.setdefault(name, []).append(Term.of(node, coefficient, value))
+                terms_at.setdefault(name, []).append(Term.of(node, coefficient, value))
         for name in overrides.terms:
-            found.setdefault(name, [])
+            terms_at.setdefault(name, [])
         # After binding, because that finds replaced modules. If one was, the earlier marks belong
         # to other behaviours.
         if self.binder.replaced != self._replaced:
@@ -150,8 +150,8 @@ class Planner:
         else:
             mark = Marks.new()
         return Plan(
-            terms={name: tuple(at_site) for name, at_site in found.items()},
-            sites={name: self.binder.bound_site(name) for name in found},
+            terms={name: tuple(at_site) for name, at_site in terms_at.items()},
+            sites={name: self.binder.bound_site(name) for name in terms_at},
             mark=mark,
             adapters=tuple([adapter for _, _, adapter in terms]),
             fixed=fixed,
@@ -199,21 +199,21 @@ class Planner:
             self._without_dropped(bound, every)
             return _Overrides(_tuples(at_site), bound, None)
         paths = lineages()
-        stands = standing(paths, held)
-        for tensor, stack in stands.items():
+        effective = standing(paths, held)
+        for tensor, stack in effective.items():
             for node, override in stack:
                 name, term = self._override_term(node, tensor, override)
                 at_site.setdefault(name, []).append(term)
-        resolved = self._without_dropped(bound, stands)
+        resolved = self._without_dropped(bound, effective)
         return _Overrides(_tuples(at_site), resolved, tuple(map(tuple, paths)))
 
     def _without_dropped(
-        self, bound: list[tuple[str, float, Adapter]], stands: Standing
+        self, bound: list[tuple[str, float, Adapter]], effective: Standing
     ) -> list[tuple[str, float, Adapter]]:
         """Return bound terms without the increments that some overrides drop; warn of each once."""
         resolved, dropped = [], []
         for node, coefficient, adapter in bound:
-            modules, lines = counted_modules(tree_node(node), adapter.modules, stands)
+            modules, lines = counted_modules(tree_node(node), adapter.modules, effective)
             dropped += [line for line in lines if line not in self._warned]
             self._warned.update(lines)
             resolved.append((node, coefficient, replace(adapter, modules=modules)))

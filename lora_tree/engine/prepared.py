@@ -35,20 +35,20 @@ from ..tree import AdapterTree
 from .arithmetic import exact_mode
 from .behaviour import RoutedRows
 from .binder import Binder
-from .finite import check_beside
+from .finite import check_side_paths
 from .hook import Hook
 from .plan import PlacedPlan, Plan, Terms, WeightDtypes
 from .prepared_segments import OFF, PATH, ROWS, PreparedSegments, SegmentNumbers, covered
 from .routing.forms import check_strategy
 from .rows.batch import Batch
-from .rows.batch_axis import lies_by_rows, not_by_rows
+from .rows.batch_axis import has_rows_first, rows_not_first_error
 from .sidepaths.side import raise_for_copy, side_dtype, side_kinds, widened
 from .upload import uploaded
 
-__all__ = ["Numbers", "Prepared", "increments_beside"]
+__all__ = ["Numbers", "Prepared", "side_path_increments"]
 
 
-def increments_beside(tree: AdapterTree, binder: Binder) -> dict[Site, list[LowRank]]:
+def side_path_increments(tree: AdapterTree, binder: Binder) -> dict[Site, list[LowRank]]:
     """Return every site that may get a side path, with the increments that nodes have there.
 
     If a node's files were not read yet, its increments are shapes on the meta device.
@@ -56,7 +56,7 @@ def increments_beside(tree: AdapterTree, binder: Binder) -> dict[Site, list[LowR
     Raises:
         BaseMismatch, FormatError: a node does not fit the base, or its files are broken.
     """
-    found: dict[Site, list[LowRank]] = {}
+    increments: dict[Site, list[LowRank]] = {}
     for path in tree.paths():
         outline = tree.outline(path)
         if outline is None:
@@ -65,9 +65,9 @@ def increments_beside(tree: AdapterTree, binder: Binder) -> dict[Site, list[LowR
             site = binder.site_for(path, name, value)
             # Some modules read a weight themselves, or run a forward of their own, where a side
             # path would be missed or wrong. Such a node can still be merged.
-            if site.why_merged_only is None and not site.read_in:
-                found.setdefault(site, []).append(value)
-    return found
+            if site.why_merged_only is None and not site.reader_names:
+                increments.setdefault(site, []).append(value)
+    return increments
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,8 +141,8 @@ class Prepared:
             else:
                 self._fixed[site.name] = _Fixed(site, values, max_rank, dtypes[site.name])
         self._segments: list[PreparedSegments] = []
-        for device, here in by_device.items():
-            made = PreparedSegments(here, dtypes, nodes=nodes, depth=depth, device=device)
+        for device, on_device in by_device.items():
+            made = PreparedSegments(on_device, dtypes, nodes=nodes, depth=depth, device=device)
             self._segments.append(made)
         self._sites = {site.name: site for site in sites}
         self._handles: list[RemovableHandle] = []
@@ -156,7 +156,9 @@ class Prepared:
             for fixed in self._fixed.values():
                 hooks.append((fixed.site, fixed.hook()))
             for segments in self._segments:
-                hooks += [(each.site, each.hook()) for each in segments.sites.values()]
+                hooks += [
+                    (segmented.site, segmented.hook()) for segmented in segments.sites.values()
+                ]
             for site, hook in hooks:
                 self._handles.append(
                     site.module.register_forward_hook(Hook(hook), with_kwargs=True)
@@ -187,7 +189,7 @@ class Prepared:
         made = {}
         for name, fixed in self._fixed.items():
             made[name] = fixed.numbers(plan.terms.get(name, ()))
-        segments = [each.numbers(plan, None) for each in self._segments]
+        segments = [group.numbers(plan, None) for group in self._segments]
         return Numbers(self, PATH, made, segments)
 
     def lay_out_rows(self, placed: PlacedPlan, rows: RoutedRows) -> Numbers:
@@ -214,8 +216,8 @@ class Prepared:
             made[name] = fixed.numbers(terms, batch, batch_first=axis.batch_first)
         spread = rows.batch.spread(axis.repeat, axis.tile) if self._segments else rows.batch
         segments = []
-        for each in self._segments:
-            segments.append(each.numbers(plan, spread, batch_first=axis.batch_first))
+        for group in self._segments:
+            segments.append(group.numbers(plan, spread, batch_first=axis.batch_first))
         return Numbers(self, ROWS, made, segments)
 
     def write(self, numbers: Numbers) -> None:
@@ -249,7 +251,7 @@ class Prepared:
         kinds = side_kinds(plan, self._dtype)
         for name, terms in plan.terms.items():
             site = plan.sites[name]
-            if site.read_in:
+            if site.reader_names:
                 raise MergedOnly(
                     f"{terms[0].node}: {name}: can't run in a prepared model: "
                     f"{type(site.module).__name__} reads it itself",
@@ -275,7 +277,7 @@ class Prepared:
         ordinary = largest is None or max(largest.values(), default=0.0) <= 1.0
         if ordinary and self._finite.get(plan) == placed.dtypes:
             return
-        check_beside(placed, kinds, largest)
+        check_side_paths(placed, kinds, largest)
         if ordinary and plan.fixed:
             self._finite[plan] = placed.dtypes
 
@@ -355,8 +357,8 @@ class _Fixed:
                 return _SiteNumbers(value)
             owed = rows.coefficients(range(len(rows)))  # (rows, nodes)
             column: list[int] = []
-            for i, each in enumerate(values):
-                column += [i] * each.rank
+            for i, increment in enumerate(values):
+                column += [i] * increment.rank
             # A node's coefficient is repeated for each of the node's ranks, and that row of
             # coefficients for each group.
             wide = torch.nn.functional.pad(owed[:, column], (0, self.max_rank - rank))
@@ -430,8 +432,8 @@ class _Fixed:
                 after = after + site.along_channels(bias.to(after.dtype), after.ndim)
             if self.mode == ROWS:
                 # A bare row keeps its bits: −0 + 0 would be +0.
-                each = adapted.view(-1, *[1] * (after.ndim - 1))
-                after = torch.where(each, after, before)
+                is_adapted = adapted.view(-1, *[1] * (after.ndim - 1))
+                after = torch.where(is_adapted, after, before)
             return after.to(out.dtype)
 
         return side_path
@@ -446,8 +448,8 @@ class _Fixed:
             BaseMismatch: the first axis is not the rows, or can't be known to be, and the rows
                 differ here.
         """
-        if lies_by_rows(self.site, x, out, len(self.rows), batch_first=self.batch_first):
+        if has_rows_first(self.site, x, out, len(self.rows), batch_first=self.batch_first):
             return self.rows, self.row_bias, self.adapted
         if self.uniform:
             return self.rows[:1], self.row_bias[:1], self.adapted[:1]
-        raise not_by_rows(self.site, x, len(self.rows))
+        raise rows_not_first_error(self.site, x, len(self.rows))

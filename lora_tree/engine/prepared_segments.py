@@ -42,7 +42,7 @@ from .kernels import (
 from .plan import Plan
 from .routing.segmented import NARROW, route_dtype
 from .rows.batch import Batch
-from .rows.batch_axis import lies_by_rows, not_by_rows
+from .rows.batch_axis import has_rows_first, rows_not_first_error
 from .sidepaths.side import raise_for_copy
 from .upload import uploaded
 
@@ -171,13 +171,13 @@ class PreparedSegments:
         lists = {}
         # A site at which all rows owe the same may have something else on its first axis.
         for rows in ({1: of_row[:1], len(of_row): of_row}).values():
-            found = []
+            buffers = []
             for group in GROUPS:
                 # Room for any paths, so that any batch of as many rows can be written over this.
                 room = room_for(len(rows), group, self._depth)
                 most = self._scales.shape[1]
-                found.append(segment_numbers(kinds, rows, group, entries=room, nodes=most))
-            lists[len(rows)] = found
+                buffers.append(segment_numbers(kinds, rows, group, entries=room, nodes=most))
+            lists[len(rows)] = buffers
         count = None if batch is None else len(batch)
         return SegmentNumbers(count, lists, addresses, scales, uniform, batch_first, held)
 
@@ -245,12 +245,12 @@ class PreparedSegments:
             self._write_lists(rows, made)
 
     def _write_lists(self, rows: int, made: Sequence[tuple[SegmentSizes, Tensor]]) -> None:
-        there = self._lists.get(rows)
-        if there is None or any(
+        present = self._lists.get(rows)
+        if present is None or any(
             sizes.entries > segments.sizes.entries or sizes.largest > segments.sizes.largest
-            for (sizes, _), segments in zip(made, there, strict=True)
+            for (sizes, _), segments in zip(made, present, strict=True)
         ):
-            if there is not None:
+            if present is not None:
                 warnings.warn(
                     f"a batch of {plural(rows, 'row')} needs more nodes than any before, so its "
                     "lists were allocated again; a CUDA graph captured for as many rows still "
@@ -259,11 +259,11 @@ class PreparedSegments:
                     stacklevel=2,
                 )
             # The old lists stay: a captured graph reads them.
-            self._lists[rows] = there = [
+            self._lists[rows] = present = [
                 Segments(sizes, uploaded(memory, self._device)) for sizes, memory in made
             ]
             return
-        for (sizes, memory), segments in zip(made, there, strict=True):
+        for (sizes, memory), segments in zip(made, present, strict=True):
             segments.take(Segments(sizes, uploaded(memory, self._device)))
 
     def lists(self, rows: int, tokens: int) -> Segments:
@@ -304,15 +304,17 @@ class _SegmentedSite:
                 f"{self.table.rank}",
                 "detach, attach the tree again, and prepare it before the base is compiled",
             )
-        found = []
+        factors = []
         for factor in (value.A, value.B):
-            here = factor.detach().to(self.table.numbers.device)
-            if not here.is_contiguous() or here.data_ptr() % 16:
-                here = here.contiguous() if not here.is_contiguous() else here.clone()
-            if here is not factor:
-                held.append(here)
-            found.append(here)
-        return found[0], found[1]
+            readable = factor.detach().to(self.table.numbers.device)
+            if not readable.is_contiguous() or readable.data_ptr() % 16:
+                readable = (
+                    readable.contiguous() if not readable.is_contiguous() else readable.clone()
+                )
+            if readable is not factor:
+                held.append(readable)
+            factors.append(readable)
+        return factors[0], factors[1]
 
     def hook(self) -> Callable[..., Any]:
         """Return the site's forward hook: shapes and one operator, so that it can be traced."""
@@ -328,10 +330,10 @@ class _SegmentedSite:
             x = args[0] if args else next(iter(kwargs.values()))
             rows = 1
             if of.mode == ROWS:
-                if lies_by_rows(site, x, out, of.rows, batch_first=of.batch_first):
+                if has_rows_first(site, x, out, of.rows, batch_first=of.batch_first):
                     rows = of.rows
                 elif not self.uniform:
-                    raise not_by_rows(site, x, of.rows)
+                    raise rows_not_first_error(site, x, of.rows)
             compute = route_dtype(self.dtype, x.dtype, x.device.type)
             return _add_segments(out, x, of.version, self.number, rows, compute)
 

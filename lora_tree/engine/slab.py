@@ -25,13 +25,13 @@ class Slab:
         self._memory, self._end = memory, 0
 
     @staticmethod
-    def takes(nbytes: int) -> int:
+    def padded_bytes(nbytes: int) -> int:
         """Return the bytes of a slab that a part of ``nbytes`` takes."""
         return -(-nbytes // ALIGNED) * ALIGNED
 
     def cut(self, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
         """Return the next part as an uninitialised tensor."""
         begin, nbytes = self._end, math.prod(shape) * dtype.itemsize
-        self._end += self.takes(nbytes)
+        self._end += self.padded_bytes(nbytes)
         # A view: the buffer lives as long as any tensor that was cut from it.
         return self._memory[begin : begin + nbytes].view(dtype).view(shape)

@@ -36,7 +36,7 @@ from .behaviour import (
 )
 from .blocks import Blocks
 from .fresh import settle_fresh
-from .host import Claim, CompileWatch, saved_by_themselves, warn_on_save
+from .host import Claim, CompileWatch, self_saving_modules, warn_on_save
 from .plan import EMPTY_PLAN, PlacedPlan, Plan
 from .planner import Planner
 from .rows.batch import tree_node
@@ -53,7 +53,7 @@ class Stage:
         tree: the tree whose nodes are used.
         claim: tells the next model that attaches to this base whether it is bare.
         merged: writes plans into the weights.
-        beside: runs plans beside the weights.
+        side_hooks: runs plans beside the weights.
         planner: makes plans.
         compiled: knows whether the base was compiled; a compiled forward ignores side paths.
         pin: pins the adapters of some nodes, which stay in memory until they are released.
@@ -67,7 +67,7 @@ class Stage:
         claim: Claim,
         *,
         merged: MergedWeights,
-        beside: SideHooks,
+        side_hooks: SideHooks,
         planner: Planner,
         compiled: CompileWatch,
         pin: Callable[[Iterable[str], Ahead | None], Pins],
@@ -83,7 +83,7 @@ class Stage:
         out.
         """
         self.blocks = Blocks()
-        self.beside = beside
+        self.side_hooks = side_hooks
         self._closed = False
         # Key/value caches outside of this library go by it.
         self.epoch = 0
@@ -109,8 +109,8 @@ class Stage:
         if is_fresh:
             settle_fresh(self._tree, self._base, nodes, self._planner.binder.own_value)
         lineages = None
-        if not isinstance(request.asked, tuple):
-            lineages = partial(self._tree.counting_lineages, request.asked)
+        if not isinstance(request.selection, tuple):
+            lineages = partial(self._tree.counting_lineages, request.selection)
         # A plan that was made before a file's hash was known. `placed` finds it again, as that of a
         # path that was used before.
         prepared: list[PlacedPlan] = []
@@ -123,8 +123,8 @@ class Stage:
                 # Plans and side paths made of an adapter that is refused would keep its memory.
                 prepared.clear()
                 self._planner.forget()
-                if not self.beside.permanent:
-                    self.beside.forget()
+                if not self.side_hooks.permanent:
+                    self.side_hooks.forget()
             raise
         try:
             adapters: dict[str, Adapter] = {}
@@ -135,8 +135,8 @@ class Stage:
                 adapters[node] = self._factors.shown(node, pins.adapters[node])
                 terms.append((name, weight, adapters[node]))
             placed = self._planner.placed(terms, lineages)
-            weights, beside = self._parts(request, placed)
-            return Behaviour(request, placed, weights, beside, pins, adapters)
+            weights, side_paths = self._parts(request, placed)
+            return Behaviour(request, placed, weights, side_paths, pins, adapters)
         except BaseException:
             pins.release()
             raise
@@ -147,7 +147,7 @@ class Stage:
         owed: Sequence[tuple[str, str, Weight]],
         lineages: Callable[[], list[list[str]]] | None,
         prepared: list[PlacedPlan],
-        found: Mapping[str, Adapter],
+        adapters: Mapping[str, Adapter],
         are_all: bool,
     ) -> None:
         """Prepare a request while one of its files is hashed; see `Ahead`.
@@ -155,14 +155,14 @@ class Stage:
         Args:
             request, owed, lineages: as in `compose`.
             prepared: gets the plan, if all adapters are there, because nothing else may keep it.
-            found: node → adapter.
+            adapters: node → adapter.
             are_all: none is missing.
         """
         try:
             terms: list[tuple[str, Weight, Adapter]] = []
             for name, node, weight in owed:
-                if node in found:
-                    terms.append((name, weight, self._factors.shown(node, found[node])))
+                if node in adapters:
+                    terms.append((name, weight, self._factors.shown(node, adapters[node])))
             if not are_all:
                 # Binding is most of the work, and an adapter is bound only once.
                 for name, _, adapter in terms:
@@ -171,7 +171,7 @@ class Stage:
             placed = self._planner.placed(terms, lineages)
             prepared.append(placed)
             if request.rows is None and request.mode != "merged":
-                self.beside.look_ahead(placed)
+                self.side_hooks.look_ahead(placed)
         except Warning:
             raise  # the caller turns warnings into errors, and each warning is given only once
         except Exception:
@@ -184,9 +184,9 @@ class Stage:
         """
         if request.rows is not None:
             return request.rows.batch.owed_nodes
-        assert not isinstance(request.asked, tuple)
+        assert not isinstance(request.selection, tuple)
         owed: list[tuple[str, str, Weight]] = []
-        for node, coefficient in self._tree.coefficients(request.asked).items():
+        for node, coefficient in self._tree.coefficients(request.selection).items():
             owed.append((node, node, coefficient))
         return owed
 
@@ -196,20 +196,20 @@ class Stage:
         """
         if request.rows is None and request.mode == "merged":
             self._merged.mergeable.check(placed, self._factors)
-            return placed.plan, self.beside.nothing
+            return placed.plan, self.side_hooks.nothing
         # Permanent hooks were there when the base was compiled. Any other hook would be ignored
         # without an error.
-        if placed.plan.terms and not self.beside.permanent:
+        if placed.plan.terms and not self.side_hooks.permanent:
             self._compiled.check(self._base)
         if request.rows is None:
-            return EMPTY_PLAN, self.beside.lay_out(placed)
-        return EMPTY_PLAN, self.beside.lay_out_rows(placed, request.rows)
+            return EMPTY_PLAN, self.side_hooks.lay_out(placed)
+        return EMPTY_PLAN, self.side_hooks.lay_out_rows(placed, request.rows)
 
     def is_current(self, behaviour: Behaviour) -> bool:
         """Return whether composing its request again would give the same: its sites, adapters and
         factors have not changed.
         """
-        if behaviour.beside.of is not self.beside:
+        if behaviour.side_paths.of is not self.side_hooks:
             return False  # the base was prepared meanwhile
         plan = behaviour.placed.plan
         if plan.look(self._base) != behaviour.placed.dtypes:
@@ -218,7 +218,7 @@ class Stage:
             now = self._tree[node].loaded or behaviour.pins.adapters.get(node)
             if now is None or self._factors.shown(node, now) is not adapter:
                 return False
-        return plan.is_as_it_was()
+        return plan.is_unchanged()
 
     # ------------------------------------------------------------------ the only writer
     def become(self, request: Request) -> None:
@@ -264,12 +264,12 @@ class Stage:
 
     def prepare(self, make: Callable[[], SideHooks]) -> None:
         """Make the base bare, and from now on use the permanent side paths that ``make`` makes."""
-        before = self.beside
-        self.beside = fixed = make()
+        before = self.side_hooks
+        self.side_hooks = fixed = make()
         try:
             self.become(Request(""))
         except BaseException:
-            self.beside = before
+            self.side_hooks = before
             fixed.forget()  # its hooks would stay in the base otherwise
             # The roll-back of `become` still saw the fixed side paths in the base.
             self._tell_claim(self.current)
@@ -313,13 +313,13 @@ class Stage:
     # ------------------------------------------------------------------ what is in use
     def requests(self) -> Iterator[Request]:
         """Yield the current request, and those that blocks will bring back."""
-        for behaviour in (self.current, *self.blocks.befores):
+        for behaviour in (self.current, *self.blocks.earlier_behaviours):
             yield behaviour.request
 
     def merged_nodes(self) -> set[str]:
         """Return the nodes that are in the weights now, or will be when a block is left."""
         nodes: set[str] = set()
-        for behaviour in (self.current, *self.blocks.befores):
+        for behaviour in (self.current, *self.blocks.earlier_behaviours):
             if behaviour.weights.terms:
                 nodes.update(behaviour.adapters)
         return nodes
@@ -330,7 +330,7 @@ class Stage:
         failed half-way.
         """
         self._merged.switch(behaviour.weights, after_failure=after_failure)
-        behaviour.beside.install()
+        behaviour.side_paths.install()
         self._tell_claim(behaviour)
         merged = bool(behaviour.weights.terms)
         if merged != self._warns_on_save:
@@ -340,7 +340,7 @@ class Stage:
         """Note whether the base is bare, for a model that is attached after this one was
         dropped.
         """
-        self._claim.bare = behaviour.state is State.BARE and not self.beside.permanent
+        self._claim.bare = behaviour.state is State.BARE and not self.side_hooks.permanent
 
     def _warn_on_save(self, merged: bool) -> None:
         """Put in the hooks that warn in ``save_pretrained`` while a path is merged, or take them
@@ -350,12 +350,12 @@ class Stage:
         while self._save_hooks:
             self._save_hooks.pop().remove()
         if merged:
-            for module in saved_by_themselves(self._base):
+            for module in self_saving_modules(self._base):
                 register: Any = module.register_state_dict_pre_hook  # torch has no types for it
                 self._save_hooks.append(register(warn_on_save))
         self._warns_on_save = merged
 
     def _retire(self, behaviour: Behaviour) -> None:
         """Release the pins of a behaviour that is neither current nor remembered by a block."""
-        if behaviour is not self.current and behaviour not in self.blocks.befores:
+        if behaviour is not self.current and behaviour not in self.blocks.earlier_behaviours:
             behaviour.pins.release()

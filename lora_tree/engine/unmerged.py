@@ -29,7 +29,7 @@ from ..errors import BaseMismatch, BudgetError, StateError, listing
 from ..sites import Site
 from .arithmetic import exact_mode
 from .behaviour import RoutedRows
-from .finite import check_beside
+from .finite import check_side_paths
 from .hook import Hook
 from .kernels import routes
 from .last_used import LastUsed
@@ -213,14 +213,14 @@ class Unmerged:
             kinds = side_kinds(plan, self._manner.dtype)
             if plan.overrides:
                 check_grounds(plan)
-            check_beside(placed, kinds)
+            check_side_paths(placed, kinds)
             sides = self._laid_out(placed, kinds, ahead=ahead)
             # Any code may write to factors that train, so nothing made of them is kept.
             if sides is not None and plan.fixed:
                 # The ledger drops what `_kept` keeps to make room. Dropping side paths that take no
                 # memory makes none, provided that evicting an adapter frees its memory even while a
                 # plan refers to it. So these are kept in `_in_place`.
-                is_free = not sides.nbytes and self._ledger.reclaims and plan.lies_in_buffers
+                is_free = not sides.nbytes and self._ledger.reclaims and plan.is_in_buffers
                 (self._in_place if is_free else self._kept).keep(key, sides)
         return sides
 
@@ -248,7 +248,7 @@ class Unmerged:
         if ordinary and self._finite.get(placed.plan) == checked:
             return
         kinds = side_kinds(placed.plan, self._manner.dtype)
-        check_beside(placed, kinds, None if ordinary else batch.largest)
+        check_side_paths(placed, kinds, None if ordinary else batch.largest)
         if ordinary and placed.plan.fixed:
             self._finite[placed.plan] = checked
 
@@ -338,9 +338,9 @@ class Unmerged:
                 handle.remove()
                 del self._hooked[name]
         new = [site for name, site in wanted.items() if name not in self._hooked]
-        makes_its_output = {site: site.makes_its_output for site in new}
+        has_new_output = {site: site.has_new_output for site in new}
         for site in new:
-            hook = self._hook(site, makes_its_output[site])
+            hook = self._hook(site, has_new_output[site])
             handle = site.module.register_forward_hook(hook, with_kwargs=True)
             self._hooked[site.name] = site, handle
         self._has_hooks = {name: site for name, (site, _) in self._hooked.items()}
@@ -366,12 +366,12 @@ class Unmerged:
         self._tables.forget()
 
     # ------------------------------------------------------------------ in a forward
-    def _hook(self, site: Site, makes_its_output: bool) -> Any:
+    def _hook(self, site: Site, has_new_output: bool) -> Any:
         """Return a site's forward hook.
 
         Args:
             site: the site.
-            makes_its_output: its module's output is new memory.
+            has_new_output: its module's output is new memory.
         """
         name, guard, inside = site.name, self._forward_guard, self._inside
         on_all_modules = self._on_all_modules
@@ -397,7 +397,7 @@ class Unmerged:
             # Another hook, on the module or on all modules, may have kept the output; so may a
             # forward that other code has put on this module since.
             alone = len(module._forward_hooks) == 1 and not on_all_modules
-            spare = makes_its_output and alone and "forward" not in vars(module)
+            spare = has_new_output and alone and "forward" not in vars(module)
             side = running.sides[name]
             if not (self._watches and inside.is_watched):
                 after = self._ran(site, side(out, x, spare, None))
@@ -458,7 +458,7 @@ def _portions(drafts: Sequence[Draft]) -> list[tuple[torch.device, int, list[Dra
             portions.append((portion[0].device, nbytes, portion))
             portion, nbytes = [], 0
         portion.append(draft)
-        nbytes += Slab.takes(draft.down_bytes) + Slab.takes(draft.up_bytes)
+        nbytes += Slab.padded_bytes(draft.down_bytes) + Slab.padded_bytes(draft.up_bytes)
     if portion:
         portions.append((portion[0].device, nbytes, portion))
     return portions

@@ -46,8 +46,8 @@ __all__ = [
     "fp32_product",
     "global_hooks",
     "grouped_product",
+    "guard_on_hooks",
     "is_compiled",
-    "mind_hooks",
     "pytree",
     "saved_tensor_hook",
     "slow_on_cpu",
@@ -95,15 +95,15 @@ def slow_on_cpu() -> frozenset[torch.dtype]:
     Without AVX-512 or similar instructions torch multiplies them in a plain loop, which is far
     slower than widening to fp32 (bf16 on AVX2: docs/benchmarks.md).
     """
-    asked = {
+    op_names = {
         torch.bfloat16: "_is_mkldnn_bf16_supported",
         torch.float16: "_is_mkldnn_fp16_supported",
     }
     # Without mkldnn the ops below exist, but can't be called.
     if not getattr(torch._C, "_has_mkldnn", False):
-        return frozenset(asked)
+        return frozenset(op_names)
     slow = set()
-    for dtype, name in asked.items():
+    for dtype, name in op_names.items():
         is_fast: Callable[[], bool] | None = getattr(torch.ops.mkldnn, name, None)
         if is_fast is None or not is_fast():
             slow.add(dtype)
@@ -159,7 +159,7 @@ def compiled_frames() -> int | None:
     return count
 
 
-def mind_hooks(*, wanted: bool = False) -> None:
+def guard_on_hooks(*, wanted: bool = False) -> None:
     """Make torch.compile guard on a module's hooks before it reuses code compiled for another one.
 
     By default it reuses a compiled forward for all modules of the same classes, whether or not

@@ -58,13 +58,13 @@ def viewed(base: nn.Module) -> nn.Module:
     for name, module in base.named_modules():
         twin = twins[id(module)]
         _fill(twin, module, twins)
-        own, theirs = vars(module).get("forward"), vars(twin).get("forward")
+        own_forward, twin_forward = vars(module).get("forward"), vars(twin).get("forward")
         # `_fill` has bound methods and partials to the twin. Any other callable may hold the base's
         # module where this code can't find it, and would run that module.
-        if own is not None and own is theirs:
+        if own_forward is not None and own_forward is twin_forward:
             raise StateError(
-                f"{name or 'the base'}: its forward was replaced by a {type(own).__name__}, "
-                "which runs the base's own module in every view",
+                f"{name or 'the base'}: its forward was replaced by a "
+                f"{type(own_forward).__name__}, which runs the base's own module in every view",
                 'use model.activate(path, mode="unmerged"), or ask for the path before the forward '
                 "is replaced",
             )

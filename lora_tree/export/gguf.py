@@ -30,7 +30,7 @@ from ..blend import Blend, spelled
 from ..errors import FormatError, LoraTreeError, SpecError, listing
 from ..extras import foreign, need
 from ..folder import disk
-from ..folder.whole import make_all
+from ..folder.atomic_folders import make_all
 from ..lowrank import LINEAR, LowRank
 from ..override import check_none
 from ..sites import find_site

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..errors import FolderError
 from ..folder import disk
-from ..folder.whole import new_folder
+from ..folder.atomic_folders import new_folder
 from ..system.durable import sync_file
 from ..system.flags import NO_FOLLOW, PLAIN
 from ..system.reading import Inside

@@ -183,7 +183,7 @@ def _resolve_carried(adapter: Adapter, names: CheckpointNames) -> Adapter:
                 NOTHING_CARRIED,
             )
         own[name] = stored.read().reshape(tensor.shape)
-    return adapter.told_apart(own)
+    return adapter.split_unchanged(own)
 
 
 def _writes_of_module(

@@ -1,6 +1,6 @@
 """Save one adapter by itself: a new folder appears whole, in an old one both files change as one.
 
-    a new folder    filled under a hidden name and renamed (`whole`)
+    a new folder    filled under a hidden name and renamed (`atomic_folders`)
     an old one      a transaction of its own, with its own ``.lora_tree`` (`commit`)
 
 If an old folder is a node's and the save was cut off, readers of the tree follow its record,
@@ -15,11 +15,11 @@ from pathlib import Path
 from ..adapter import Adapter
 from ..formats import peft
 from . import disk
+from .atomic_folders import new_folder
 from .changes import Changes, NewFile
 from .commit import writing
 from .pending import leftovers, pending
 from .scan import scan
-from .whole import new_folder
 
 __all__ = ["finish_nodes", "save_adapter"]
 

@@ -30,7 +30,7 @@ from .tree_place import TreePlace, place_of
 __all__ = ["SkippedWarning", "StaleWarning", "load", "lock", "relock", "survey"]
 
 
-_MOST_TOLD = 20
+_MOST_LISTED = 20
 """The most nodes whose reason one warning gives."""
 
 
@@ -84,7 +84,7 @@ def load(
     _refuse_no_tree(opened)
     if skipped:
         reasons: list[str] = []
-        for text in list(skipped.values())[:_MOST_TOLD]:
+        for text in list(skipped.values())[:_MOST_LISTED]:
             reasons += text.split("\n  ")  # an error's advice stands on lines of its own
         reasons += _more(len(skipped), place)
         warnings.warn(SkippedWarning(f"left out: {listing(skipped)}", *reasons), stacklevel=2)
@@ -96,8 +96,8 @@ def load(
         )
         if strict:
             raise StaleError(*stale, todo)
-        told = [*stale[:_MOST_TOLD], *_more(len(stale), place)]
-        warnings.warn(StaleWarning(f"stale: {told[0]}", *told[1:], todo), stacklevel=2)
+        lines = [*stale[:_MOST_LISTED], *_more(len(stale), place)]
+        warnings.warn(StaleWarning(f"stale: {lines[0]}", *lines[1:], todo), stacklevel=2)
     tree = _tree(opened, skipped)
     # A later save compares the folder with what was seen here. So it can refuse to undo what
     # another process wrote in between.
@@ -107,7 +107,7 @@ def load(
 
 def _more(count: int, place: TreePlace) -> list[str]:
     """Say how many more nodes there are than a warning names: it must not fill the screen."""
-    more = count - _MOST_TOLD
+    more = count - _MOST_LISTED
     if more <= 0:
         return []
     return [f"and {more:,} more: lora-tree check {shlex.quote(place.spelled)} lists all of them"]

@@ -30,7 +30,7 @@ from .scan import FILES
 __all__ = [
     "archive",
     "archived",
-    "contents_of_others",
+    "contents_of_other_trees",
     "forget",
     "forget_unnamed",
     "place_in_archive",
@@ -73,13 +73,13 @@ def archive(folder: Path, leaving: Iterable[Archived]) -> None:
     home = folder / HISTORY
     _refuse_link(home)
     made = False
-    for one in leaving:
+    for archived_content in leaving:
         made |= disk.make_inside(home)
-        place = home / one.content
+        place = home / archived_content.content
         disk.make_inside(place)
         for name in FILES:
             if not disk.exists(place / name):
-                _keep(one.files[name], place / name)
+                _keep(archived_content.files[name], place / name)
         disk.sync(place)
     # The contents' names are durable once the archive is synced, its own name once the tree's
     # folder is.
@@ -156,12 +156,12 @@ def _refuse_link(home: Path) -> None:
         raise SpecError(f"{home}: a link, or no folder; a save makes neither", "move it away")
 
 
-def contents_of_others(folder: Path, mine: str) -> set[str]:
+def contents_of_other_trees(folder: Path, own_log: str) -> set[str]:
     """Return the contents that the logs of other trees over this folder name.
 
     Args:
         folder: the trees' folder.
-        mine: the place of this tree's log.
+        own_log: the place of this tree's log.
 
     Raises:
         SpecError, FolderError: a log is broken, or can't be read.
@@ -171,6 +171,6 @@ def contents_of_others(folder: Path, mine: str) -> set[str]:
     with disk.named("look into it", home):
         names = os.listdir(home) if is_folder(home, follow=False) else []
     for name in names:
-        if LOG_NAME.match(name) and f"{HISTORY}/{name}" != mine:
+        if LOG_NAME.match(name) and f"{HISTORY}/{name}" != own_log:
             named |= _contents_of_log(home / name)
     return named

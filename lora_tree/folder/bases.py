@@ -53,11 +53,11 @@ def base_lock(name: str | None, spelled: str | None, before: Iterable[BaseLock])
     """
     if spelled is None:
         return BaseLock()
-    found = fingerprint(name) if name else None
-    if found is None:
+    digest = fingerprint(name) if name else None
+    if digest is None:
         known = (base.fingerprint for base in before if base.name == spelled and base.fingerprint)
-        found = next(known, None)
-    return BaseLock(name=spelled, fingerprint=found)
+        digest = next(known, None)
+    return BaseLock(name=spelled, fingerprint=digest)
 
 
 # ---------------------------------------------------------------------- which base adapters name
@@ -66,7 +66,7 @@ def bases_of(adapters: Mapping[str, Files]) -> dict[str, str]:
 
     A config that can't be read names none.
     """
-    found: dict[str, str] = {}
+    base_names: dict[str, str] = {}
     for path, files in adapters.items():
         if CONFIG not in files.now:
             continue
@@ -77,8 +77,8 @@ def bases_of(adapters: Mapping[str, Files]) -> dict[str, str]:
             continue  # its flaw is a problem of its own, reported where adapters are examined
         named = config.get("base_model_name_or_path")
         if isinstance(named, str) and named:
-            found[path] = named
-    return found
+            base_names[path] = named
+    return base_names
 
 
 def agreed_base(names: Iterable[str]) -> str | None:
@@ -106,16 +106,16 @@ def fingerprint(base: str | os.PathLike[str]) -> str | None:
     files = sorted(_files(folder))
     if not any(file.name.endswith((".json", *_WEIGHTS)) for file in files):
         return None
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for file in files:
         with disk.named("read the base", file):
             size = file.stat().st_size
         label = f"{file.relative_to(folder).as_posix()} {size}\n".encode()
         if file.name.endswith(_WEIGHTS):
-            found.update(label + _sampled(file, size))
+            digest.update(label + _sampled(file, size))
         elif file.name == "config.json" or file.name.endswith(".index.json"):
-            found.update(label + disk.read_file(file, most=LOCK_BYTES))
-    return found.hexdigest()
+            digest.update(label + disk.read_file(file, most=LOCK_BYTES))
+    return digest.hexdigest()
 
 
 def _files(folder: Path) -> list[Path]:
@@ -137,15 +137,15 @@ def _sampled(file: Path, size: int) -> bytes:
             # same.
             if 0 < header_bytes <= min(size - 8, _MOST_HEADER_BYTES):
                 start = 8 + header_bytes
-        found = hashlib.sha256()
+        digest = hashlib.sha256()
         stream.seek(0)
-        found.update(stream.read(start))
+        digest.update(stream.read(start))
         # The step is never smaller than a sample. So the samples of a small file cover it whole,
         # and those of a large one do not overlap.
         step = max((size - start) // _SAMPLES, _SAMPLE_BYTES)
         for offset in range(start, size, step):
             stream.seek(offset)
-            found.update(stream.read(_SAMPLE_BYTES))
+            digest.update(stream.read(_SAMPLE_BYTES))
         stream.seek(max(size - _SAMPLE_BYTES, 0))
-        found.update(stream.read(_SAMPLE_BYTES))
-    return found.digest()
+        digest.update(stream.read(_SAMPLE_BYTES))
+    return digest.digest()

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from ..formats.recognise import DIFFUSERS_WEIGHTS, MLX_WEIGHTS
 from ..spec import TreeSpec
-from .bounds import lies_in
+from .bounds import is_in_folders
 from .lockfile import TreeLock
 from .opening import Opened
 from .scan import FILES, SINGLE
@@ -60,7 +60,7 @@ def belongings(opened: Opened) -> Belongings:
             continue  # tree.yaml names an adapter on the hub, so its files are not sent
         # By its name and not by where links lead: a snapshot in the hub's cache is all links.
         at = os.path.relpath(entry.files.around, root)
-        if not lies_in(os.path.normpath(entry.files.around), (root,)) or is_hidden(at):
+        if not is_in_folders(os.path.normpath(entry.files.around), (root,)) or is_hidden(at):
             outside[path] = entry.files.folder
             continue
         for name in entry.files.names:
@@ -94,11 +94,11 @@ def places_among(names: Iterable[str], spec: TreeSpec | None) -> list[str]:
     ['a/adapter_config.json']
     """
     listed = set(_homes(spec).values())
-    found = []
+    places = []
     for name in sorted(names):
         above, _, last = name.rpartition("/")
         if name in (PLACE.yaml, PLACE.lock):
-            found.append(name)
+            places.append(name)
             continue
         # The steps of a training run are no nodes unless tree.yaml lists them.
         is_step = step_of(above) is not None and above not in listed
@@ -106,8 +106,8 @@ def places_among(names: Iterable[str], spec: TreeSpec | None) -> list[str]:
         is_single = is_named and name.endswith(SINGLE)
         is_half = last in FILES and bool(above) and not is_step
         if (is_half or is_single) and not is_hidden(above):
-            found.append(name)
-    return found
+            places.append(name)
+    return places
 
 
 def missing_among(names: Collection[str], spec: TreeSpec | None, lock: TreeLock) -> list[str]:
@@ -119,7 +119,7 @@ def missing_among(names: Collection[str], spec: TreeSpec | None, lock: TreeLock)
         lock: its tree.lock.
     """
     homes = _homes(spec)
-    found = []
+    missing = []
     for path, node_lock in lock.nodes.items():
         if node_lock.hub is not None:
             continue  # its adapter is in another repository
@@ -129,8 +129,8 @@ def missing_among(names: Collection[str], spec: TreeSpec | None, lock: TreeLock)
         else:
             is_there = home in names or any(f"{home}/{name}" in names for name in _FOLDERS)
         if not is_there:
-            found.append(path)
-    return found
+            missing.append(path)
+    return missing
 
 
 def _homes(spec: TreeSpec | None) -> dict[str, str]:

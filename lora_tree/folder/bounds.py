@@ -14,7 +14,16 @@ import re
 from ..formats.peft import CONFIG, WEIGHTS
 from ..node_names import MAX_DEPTH
 
-__all__ = ["blobs", "homes", "hub_hint", "inside", "leaves", "lies_in", "no_folder", "tree_above"]
+__all__ = [
+    "blobs",
+    "homes",
+    "hub_hint",
+    "inside",
+    "is_in_folders",
+    "leaves",
+    "no_folder",
+    "tree_above",
+]
 
 _REPOSITORY = re.compile(r"(?:models|datasets|spaces)--[^/]+\Z")
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9][A-Za-z0-9_.-]{0,95}\Z")
@@ -38,24 +47,26 @@ def blobs(folder: str) -> str | None:
 
 def inside(path: str, folder: str) -> bool:
     """Tell whether ``path``, all links followed, lies in ``folder`` or in its blobs."""
-    return lies_in(os.path.realpath(path), homes(folder))
+    return is_in_folders(os.path.realpath(path), homes(folder))
 
 
 def homes(folder: str) -> tuple[str, ...]:
     """Return where a folder's files may lie, all links followed: in it, or in its blobs."""
     root = os.path.realpath(folder)
-    beside = blobs(root)
-    return (root,) if beside is None else (root, beside)
+    blob_folder = blobs(root)
+    return (root,) if blob_folder is None else (root, blob_folder)
 
 
-def lies_in(real: str, homes: tuple[str, ...]) -> bool:
+def is_in_folders(real: str, folders: tuple[str, ...]) -> bool:
     """Tell whether a real path lies in one of some real folders, or is one.
 
-    >>> lies_in("/zoo/fr", ("/zoo",)), lies_in("/zoos", ("/zoo",)), lies_in("/zoo", ("/",))
-    (True, False, True)
+    >>> is_in_folders("/zoo/fr", ("/zoo",)), is_in_folders("/zoos", ("/zoo",))
+    (True, False)
+    >>> is_in_folders("/zoo", ("/",))
+    True
     """
     # The join with "" ends a folder in one separator, so /zoo does not hold /zoos; "/" stays "/".
-    return any(real == home or real.startswith(os.path.join(home, "")) for home in homes)
+    return any(real == home or real.startswith(os.path.join(home, "")) for home in folders)
 
 
 def leaves(file: str, folder: str | None) -> bool:

@@ -16,7 +16,7 @@ from ..errors import FolderError, SpecError
 from ..system.reading import is_folder
 from . import disk
 from .lockfile import FileLock
-from .record import HIDDEN, RECORD, STAGE, Record, RecordedMove, there_now
+from .record import HIDDEN, RECORD, STAGE, Record, RecordedMove, stat_for_record
 
 __all__ = ["carry_out", "sweep"]
 
@@ -44,9 +44,9 @@ def carry_out(folder: Path, record: Record, *, trusted: bool = False) -> None:
         _verify(folder, record)
     touched = {folder / HIDDEN} | _move(folder, stage, record)
     emptied = set()
-    for gone in record.deletes:
-        disk.remove(folder / gone.at)
-        emptied.add((folder / gone.at).parent)
+    for delete in record.deletes:
+        disk.remove(folder / delete.at)
+        emptied.add((folder / delete.at).parent)
     # The names must be durable before the record is removed: without it nothing would repeat the
     # moves after a power cut.
     for parent in sorted(touched | emptied):
@@ -92,12 +92,12 @@ def _verify(folder: Path, record: Record) -> None:
             _refuse_changed(folder, move.to, move.was)
         else:
             _refuse_another(folder / move.to, move, folder)
-    for gone in record.deletes:
-        _refuse_changed(folder, gone.at, gone.was)
+    for delete in record.deletes:
+        _refuse_changed(folder, delete.at, delete.was)
 
 
 def _refuse_changed(folder: Path, place: str, was: FileLock | None) -> None:
-    now = there_now(folder / place)
+    now = stat_for_record(folder / place)
     # An absent file passes: an earlier attempt may have removed it, and nothing is lost by going
     # on.
     if now is not None and now != was:

@@ -156,7 +156,8 @@ class Changes:
         kept: for the save of a tree: node → its adapter as the folder will hold it.
         nodes: for the save of a tree: its nodes as they will be opened again; only the stamps of
             new files are missing.
-        crowded_out: nodes that lose a version because the history's budget has no room for it.
+        nodes_over_budget: nodes that lose a version because the history's budget has no room for
+            it.
     """
 
     files: tuple[NewFile, ...] = ()
@@ -166,7 +167,7 @@ class Changes:
     lock: NewLock | None = None
     kept: Mapping[str, KeptAdapter] = field(default_factory=dict)
     nodes: Mapping[str, Node] = field(default_factory=dict)
-    crowded_out: tuple[str, ...] = ()
+    nodes_over_budget: tuple[str, ...] = ()
 
     @property
     def is_empty(self) -> bool:

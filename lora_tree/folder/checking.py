@@ -61,10 +61,12 @@ def _adapters(opened: Opened, dtype: torch.dtype) -> Iterator[Problem]:
     """Read every adapter that has no problem yet, and judge its numbers."""
     # An adapter with such a problem is not read again: the read would only fail for the same
     # reason, and the problem would be listed twice.
-    told = {problem.node for problem in opened.problems if problem.kind in ("adapter", "unlocked")}
+    reported = {
+        problem.node for problem in opened.problems if problem.kind in ("adapter", "unlocked")
+    }
     for path, entry in opened.entries.items():
         source = node_of(opened, path).source
-        if source is None or path in told:
+        if source is None or path in reported:
             continue
         try:
             # One adapter in memory at a time: a folder may hold more than memory does.
@@ -151,7 +153,7 @@ def notes(path: str | os.PathLike[str]) -> list[str]:
     opened = inspect(place_of(path))
     return [
         *_part_of_a_tree(opened),
-        *_passed_over(opened),
+        *_passed_over_notes(opened),
         *_not_added(opened),
         *_bases(opened),
     ]
@@ -165,18 +167,18 @@ def moved_branches(path: str | os.PathLike[str]) -> list[str]:
     Raises:
         FolderError: there is no such folder or file.
     """
-    found = []
+    notes = []
     for node, entry in inspect(place_of(path)).entries.items():
         name = None if entry.hub is None else parse_hub_name(entry.hub.adapter)
         if name is None or entry.hub is None:
             continue
         head = moved_to(name, entry.hub.commit)
         if head is not None:
-            found.append(
+            notes.append(
                 f"{node}: {name} has moved on to {head[:12]}…; the commit in use is "
                 f"{entry.hub.commit[:12]}…: lora-tree lock takes the new one"
             )
-    return found
+    return notes
 
 
 def _part_of_a_tree(opened: Opened) -> list[str]:
@@ -191,7 +193,7 @@ def _part_of_a_tree(opened: Opened) -> list[str]:
     return [f"{folder}: the node {node} of the tree {tree}; its ancestors there don't count here"]
 
 
-def _passed_over(opened: Opened) -> list[str]:
+def _passed_over_notes(opened: Opened) -> list[str]:
     """Return a note for each run whose steps are passed over."""
     runs: dict[str, list[str]] = {}
     for step in opened.passed:
@@ -209,7 +211,7 @@ def _not_added(opened: Opened) -> list[str]:
     for entry in opened.entries.values():
         if entry.files is not None:
             used.update(os.path.realpath(at) for at, _ in entry.files.now.values())
-    found: list[str] = []
+    unused: list[str] = []
     for path in sorted(opened.scan.single)[:_MOST_HEADERS]:
         at = Path(folder, path)
         if os.path.realpath(at) in used or any(path.startswith(f"{p}/") for p in opened.passed):
@@ -218,13 +220,13 @@ def _not_added(opened: Opened) -> list[str]:
             recognise(at)
         except LoraTreeError:
             continue  # a model's weights, or anything else that is no adapter
-        found.append(path)
-    if not found:
+        unused.append(path)
+    if not unused:
         return []
     tree = opened.place.spelled
-    first = os.path.join(tree, found[0])
+    first = os.path.join(tree, unused[0])
     return [
-        f"passed over {listing(found)}: only PEFT folders are nodes by themselves; to add one: "
+        f"passed over {listing(unused)}: only PEFT folders are nodes by themselves; to add one: "
         f"lora-tree add {shlex.quote(tree)} NAME {shlex.quote(first)}"
     ]
 
@@ -243,6 +245,8 @@ def _bases(opened: Opened) -> list[str]:
             if other_base(name, tree)
         ]
     if len(by_name) > 1 and opened.spec is None:
-        told = "; ".join(f"{name!r} ({listing(nodes)})" for name, nodes in by_name.items())
-        return [f"the adapters name different bases: {told}; name the tree's own in a tree.yaml"]
+        names_text = "; ".join(f"{name!r} ({listing(nodes)})" for name, nodes in by_name.items())
+        return [
+            f"the adapters name different bases: {names_text}; name the tree's own in a tree.yaml"
+        ]
     return []

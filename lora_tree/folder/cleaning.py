@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..tree import AdapterTree
 from .api import load
-from .archive import archived, contents_of_others, place_in_archive
+from .archive import archived, contents_of_other_trees, place_in_archive
 from .changes import Changes, NewFile
 from .commit import writing
 from .history import history_place, render_history
@@ -77,9 +77,9 @@ def gc(
         freed, changes = _spare(_looked(path), versions)
         transaction.apply(changes)
     # A run may have begun or ended since the look above: only those that really went are reported.
-    gone = {int(own.name) for own in drop_runs(kept, most=most)}
-    runs_gone = {number: nbytes for number, nbytes in spare.items() if number in gone}
-    return replace(freed, runs=runs_gone, dry_run=False)
+    dropped = {int(own.name) for own in drop_runs(kept, most=most)}
+    dropped_bytes = {number: nbytes for number, nbytes in spare.items() if number in dropped}
+    return replace(freed, runs=dropped_bytes, dry_run=False)
 
 
 def _looked(path: str | os.PathLike[str]) -> Opened:
@@ -100,17 +100,19 @@ def _spare(opened: Opened, most: int | None) -> tuple[Freed, Changes]:
     wanted = new.contents().keys() - live
     spare = archived(folder) - wanted
     if spare:
-        spare -= contents_of_others(Path(folder), place)
+        spare -= contents_of_other_trees(Path(folder), place)
     nodes = {}
     for path, versions in old.nodes.items():
         count = len(versions) - len(new.nodes.get(path, ()))
         if count:
             nodes[path] = count
     sizes = {content: _bytes_of(folder, content) for content in sorted(archived(folder))}
-    left = sum(size for content, size in sizes.items() if content not in spare)
-    gone = {content: sizes[content] for content in sorted(spare)}
+    left_bytes = sum(size for content, size in sizes.items() if content not in spare)
+    freed_bytes = {content: sizes[content] for content in sorted(spare)}
     files = () if new == old else (NewFile.of(place, render_history(new)),)
-    return Freed(nodes, gone, left, dry_run=True), Changes(files, forgets=frozenset(spare))
+    return Freed(nodes, freed_bytes, left_bytes, dry_run=True), Changes(
+        files, forgets=frozenset(spare)
+    )
 
 
 def _bytes_of(folder: str, content: str) -> int:

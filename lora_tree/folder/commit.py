@@ -36,7 +36,7 @@ from .record import (
     RecordedMove,
     check_places,
     read_record,
-    there_now,
+    stat_for_record,
 )
 from .writer import only_writer
 
@@ -102,7 +102,7 @@ class Transaction:
         self._check(changes)
         # The folders come before the decision: after it nothing should be able to fail.
         for place in changes.writes:
-            self._make_way(place)
+            self._make_folders(place)
         disk.make_inside(self._stage)
         # Before the decision as well: from then on the log names these contents.
         self._archives = bool(changes.archives)
@@ -140,9 +140,9 @@ class Transaction:
                 text = f"{self.folder / place}: a folder lies where a file belongs"
                 raise FolderError(text, "move it away")
         for above in sorted({place.rpartition("/")[0] for place in writes}):
-            self._check_way(above)
+            self._check_folders(above)
 
-    def _check_way(self, above: str) -> None:
+    def _check_folders(self, above: str) -> None:
         """Refuse a file that lies where a folder belongs, and a folder that can't be written."""
         folder = self.folder
         for name in above.split("/") if above else ():
@@ -156,7 +156,7 @@ class Transaction:
             raise FolderError(f"{folder}: can't be written: no permission")
 
     # ------------------------------------------------------------------ staging
-    def _make_way(self, place: str) -> None:
+    def _make_folders(self, place: str) -> None:
         """Make the folders on the way to a place."""
         folder = self.folder
         for name in place.split("/")[:-1]:
@@ -179,16 +179,16 @@ class Transaction:
         if sha256 != new.sha256:
             what = new.origin if isinstance(new.origin, Path) else self.folder / new.place
             raise FolderError(f"{what}: its bytes changed while they were saved", "save again")
-        was = there_now(self.folder / new.place)
+        was = stat_for_record(self.folder / new.place)
         self._moves.append(RecordedMove(to=new.place, size=stamp.size, sha256=sha256, was=was))
         self.written[new.place] = stamp
 
     def _record(self, deletes: frozenset[str]) -> Record:
-        gone = [
-            RecordedDelete(at=place, was=there_now(self.folder / place))
+        recorded = [
+            RecordedDelete(at=place, was=stat_for_record(self.folder / place))
             for place in sorted(deletes)
         ]
-        return Record(stage=self._stage.name, moves=self._moves, deletes=gone)
+        return Record(stage=self._stage.name, moves=self._moves, deletes=recorded)
 
     # ------------------------------------------------------------------ deciding
     def _decide(self, record: Record, forgets: Iterable[str]) -> None:

@@ -102,7 +102,7 @@ def decide(
         None if same_lock else lock,
         draft.kept,
         _nodes_after(draft, lock),
-        tuple(keeping.crowded_out),
+        tuple(keeping.nodes_over_budget),
     )
 
 
@@ -172,7 +172,7 @@ def _only_in_memory(node: Node, *, copy: bool) -> Adapter | None:
         return adapter
     if not isinstance(source, FolderSource):
         return source.load() if adapter is None else adapter
-    if adapter is not None and (_may_have_trained(adapter) or source.gone()):
+    if adapter is not None and (_may_have_trained(adapter) or source.has_missing_files()):
         return adapter
     if copy and _needs_other_bytes(source):
         return source.load() if adapter is None else adapter
@@ -193,7 +193,7 @@ def _is_in_files(node: Node, rendered: _Rendered) -> bool:
     source = node.source
     if not isinstance(source, FolderSource) or source.content != rendered.content:
         return False
-    return not source.gone()
+    return not source.has_missing_files()
 
 
 def _may_have_trained(adapter: Adapter) -> bool:
@@ -246,14 +246,14 @@ def _from_files(draft: _Decisions, node: Node, source: FolderSource) -> KeptAdap
     if os.path.realpath(source.folder) == os.path.realpath(home):
         return _in_place(draft, node.path, source, files)
     if source.root is None and not draft.copy and not _is_other_nodes(draft, source.folder):
-        found = _examined(source, files, is_new=_is_new(draft, node.path, source))
+        examined = _examined(source, files, is_new=_is_new(draft, node.path, source))
         return KeptAdapter(
             files.folder,
-            found.content,
-            found.pieces,
+            examined.content,
+            examined.pieces,
             files.stamps,
             source.trained,
-            found.untrained,
+            examined.untrained,
             named=True,
             hub=source.hub,
         )
@@ -262,8 +262,8 @@ def _from_files(draft: _Decisions, node: Node, source: FolderSource) -> KeptAdap
     # content would be refused after it was written.
     weights, of_pieces = weights_digest(files.now[WEIGHTS][0])
     hashes = {CONFIG: disk.digest(files.now[CONFIG][0]), WEIGHTS: weights}
-    whole = content(*hashes.values())
-    if source.content not in (None, whole):
+    whole_content = content(*hashes.values())
+    if source.content not in (None, whole_content):
         raise FolderError(
             f"{source.folder}: its files have changed since the tree was opened",
             "open the tree again",
@@ -275,7 +275,7 @@ def _from_files(draft: _Decisions, node: Node, source: FolderSource) -> KeptAdap
     if source.trained is None:
         untrained = examine(files, is_new=_is_new(draft, node.path, source)).untrained
     pieces = by_pieces(hashes, of_pieces)
-    return KeptAdapter(home, whole, pieces, None, source.trained, untrained, written=True)
+    return KeptAdapter(home, whole_content, pieces, None, source.trained, untrained, written=True)
 
 
 def _is_other_nodes(draft: _Decisions, folder: str) -> bool:
@@ -329,7 +329,7 @@ def _refuse_twins(files: Iterable[NewFile], deletes: Iterable[str]) -> None:
 
 def _new_yaml(needs: YamlNeeds, rights: Ownership) -> NewFile | None:
     """Return the tree.yaml to write; None if the folder says the same already."""
-    if needs.is_said():
+    if needs.is_up_to_date():
         return None
     place, old = needs.opened.place, needs.opened.yaml_bytes
     data = render_yaml(needs.data())

@@ -124,21 +124,21 @@ def digest(
     path: str | Path,
     *,
     follow: bool = True,
-    beside: Callable[[memoryview], object] | None = None,
+    witness: Callable[[memoryview], object] | None = None,
 ) -> str:
     """Return the SHA-256 of a file's bytes.
 
     Args:
         follow: follow a link; otherwise a link is refused.
-        beside: called with the bytes too, in order.
+        witness: called with the bytes too, in order.
     """
-    found = hashlib.sha256()
+    sha256 = hashlib.sha256()
     with named("read it", path), open_plain(path, follow=follow) as file:
         for block in _blocks(file):
-            found.update(block)
-            if beside is not None:
-                beside(memoryview(block))
-    return found.hexdigest()
+            sha256.update(block)
+            if witness is not None:
+                witness(memoryview(block))
+    return sha256.hexdigest()
 
 
 def mode_of(path: str | Path) -> int:
@@ -171,16 +171,16 @@ def replace(path: str | Path, data: bytes) -> None:
     """
     check_parent(path)
     # Beside it, because a rename does not cross file systems.
-    beside = Path(path).with_name(f".{Path(path).name}.{uuid.uuid4().hex}")
+    temporary = Path(path).with_name(f".{Path(path).name}.{uuid.uuid4().hex}")
     try:
         # Errors name ``path``, because the caller does not know of the file beside it.
         with named("write it", path):
-            with _created(beside, mode_of(path)) as file:
+            with _created(temporary, mode_of(path)) as file:
                 _fill(file, data)
-            _rename(beside, path)
+            _rename(temporary, path)
     except BaseException:
         with suppress(OSError):
-            os.unlink(beside)
+            os.unlink(temporary)
         raise
     # The rename itself lasts only once the folder is synced. Without this a power cut could bring
     # the old file back after this function had returned.
@@ -219,7 +219,7 @@ def copy(
         mode: see `write`.
         inside: where ``source`` may lie when it is opened.
     """
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     with (
         named(f"copy {source} to it", path),
         open_plain(source, inside=inside) as origin,
@@ -228,9 +228,9 @@ def copy(
         # The copied bytes themselves are hashed. A second read of the source could see other bytes,
         # because another process may write it meanwhile.
         for block in _blocks(origin):
-            found.update(block)
+            digest.update(block)
             _write_all(file, block)
-        return _fill(file, b""), found.hexdigest()
+        return _fill(file, b""), digest.hexdigest()
 
 
 def link(path: str | Path, to: str | Path) -> bool:

@@ -117,7 +117,7 @@ def check_numbers(adapter: Adapter, folder: str) -> None:
     if all_finite(spans(tensors)):
         return
     broken = [module for module, value in adapter.modules.items() if not value.is_finite]
-    broken += [tensor for tensor, one in adapter.overrides.items() if not one.is_finite]
+    broken += [tensor for tensor, override in adapter.overrides.items() if not override.is_finite]
     if broken:
         raise FormatError(
             f"{listing(broken)}: a factor holds NaN or an infinity, as a training that diverged "

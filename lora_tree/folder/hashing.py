@@ -85,9 +85,9 @@ class ContentHash:
         self._parts.put((name, data))
 
     @property
-    def runs_beside(self) -> bool:
+    def is_threaded(self) -> bool:
         """True while a thread hashes what was read: there is time until the hash is known."""
-        if self._pieces is not None and self._pieces.runs_beside:
+        if self._pieces is not None and self._pieces.is_threaded:
             return True
         return self._thread is not None
 
@@ -170,7 +170,7 @@ def weights_digest(path: str | Path) -> tuple[str, PieceHash]:
     """
     # One thread, so that no more than a block is in memory however slow the hash is.
     pieces = PieceHash()
-    return disk.digest(path, beside=pieces.update), pieces
+    return disk.digest(path, witness=pieces.update), pieces
 
 
 def _joined(parts: Sequence[tuple[str, memoryview]]) -> Iterator[tuple[str, memoryview]]:
@@ -180,7 +180,7 @@ def _joined(parts: Sequence[tuple[str, memoryview]]) -> Iterator[tuple[str, memo
     for name, data in parts:
         address = _address(data)
         if run and (name, address) != (of, end):
-            yield of, _one(start, end, run)
+            yield of, _joined_view(start, end, run)
             run = []
         if address is None:
             yield name, data
@@ -190,7 +190,7 @@ def _joined(parts: Sequence[tuple[str, memoryview]]) -> Iterator[tuple[str, memo
         run.append(data)
         end = address + data.nbytes
     if run:
-        yield of, _one(start, end, run)
+        yield of, _joined_view(start, end, run)
 
 
 def _address(data: memoryview) -> int | None:
@@ -198,11 +198,11 @@ def _address(data: memoryview) -> int | None:
     return ctypes.addressof(data.obj) if isinstance(data.obj, ctypes.Array) else None
 
 
-def _one(start: int, end: int, parts: Sequence[memoryview]) -> memoryview:
+def _joined_view(start: int, end: int, parts: Sequence[memoryview]) -> memoryview:
     """Return the memory from ``start`` to ``end`` as one view, which keeps its parts alive."""
-    whole: Any = (ctypes.c_char * (end - start)).from_address(start)
-    whole.parts = parts
-    return memoryview(whole)
+    array: Any = (ctypes.c_char * (end - start)).from_address(start)
+    array.parts = parts
+    return memoryview(array)
 
 
 def _is_worth_a_thread(name: str, nbytes: int) -> bool:

@@ -50,9 +50,9 @@ __all__ = [
     "LOG_NAME",
     "History",
     "Version",
-    "beside",
     "ended",
     "history_place",
+    "other_versions",
     "parse_history",
     "render_history",
 ]
@@ -190,14 +190,14 @@ class History:
                 break
             dropped.add(content)
             room += sizes[content]
-        gone: list[str] = []
+        shortened: list[str] = []
         nodes: dict[str, tuple[Version, ...]] = {}
         for path, versions in self.nodes.items():
             left = tuple(v for v in versions if v.content not in dropped or v.elsewhere)
             if len(left) < len(versions):
-                gone.append(path)
+                shortened.append(path)
             nodes[path] = left
-        return History(nodes).without_empty(), gone
+        return History(nodes).without_empty(), shortened
 
     def without_empty(self) -> History:
         """Return the history without nodes that have no version in it."""
@@ -219,7 +219,7 @@ def ended(
     return _bounded([*others, old], None if now is None else now[0], most)
 
 
-def beside(versions: Sequence[Version], now: tuple[str, Weight]) -> tuple[Version, ...]:
+def other_versions(versions: Sequence[Version], now: tuple[str, Weight]) -> tuple[Version, ...]:
     """Return a node's earlier versions, without the present one."""
     return tuple(version for version in versions if version.key != now)
 

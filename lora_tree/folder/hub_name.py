@@ -84,15 +84,15 @@ def parse_hub_name(text: str) -> HubName | None:
     """
     if not is_on_hub(text):
         return None
-    found = _NAME.fullmatch(text[len(PREFIX) :])
-    path = (found["path"] or "").rstrip("/") if found is not None else ""
+    match = _NAME.fullmatch(text[len(PREFIX) :])
+    path = (match["path"] or "").rstrip("/") if match is not None else ""
     parts = path.split("/") if path else []
-    if found is None or any(part in ("", ".", "..") for part in parts):
+    if match is None or any(part in ("", ".", "..") for part in parts):
         raise SpecError(
             f"{text!r}: no adapter on the hub", "expected: hub:org/name[@revision][/folder or file]"
         )
-    revision = found["revision"]
-    return HubName(found["repository"], None if revision is None else unquote(revision), path)
+    revision = match["revision"]
+    return HubName(match["repository"], None if revision is None else unquote(revision), path)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Incoming: a tree's files from elsewhere take their places in a folder, all of them or none.
 
-    nothing there, or an empty folder   filled under a hidden name and renamed (`whole`)
+    nothing there, or an empty folder   filled under a hidden name and renamed (`atomic_folders`)
     a folder                            one transaction, as a save's (`commit`)
 
 Law: a file that would be replaced or deleted is one that its origin can give back, byte for byte.
@@ -18,6 +18,7 @@ from pathlib import Path
 from ..errors import FolderError, listing
 from . import disk
 from .alone import finish_nodes
+from .atomic_folders import new_folder
 from .belonging import PLACE, belongings
 from .changes import Changes, NewFile
 from .commit import writing
@@ -25,7 +26,6 @@ from .hub_origin import HubOrigin, write_origin
 from .opening import inspect
 from .scan import FILES
 from .tree_place import TreePlace
-from .whole import new_folder
 
 __all__ = ["Arrival", "arrive", "planned"]
 

@@ -20,15 +20,15 @@ from ..provenance import Made, SaveNote, seen_from
 from ..tree import AdapterTree
 from ..weights import Weight
 from . import disk
-from .archive import archived, contents_of_others
+from .archive import archived, contents_of_other_trees
 from .changes import Archived, KeptAdapter, NewFile
 from .examine import hashed
 from .history import (
     History,
     Version,
-    beside,
     ended,
     history_place,
+    other_versions,
     parse_history,
     render_history,
 )
@@ -129,20 +129,20 @@ class Keeping:
     @cached_property
     def moves(self) -> dict[str, str]:
         """Old path → new path of the nodes that were moved."""
-        found = {}
+        new_paths = {}
         for old, new in self.note.moved.items():
             if old in self.before and old not in self.kept and new in self.kept:
-                found[old] = new
-        gone: dict[str, list[str]] = {}
+                new_paths[old] = new
+        removed: dict[str, list[str]] = {}
         for old, was in self.before.items():
-            if old not in self.kept and old not in found:
-                gone.setdefault(was.content, []).append(old)
-        taken = set(found.values())
+            if old not in self.kept and old not in new_paths:
+                removed.setdefault(was.content, []).append(old)
+        taken = set(new_paths.values())
         for path in sorted(self.kept):
-            same = gone.get(self.kept[path].content)
+            same = removed.get(self.kept[path].content)
             if same and path not in self.before and path not in taken:
-                found[same.pop(0)] = path
-        return found
+                new_paths[same.pop(0)] = path
+        return new_paths
 
     @cached_property
     def _origins(self) -> dict[str, str]:
@@ -188,7 +188,7 @@ class Keeping:
             changed = True
         for path, own in self.kept.items():
             if path in nodes:
-                nodes[path] = beside(nodes[path], (own.content, self.tree[path].weight))
+                nodes[path] = other_versions(nodes[path], (own.content, self.tree[path].weight))
         history = History(nodes).without_empty()
         if not changed:
             return history, []
@@ -200,7 +200,7 @@ class Keeping:
         return {own.content for own in self.kept.values() if not own.named}
 
     @property
-    def crowded_out(self) -> list[str]:
+    def nodes_over_budget(self) -> list[str]:
         """The nodes that lose a version because the budget has no room for it."""
         return self._new[1]
 
@@ -219,13 +219,13 @@ class Keeping:
         if not wanted:
             return ()
         missing = wanted - archived(self.opened.place.folder)
-        found = {}
+        archived_contents = {}
         for path, was in self.before.items():
             files = self.opened.entries[path].files
             if was.content in missing and was.elsewhere is None and files is not None:
                 places = {name: at for name, (at, _) in files.now.items()}
-                found[was.content] = Archived(was.content, places)
-        return tuple(found[content] for content in sorted(found))
+                archived_contents[was.content] = Archived(was.content, places)
+        return tuple(archived_contents[content] for content in sorted(archived_contents))
 
     def forgets(self) -> frozenset[str]:
         """Return the contents that no log names any more, or that a node has again."""
@@ -235,5 +235,5 @@ class Keeping:
         wanted = history.contents().keys() - self._live
         spare = archived(folder) - wanted
         if spare:
-            spare -= contents_of_others(Path(folder), history_place(self.opened.place.lock))
+            spare -= contents_of_other_trees(Path(folder), history_place(self.opened.place.lock))
         return frozenset(spare)

@@ -15,7 +15,7 @@ from ..formats.recognise import DIFFUSERS_WEIGHTS
 from ..override import check_none
 from ..system.reading import is_folder
 from . import disk
-from .whole import make_all, new_folders
+from .atomic_folders import make_all, new_folders
 
 __all__ = ["save_mlx", "save_one_file"]
 

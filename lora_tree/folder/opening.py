@@ -219,7 +219,7 @@ def _refuse_other_ending(place: TreePlace) -> None:
 # ---------------------------------------------------------------------- against the lock
 def _compare_files(opened: Opened, lock: TreeLock) -> None:
     """Find the nodes whose files differ from the lock; take the others' hashes from it."""
-    told = {problem.node for problem in opened.problems}
+    reported = {problem.node for problem in opened.problems}
     for path, entry in opened.entries.items():
         if entry.files is None or entry.files.flaw is not None:
             continue
@@ -235,7 +235,7 @@ def _compare_files(opened: Opened, lock: TreeLock) -> None:
         opened.problems.append(Problem(path, "unlocked", text, broken=cause is not None))
     for path in lock.nodes:
         now = opened.entries.get(path, FolderNode())
-        if path in told:
+        if path in reported:
             continue  # its problem is listed already, and "gone" may be wrong
         if now.files is None and not now.null and now.hub is None:
             text = f"{path}: in the lock, but its adapter is gone"
@@ -305,18 +305,18 @@ def unusable(opened: Opened) -> dict[str, str]:
     These are the nodes with a problem, the nodes below them, and adapters that are broken or of a
     kind that does not add up. For the last, the headers of all adapters are read here.
     """
-    found: dict[str, str] = {}
+    reasons: dict[str, str] = {}
     for problem in opened.problems:
         if problem.node and problem.kind not in HARMLESS:
-            found.setdefault(problem.node, problem.text)
+            reasons.setdefault(problem.node, problem.text)
     for path, entry in opened.entries.items():  # parents first, so that a reason reaches all below
         above = path.rpartition("/")[0]
-        if path in found:
+        if path in reasons:
             continue
-        if above in found:
-            found[path] = f"{path}: lies below {above}, which can't be used"
+        if above in reasons:
+            reasons[path] = f"{path}: lies below {above}, which can't be used"
         elif entry.files is not None:
             reason = broken_text(entry.files, unknown_kinds=True)
             if reason is not None:
-                found[path] = f"{path}: {reason}"
-    return found
+                reasons[path] = f"{path}: {reason}"
+    return reasons

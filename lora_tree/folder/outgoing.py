@@ -126,11 +126,11 @@ def portable_base(name: str | None, folder: str) -> str | None:
     >>> portable_base("org/model", "/zoo"), portable_base("../models/base", "/zoo")
     ('org/model', None)
     """
-    found = hub_id(name)
+    repository = hub_id(name)
     # A snapshot in the hub's cache is a folder too, but its path tells the repository.
-    is_snapshot = found is not None and found != name
+    is_snapshot = repository is not None and repository != name
     if is_snapshot or (local_base(name, folder) is None and local_base(name, "") is None):
-        return found
+        return repository
     return None
 
 

@@ -74,21 +74,21 @@ class Ownership:
         Raises:
             FolderError: no save wrote what lies there, or this tree has not seen it.
         """
-        there = self.opened.scan.found.get(node.path)
-        if there is None:
+        present = self.opened.scan.found.get(node.path)
+        if present is None:
             return
-        if not self.is_ours(node.path, there) and not _is_home(node, there.folder):
+        if not self.is_ours(node.path, present) and not _is_home(node, present.folder):
             raise FolderError(
-                f"{there.folder}: an adapter that no save wrote lies where this node's files "
+                f"{present.folder}: an adapter that no save wrote lies where this node's files "
                 "belong",
                 "move it away, or save to another folder",
             )
         # Files of a save are not enough: another process may have made that save since this tree
         # was opened, and this one would undo it unseen.
-        if self.seen.knows(node.path, there):
+        if self.seen.is_unchanged(node.path, present):
             return
-        if there.flaw is not None or content != hashed(there):
-            raise self.undoing([there.folder], "written")
+        if present.flaw is not None or content != hashed(present):
+            raise self.undoing([present.folder], "written")
 
     def check_yaml(self, old: bytes) -> None:
         """Refuse to replace a tree.yaml that this tree has not seen as it is now.
@@ -127,7 +127,7 @@ class Ownership:
         # node that names it, so it stays.
         named = {os.path.relpath(own.folder, folder) for own in kept.values() if own.named}
         for path, files in self.opened.scan.found.items():
-            if self._stays(path, kept, named):
+            if self._is_kept(path, kept, named):
                 continue
             if not self.is_ours(path, files):
                 # A line of tree.yaml can say that a node has no adapter, also if one lies in its
@@ -135,7 +135,7 @@ class Ownership:
                 is_group = path in tree and not tree[path].has_adapter and tree[path].fresh is None
                 if not is_group:
                     back.append(files.folder)
-            elif self.seen.knows(path, files):
+            elif self.seen.is_unchanged(path, files):
                 going.append(path)
             else:
                 unseen.append(files.folder)
@@ -151,7 +151,7 @@ class Ownership:
             )
         return going
 
-    def _stays(self, path: str, kept: Mapping[str, KeptAdapter], named: set[str]) -> bool:
+    def _is_kept(self, path: str, kept: Mapping[str, KeptAdapter], named: set[str]) -> bool:
         """Tell whether the adapter in a folder is a node's, or a step of a run whose node stays."""
         if (path or ".") in named or (path in kept and not kept[path].named):
             return True

@@ -60,7 +60,7 @@ def pending(folder: str | Path) -> Pending:
     if is_folder(stage, follow=False):  # a link would lead the reader to other files
         for i, move in enumerate(record.moves):
             staged[move.to] = os.path.join(stage, str(i))
-    return Pending(staged, frozenset(gone.at for gone in record.deletes))
+    return Pending(staged, frozenset(delete.at for delete in record.deletes))
 
 
 def progress(folder: str) -> tuple[Glimpse | None, ...]:

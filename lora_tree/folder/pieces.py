@@ -53,7 +53,7 @@ class PieceHash:
     def __init__(self, threads: int = 1) -> None:
         self._threads = threads
         self._pool: ThreadPoolExecutor | None = None
-        self._found: list[Future[str] | str] = []  # of each whole piece, in order
+        self._digests: list[Future[str] | str] = []  # of each whole piece, in order
         # The piece that is not whole yet: its parts, or with one thread the hash of them.
         self._parts: list[memoryview] = []
         self._hash = hashlib.sha256()
@@ -75,7 +75,7 @@ class PieceHash:
                 self._end_piece()
 
     @property
-    def runs_beside(self) -> bool:
+    def is_threaded(self) -> bool:
         """True while threads are hashing: there is time until `hexdigest` returns."""
         return self._pool is not None
 
@@ -84,7 +84,7 @@ class PieceHash:
         if self._nbytes:
             self._end_piece()
         lines = []
-        for one in self._found:
+        for one in self._digests:
             found = one if isinstance(one, str) else one.result()
             lines.append(f"{found}\n")
         self.close()
@@ -98,9 +98,9 @@ class PieceHash:
 
     def _end_piece(self) -> None:
         if self._threads > 1:
-            self._found.append(self._started(self._parts))
+            self._digests.append(self._started(self._parts))
         else:
-            self._found.append(self._hash.hexdigest())
+            self._digests.append(self._hash.hexdigest())
         self._parts, self._hash, self._nbytes = [], hashlib.sha256(), 0
 
     def _started(self, parts: list[memoryview]) -> Future[str] | str:

@@ -41,7 +41,7 @@ __all__ = [
     "RecordedMove",
     "check_places",
     "read_record",
-    "there_now",
+    "stat_for_record",
 ]
 
 HIDDEN = ".lora_tree"
@@ -118,7 +118,7 @@ def read_record(folder: str | Path) -> Record | None:
             return None  # the writer carried it out between the lstat and the read
         raise
     moved_to = [move.to for move in record.moves]
-    deleted = [gone.at for gone in record.deletes]
+    deleted = [delete.at for delete in record.deletes]
     check_places(Path(folder), moved_to, deleted)
     return record
 
@@ -203,7 +203,7 @@ def _refuse_links(folder: Path, above: str) -> None:
             raise SpecError(f"{folder}: a link; a save writes into the tree's own folders only")
 
 
-def there_now(place: Path) -> FileLock | None:
+def stat_for_record(place: Path) -> FileLock | None:
     """Return size and time of the file at a place, for a record; a link is not followed.
 
     Raises:

@@ -123,17 +123,17 @@ def _is_untrained(new: Examined | None, old: TreeLock, before: str | None) -> bo
 
 def _examined(opened: Opened) -> dict[str, Examined]:
     """Read every adapter that the old lock does not vouch for."""
-    found: dict[str, Examined] = {}
+    examined: dict[str, Examined] = {}
     broken: list[LoraTreeError] = []
     for path, entry in opened.entries.items():
         if entry.files is None or path in opened.contents:
             continue
         try:
-            found[path] = examine(entry.files)
+            examined[path] = examine(entry.files)
         except (BudgetError, FormatError) as error:
             broken.append(error.within(path))  # all of them are reported at once
     if not broken:
-        return found
+        return examined
     lines: list[str] = []
     for mistake in broken:
         lines += [mistake.what, *mistake.todo]

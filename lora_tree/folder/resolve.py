@@ -88,25 +88,25 @@ def resolve(
         outside: whether tree.yaml may name adapters that lie outside of ``folder``.
         pins: node → the adapter on the hub and its commit, as the lock records them.
     """
-    found = _Resolving(scan, folder, outside, pins or {})
-    found.problems += [Problem(path, "folder", text) for path, text in scan.wrong]
+    resolving = _Resolving(scan, folder, outside, pins or {})
+    resolving.problems += [Problem(path, "folder", text) for path, text in scan.wrong]
     # The nodes of tree.yaml come first: an adapter in a folder is judged by it.
     if spec is not None:
         for path, node, loc in walk(spec):
             at = f"{located.at((*loc, 'adapter'))}: node {path}: " if located else f"{path}: "
-            found.add_listed(path, node, spec.defaults, at)
+            resolving.add_listed(path, node, spec.defaults, at)
     # The scan lists parents first, so the adapter of a run is known before its steps are judged.
     for path, files in scan.found.items():
-        found.add_folder(path, files)
+        resolving.add_folder(path, files)
     # Links come last: whether one belongs to a run that is passed over depends on the nodes found
     # so far.
     for path, target in scan.links.items():
-        found.judge_link(path, target)
+        resolving.judge_link(path, target)
     # Parents come before their children in this order. Callers rely on it: a lineage is made from
     # the one above it.
-    ordered = {path: found.entries[path] for path in sorted(found.entries, key=_by_level)}
-    problems = [*found.problems, *_twins(ordered, folder)]
-    return Resolved(ordered, problems, found.passed)
+    ordered = {path: resolving.entries[path] for path in sorted(resolving.entries, key=_by_level)}
+    problems = [*resolving.problems, *_twins(ordered, folder)]
+    return Resolved(ordered, problems, resolving.passed)
 
 
 def _by_level(path: str) -> list[str]:
@@ -233,11 +233,13 @@ class _Resolving:
         elif path not in self.entries:
             for above in paths_above(path):
                 if above in self.claimed and above not in self.entries:
-                    self.problems.append(Problem(above, "folder", self._taken(above, path)))
+                    self.problems.append(
+                        Problem(above, "folder", self._taken_adapter_text(above, path))
+                    )
                 self.entries.setdefault(above, FolderNode())  # a group
             self.entries[path] = FolderNode(files=files)
 
-    def _taken(self, above: str, path: str) -> str:
+    def _taken_adapter_text(self, above: str, path: str) -> str:
         """Say that a node would lose its adapter, because tree.yaml names it for another one."""
         text = (
             f"{os.path.join(self.folder, above)}: tree.yaml names this adapter for another node, "

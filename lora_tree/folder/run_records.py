@@ -175,7 +175,7 @@ class RunRecord:
         `metrics`.
         """
         measured = self.evaluations()
-        found: dict[str, list[tuple[int, float]]] = {}
+        losses: dict[str, list[tuple[int, float]]] = {}
         for node in self.nodes:
             sums: dict[int, list[PathMetric]] = {}
             for line in measured:
@@ -184,8 +184,8 @@ class RunRecord:
             for step, lines in sums.items():
                 tokens = sum(line.tokens for line in lines)
                 loss = math.fsum(line.loss * line.tokens for line in lines) / max(tokens, 1)
-                found.setdefault(node, []).append((step, loss))
-        return found
+                losses.setdefault(node, []).append((step, loss))
+        return losses
 
     def _lines(self) -> Iterator[tuple[dict[str, Any], str]]:
         file = self.folder / METRICS
@@ -207,13 +207,13 @@ def run_records(path: str | os.PathLike[str]) -> list[RunRecord]:
 
     >>> # [(run.number, run.state, run.done) for run in run_records("zoo/")]
     """
-    found = []
+    records = []
     for number, folder in numbered_runs(runs_folder(place_of(path))):
         try:
-            found.append(read_run(number, folder))
+            records.append(read_run(number, folder))
         except LoraTreeError:
             continue  # one damaged file must not hide the other runs
-    return found
+    return records
 
 
 def runs_folder(place: TreePlace) -> Path:
@@ -295,8 +295,8 @@ def _record_of(number: int, folder: Path, about: Mapping[str, Any]) -> RunRecord
     if state not in ("running", "stopped", "trained", "finished", "diverged"):
         raise ValueError(f"state {state!r}")
     outcomes = {}
-    for node, told in about.get("outcomes", {}).items():
-        outcomes[str(node)] = NodeOutcome(**told)
+    for node, outcome in about.get("outcomes", {}).items():
+        outcomes[str(node)] = NodeOutcome(**outcome)
     ended = about.get("ended")
     return RunRecord(
         number=number,

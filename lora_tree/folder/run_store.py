@@ -45,7 +45,7 @@ __all__ = [
     "bytes_of_run",
     "cut_after",
     "drop_runs",
-    "kept_run",
+    "resumed_or_new_run",
     "spare_runs",
     "write_about",
 ]
@@ -58,12 +58,12 @@ _GONE = ".gone-"
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def _holding_run_lock(folder: Path) -> Iterator[None]:
     with locks.holding(folder / RUN_LOCK):
         yield
 
 
-def kept_run(folder: Path, identity: str, about: Mapping[str, Any]) -> Path:
+def resumed_or_new_run(folder: Path, identity: str, about: Mapping[str, Any]) -> Path:
     """Return the folder of a run: of an unfinished one to resume, or of a new one.
 
     Args:
@@ -75,10 +75,10 @@ def kept_run(folder: Path, identity: str, about: Mapping[str, Any]) -> Path:
         FolderError: the folder can't be written.
     """
     disk.make_inside(folder)
-    with _alone(folder):
+    with _holding_run_lock(folder):
         known = numbered_runs(folder)
         for _, own in reversed(known):
-            if _goes_on(own, identity):
+            if _is_resumable(own, identity):
                 return own
         number = known[-1][0] + 1 if known else 1
         own = folder / str(number)
@@ -165,7 +165,7 @@ def drop_runs(folder: Path, *, most: int = RUNS_KEPT) -> list[Path]:
     """
     if not is_folder(folder):
         return []
-    with _alone(folder):
+    with _holding_run_lock(folder):
         spare = spare_runs(folder, most=most)
         _drop(spare)
         with disk.named("list it", folder):
@@ -182,7 +182,7 @@ def bytes_of_run(own: Path) -> int:
 
 
 # ---------------------------------------------------------------------- private
-def _goes_on(own: Path, identity: str) -> bool:
+def _is_resumable(own: Path, identity: str) -> bool:
     """Tell whether a run is the same, unfinished and free; False if it can't be read."""
     file = own / RUN_ABOUT
     try:
@@ -195,11 +195,11 @@ def _goes_on(own: Path, identity: str) -> bool:
 
 def _drop(spare: Iterable[Path]) -> None:
     for own in spare:
-        gone = own.with_name(f"{_GONE}{uuid.uuid4().hex}")
+        trash = own.with_name(f"{_GONE}{uuid.uuid4().hex}")
         # It loses its number first: a reader of the runs then finds it whole or not at all.
         with suppress(FolderError):
-            disk.rename(own, gone)
-            shutil.rmtree(gone, ignore_errors=True)
+            disk.rename(own, trash)
+            shutil.rmtree(trash, ignore_errors=True)
 
 
 def _rendered(line: NodeMetric | PathMetric) -> bytes:

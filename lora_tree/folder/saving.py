@@ -13,6 +13,7 @@ from ..errors import LoraTreeWarning, listing
 from ..provenance import SaveNote
 from ..tree import AdapterTree, Node
 from .alone import finish_nodes
+from .atomic_folders import make_all
 from .changes import Changes, stamps_of
 from .commit import writing
 from .decide import decide
@@ -22,7 +23,6 @@ from .problem import raise_any
 from .seen import Seen, recall, remember, yaml_sha256
 from .source import FolderSource
 from .tree_place import place_of
-from .whole import make_all
 
 __all__ = ["HistoryWarning", "save_tree"]
 
@@ -56,12 +56,12 @@ def save_tree(tree: AdapterTree, folder: Path, *, copy: bool, note: SaveNote) ->
                     tree.home = Path(place.yaml_file)
                     remember(tree, place, _seen(opened, seen, changes, transaction.written))
         undo.pop_all()
-    if changes.crowded_out:
+    if changes.nodes_over_budget:
         budget = format_bytes(tree.history.budget_bytes)
         warnings.warn(
             HistoryWarning(
-                f"{listing(changes.crowded_out)}: earlier versions were dropped, for those of this "
-                f"tree may take {budget} together",
+                f"{listing(changes.nodes_over_budget)}: earlier versions were dropped, for "
+                f"those of this tree may take {budget} together",
                 f"to keep more: versions_budget in {place.yaml}",
             ),
             stacklevel=4,
@@ -79,10 +79,10 @@ def _nodes(changes: Changes, written: Mapping[str, Stamp]) -> Iterator[Node]:
 
 def _seen(opened: Opened, before: Seen, changes: Changes, written: Mapping[str, Stamp]) -> Seen:
     """Return the folder, as this save leaves it, in the form of a `Seen`."""
-    gone = {place.rpartition("/")[0] for place in changes.deletes}
+    removed_folders = {place.rpartition("/")[0] for place in changes.deletes}
     files = {}
     for path, was in before.files.items():
-        if path in opened.scan.found and path not in gone:
+        if path in opened.scan.found and path not in removed_folders:
             files[path] = was
     for path, kept in changes.kept.items():
         if not kept.named:

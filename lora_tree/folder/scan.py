@@ -130,16 +130,16 @@ def find_files(folder: str, root: str | None = None) -> Files:
     saves = _Saves(folder, root)
     now: Found = {}
     for name in FILES:
-        found = saves.find(name)
-        if found is not None:
-            now[name] = found
+        place = saves.find(name)
+        if place is not None:
+            now[name] = place
     if WEIGHTS not in now:
         # mlx-lm and diffusers write folders too, in which one file has the factors. mlx-lm's config
         # has the name of PEFT's.
         for name in (MLX_WEIGHTS,) if CONFIG in now else (MLX_WEIGHTS, DIFFUSERS_WEIGHTS):
-            found_there = _stamped(folder, _with_config(name))
-            if name in found_there:
-                return Files(folder, found_there, single=True)
+            files = _stamped(folder, _with_config(name))
+            if name in files:
+                return Files(folder, files, single=True)
     if len(now) < len(FILES):
         # A pickle counts for nothing. It is looked for only to explain what is missing.
         pickle = saves.find(PICKLE)
@@ -208,7 +208,7 @@ def scan(root: str, decided: Pending) -> Scan:
         decided: a save of the tree that is not wholly carried out. The result is as if it were.
     """
     result = Scan()
-    found: dict[str, Found] = {}
+    files_in: dict[str, Found] = {}
     stack = [("", 0)]
     seen = 0
     while stack:
@@ -220,15 +220,17 @@ def scan(root: str, decided: Pending) -> Scan:
         if depth > MAX_DEPTH:
             _note_limit(result, root, above, above, f"deeper than {MAX_DEPTH} levels")
             continue
-        here, below = _look_into(root, above, result)
-        if here:
-            found[above] = here
+        files, below = _look_into(root, above, result)
+        if files:
+            files_in[above] = files
         # A stack, not recursion: a stranger's folders may be nested deeper than Python allows.
         stack.extend((path, depth + 1) for path in below)
-    _carry_out_in_thought(found, decided)
-    for above in sorted(found, key=lambda path: path.split("/")):
-        if found[above]:
-            result.found[above] = Files(os.path.join(root, above) if above else root, found[above])
+    _apply_pending(files_in, decided)
+    for above in sorted(files_in, key=lambda path: path.split("/")):
+        if files_in[above]:
+            result.found[above] = Files(
+                os.path.join(root, above) if above else root, files_in[above]
+            )
     return result
 
 
@@ -237,7 +239,7 @@ def _note_limit(result: Scan, root: str, above: str, node: str, limit: str) -> N
     result.wrong.append((node, text))
 
 
-def _carry_out_in_thought(found: dict[str, Found], decided: Pending) -> None:
+def _apply_pending(found: dict[str, Found], decided: Pending) -> None:
     """Apply a pending save: staged files take their places, files to be deleted are left out."""
     for place, staged in decided.staged.items():
         above, _, name = place.rpartition("/")
@@ -252,7 +254,7 @@ def _carry_out_in_thought(found: dict[str, Found], decided: Pending) -> None:
 def _look_into(root: str, above: str, result: Scan) -> tuple[Found, list[str]]:
     """Return the adapter files in one folder, and the folders below it."""
     folder = os.path.join(root, above) if above else root
-    here: Found = {}
+    files: Found = {}
     below: list[str] = []
     try:
         with os.scandir(folder) as entries:
@@ -261,7 +263,7 @@ def _look_into(root: str, above: str, result: Scan) -> tuple[Found, list[str]]:
                 # The record of the top folder is in ``decided`` already, so only those of folders
                 # below are read.
                 if entry.name == HIDDEN and above:
-                    here.update(_decided_alone(folder))
+                    files.update(_decided_alone(folder))
                 elif entry.name.startswith("."):
                     continue
                 elif entry.is_dir(follow_symlinks=False):
@@ -271,8 +273,8 @@ def _look_into(root: str, above: str, result: Scan) -> tuple[Found, list[str]]:
                 # The system lists names in any order. A staged file has to win over the one at its
                 # place even if the hidden folder was listed first.
                 elif entry.name in _NAMES:
-                    if entry.name not in here:
-                        _look_at(entry, root, above, here, result)
+                    if entry.name not in files:
+                        _look_at(entry, root, above, files, result)
                 elif entry.name.endswith(SINGLE) and entry.is_file(follow_symlinks=False):
                     result.single.append(path)
     except OSError as error:
@@ -283,7 +285,7 @@ def _look_into(root: str, above: str, result: Scan) -> tuple[Found, list[str]]:
         result.wrong.append((above, f"{folder}: can't be read: {error.strerror or error}"))
     except LoraTreeError as error:
         result.wrong.append((above, str(error)))
-    return here, below
+    return files, below
 
 
 def _look_at(entry: os.DirEntry[str], root: str, above: str, here: Found, result: Scan) -> None:

@@ -52,7 +52,7 @@ class Seen:
         # none.
         return bool(self.yaml)
 
-    def knows(self, path: str, files: Files) -> bool:
+    def is_unchanged(self, path: str, files: Files) -> bool:
         """Tell whether the files of a path are unchanged."""
         stamps, content = self.files.get(path, ({}, None))
         if files.stamps == stamps:

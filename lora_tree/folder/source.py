@@ -18,7 +18,7 @@ from ..adapter import Adapter
 from ..errors import FolderError, FormatError, LoraTreeError, UnlockedError
 from ..storage import Allocate, Unhashed, Witness
 from .adapter_files import read_files
-from .bounds import homes, inside, lies_in
+from .bounds import homes, inside, is_in_folders
 from .disk import Stamp
 from .examine import hashed
 from .hashing import ContentHash
@@ -88,7 +88,7 @@ class FolderSource:
             _check_inside(files, self.within)
         return files
 
-    def gone(self) -> bool:
+    def has_missing_files(self) -> bool:
         """Tell whether any of its files is missing now."""
         return find_files(self.folder, self.root).flaw is not None
 
@@ -120,12 +120,12 @@ class FolderSource:
                 after = _identity(files)
                 if before != after:
                     continue  # what was read may be half of one save and half of another
-                found = self.content
+                content = self.content
                 if hashing is not None:
-                    if unhashed is not None and hashing.runs_beside:
+                    if unhashed is not None and hashing.is_threaded:
                         unhashed(adapter)
                     if not by_pieces:
-                        found = hashing.content()
+                        content = hashing.content()
                     elif hashing.pieces() != self.pieces:
                         # The files are read again and hashed whole: by that hash they are known,
                         # and the error names it.
@@ -136,16 +136,16 @@ class FolderSource:
                 if find_files(self.folder, self.root) != files:
                     continue  # a save moved them meanwhile
                 if is_other:
-                    raise _not_even_whole(self.folder, error) from error
+                    raise _broken_files_error(self.folder, error) from error
                 raise
             finally:
                 # On any way out, an interrupt too: a thread may be hashing what was read.
                 if hashing is not None:
                     hashing.close()
-            self._check_content(found)
-            self._note_hashed(found, after)
+            self._check_content(content)
+            self._note_hashed(content, after)
             return adapter
-        raise self._restless()
+        raise self._changing_files_error()
 
     def _note_hashed(self, found: str | None, files: _Identity) -> None:
         """Remember that these files have the right hash; the next read need not hash them."""
@@ -161,7 +161,7 @@ class FolderSource:
         except LoraTreeError:
             return False
 
-    def _restless(self) -> UnlockedError:
+    def _changing_files_error(self) -> UnlockedError:
         text = f"{self.folder}: its files keep changing while they are read"
         return UnlockedError(text, "wait for the writer")
 
@@ -188,7 +188,7 @@ class FolderSource:
             except LoraTreeError:
                 if find_files(self.folder, self.root) == files:
                     raise
-        raise self._restless()
+        raise self._changing_files_error()
 
     def unchanged(self, files: Files) -> str:
         """Return the hash of the files, and refuse files that changed since the tree was opened.
@@ -227,13 +227,13 @@ def _belongs(root: str, real: str) -> bool:
     """Tell whether a real path lies in the tree's folder."""
     # The cached answer saves resolving the folder's links for each file that is read. If it is no,
     # the folder may be a link that leads elsewhere by now, so it is resolved again.
-    return lies_in(real, _homes(root)) or lies_in(real, homes(root))
+    return is_in_folders(real, _homes(root)) or is_in_folders(real, homes(root))
 
 
 _homes = lru_cache(maxsize=64)(homes)
 
 
-def _not_even_whole(folder: str, error: LoraTreeError | OSError) -> UnlockedError:
+def _broken_files_error(folder: str, error: LoraTreeError | OSError) -> UnlockedError:
     """Return the error for files that differ from the lock and are broken as well."""
     # The advice to accept them with `lock` is left out: it would refuse them too.
     what = str(error)

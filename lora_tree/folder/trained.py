@@ -109,11 +109,11 @@ class Lineages:
     """The lineages in a lock's table, each checked once; siblings share theirs.
 
     Args:
-        told: the table: hash → the last step of that lineage.
+        table: hash → the last step of that lineage.
     """
 
-    def __init__(self, told: Mapping[str, LineageLock]) -> None:
-        self._told = told
+    def __init__(self, table: Mapping[str, LineageLock]) -> None:
+        self._table = table
         self._known = {ROOT: TOP}
         self._steps: dict[str, LineageStep] = {}
 
@@ -125,31 +125,31 @@ class Lineages:
         return known
 
     def _steps_of(self, digest: str) -> tuple[LineageStep, ...] | None:
-        found: list[LineageStep] = []
+        steps: list[LineageStep] = []
         while digest != ROOT:
-            told = self._told.get(digest)
-            if told is None:
+            entry = self._table.get(digest)
+            if entry is None:
                 return None
             step = self._steps.get(digest)
             if step is None:
                 # The table is only for messages, and anybody may have written it. A step counts if
                 # its hash is right.
-                if lineage(told.above, told.content, told.own_weight) != digest:
+                if lineage(entry.above, entry.content, entry.own_weight) != digest:
                     return None
-                step = LineageStep(told.content, told.own_weight, told.node)
+                step = LineageStep(entry.content, entry.own_weight, entry.node)
                 self._steps[digest] = step
-            found.append(step)
-            digest = told.above
-        return tuple(reversed(found))
+            steps.append(step)
+            digest = entry.above
+        return tuple(reversed(steps))
 
 
 def lineage_locks(mentioned: Iterable[Trained]) -> dict[str, LineageLock]:
     """Return the lock's entries for every lineage that its nodes mention, each step once."""
-    found: dict[str, LineageLock] = {}
-    for one in mentioned:
+    entries: dict[str, LineageLock] = {}
+    for trained_with in mentioned:
         # A lineage of which the lock lists no steps stays known by its hash alone.
         above = ROOT
-        for step in one.on.steps or ():
+        for step in trained_with.on.steps or ():
             digest = lineage(above, step.content, step.weight)
             entry = LineageLock(
                 above=above,
@@ -157,9 +157,9 @@ def lineage_locks(mentioned: Iterable[Trained]) -> dict[str, LineageLock]:
                 weight=weight_line(step.weight),
                 node=step.node,
             )
-            found.setdefault(digest, entry)
+            entries.setdefault(digest, entry)
             above = digest
-    return found
+    return entries
 
 
 def made_of(made: MadeLock | None, trainings: Mapping[str, TrainedWith]) -> Made | None:

@@ -47,7 +47,7 @@ class YamlNeeds:
         return bool(self.leaving) or any(kept.stamps is None for kept in self.kept.values())
 
     # ------------------------------------------------------------------ is a new one needed?
-    def is_said(self) -> bool:
+    def is_up_to_date(self) -> bool:
         """Tell whether the present tree.yaml, or its absence, describes this tree already."""
         spec = self.opened.spec
         if spec is None and all(kept.named for kept in self.kept.values()):
@@ -56,28 +56,28 @@ class YamlNeeds:
             return False  # the adapters may name another base then, or agree no more
         if _real_base(self.opened.base_name) != _real_base(self.tree.base):
             return False
-        said = spec or TreeSpec(version=1)
-        if (said.defaults, said.cache) != (self.tree.defaults, self.tree.cache):
+        current = spec or TreeSpec(version=1)
+        if (current.defaults, current.cache) != (self.tree.defaults, self.tree.cache):
             return False
-        if said.history != self.tree.history:
+        if current.history != self.tree.history:
             return False
-        return self._nodes_are_said(spec)
+        return self._has_same_nodes(spec)
 
-    def _nodes_are_said(self, spec: TreeSpec | None) -> bool:
+    def _has_same_nodes(self, spec: TreeSpec | None) -> bool:
         """Resolve the folder as this save will leave it, and compare the nodes with the tree's."""
         pins = {path: kept.hub for path, kept in self.kept.items() if kept.hub is not None}
         resolved = resolve(spec, None, self._scan_after(), self.opened.place.folder, pins=pins)
         if resolved.problems or list(resolved.entries) != self.tree.paths():
             return False
-        for path, found in resolved.entries.items():
+        for path, entry in resolved.entries.items():
             node, kept = self.tree[path], self.kept.get(path)
-            if found.weight != node.weight:
+            if entry.weight != node.weight:
                 return False
-            if found.fresh != (None if kept else node.fresh):
+            if entry.fresh != (None if kept else node.fresh):
                 return False
-            there = os.path.realpath(found.files.folder) if found.files else None
-            here = os.path.realpath(kept.folder) if kept else None
-            if there != here:
+            resolved_folder = os.path.realpath(entry.files.folder) if entry.files else None
+            kept_folder = os.path.realpath(kept.folder) if kept else None
+            if resolved_folder != kept_folder:
                 return False
         return True
 
@@ -128,11 +128,11 @@ class YamlNeeds:
                 if child in nodes
             }
             is_listed = bool(below) or self._must_be_listed(path)
-            said = dict(self._about(path, is_listed=is_listed))
+            entry = dict(self._about(path, is_listed=is_listed))
             if below:
-                said["children"] = below
-            if said or is_listed:
-                nodes[path] = said
+                entry["children"] = below
+            if entry or is_listed:
+                nodes[path] = entry
         return nodes
 
     def _about(self, path: str, *, is_listed: bool) -> Iterator[tuple[str, Any]]:

@@ -96,19 +96,19 @@ def _find(opened: Opened, name: str) -> _Named:
     versions = _all_versions(opened)
     if path not in versions:
         raise PathError(f"no versions of {path!r} are kept{suggest_path(path, versions)}")
-    mine = versions[path]
+    own_versions = versions[path]
     if len(wanted) < _DIGITS and wanted.isdecimal():
-        if not 1 <= int(wanted) <= len(mine):
-            raise PathError(f"{path} has versions 1 to {len(mine)}, got {wanted}")
-        return _Named(path, int(wanted), mine[int(wanted) - 1])
-    hits = [n for n, version in enumerate(mine, 1) if version.content.startswith(wanted)]
+        if not 1 <= int(wanted) <= len(own_versions):
+            raise PathError(f"{path} has versions 1 to {len(own_versions)}, got {wanted}")
+        return _Named(path, int(wanted), own_versions[int(wanted) - 1])
+    hits = [n for n, version in enumerate(own_versions, 1) if version.content.startswith(wanted)]
     # Several hits are one content with different weights; the last one is meant.
     if not hits or len(wanted) < _DIGITS:
         raise PathError(
             f"{path} has no version {wanted}",
-            f"a number from 1 to {len(mine)}, or at least {_DIGITS} digits of a content",
+            f"a number from 1 to {len(own_versions)}, or at least {_DIGITS} digits of a content",
         )
-    return _Named(path, hits[-1], mine[hits[-1] - 1])
+    return _Named(path, hits[-1], own_versions[hits[-1] - 1])
 
 
 def _source(opened: Opened, named: _Named) -> FolderSource:
@@ -209,16 +209,16 @@ def load_versions(
     >>> # tree, (path,) = load_versions("zoo/", "fr/legal@1"); tree.flatten(path)
     """
     tree = load(path, skip_broken=skip_broken)
-    asked: dict[str, str] = {}
+    requested: dict[str, str] = {}
     for text in texts:
         for match in _IN_BLEND.finditer(text):
             node, version = match["path"], match["version"]
-            if asked.setdefault(node, version) != version:
-                raise PathError(f"{node}: two versions at once: {asked[node]} and {version}")
-    if asked:
+            if requested.setdefault(node, version) != version:
+                raise PathError(f"{node}: two versions at once: {requested[node]} and {version}")
+    if requested:
         opened = inspect(place_of(path))
-        for node in sorted(asked, key=lambda node: node.count("/")):
-            named = _find(opened, f"{node}@{asked[node]}")
+        for node in sorted(requested, key=lambda node: node.count("/")):
+            named = _find(opened, f"{node}@{requested[node]}")
             _put(tree, opened, named, partial(_advice_to_read, opened, named))
     return tree, tuple(_IN_BLEND.sub(lambda match: match["path"], text) for text in texts)
 
@@ -250,10 +250,10 @@ def version_beside(tree: AdapterTree, path: str | os.PathLike[str], name: str) -
     >>> # tree = load("zoo/"); tree.flatten(version_beside(tree, "zoo/", "fr/legal@1"))
     """
     opened = inspect(place_of(path))
-    return _beside(tree, opened, _find(opened, name))
+    return _add_sibling(tree, opened, _find(opened, name))
 
 
-def _beside(tree: AdapterTree, opened: Opened, named: _Named) -> str:
+def _add_sibling(tree: AdapterTree, opened: Opened, named: _Named) -> str:
     sibling = named.path
     if sibling in tree:
         sibling = f"{sibling}.{named.number}"
@@ -281,18 +281,18 @@ def versions_beside(tree: AdapterTree, path: str | os.PathLike[str], node: str) 
     >>> # tree = load("zoo/"); versions_beside(tree, "zoo/", "fr/legal")
     """
     opened = inspect(place_of(path))
-    found: dict[str, str] = {}
+    names: dict[str, str] = {}
     for number, version in enumerate(_all_versions(opened).get(node, ()), 1):
         name = f"{node}@{number}"
         if version.is_present:
-            found[name] = node
+            names[name] = node
             continue
-        found[name] = _beside(tree, opened, _Named(node, number, version))
-    if len(found) < 2:
+        names[name] = _add_sibling(tree, opened, _Named(node, number, version))
+    if len(names) < 2:
         raise PathError(
             f"{node}: no earlier version is kept", f"see: lora-tree log {shlex.quote(str(path))}"
         )
-    return found
+    return names
 
 
 # ---------------------------------------------------------------------- bring back
@@ -341,23 +341,27 @@ def restore(
         warnings.simplefilter("ignore", StaleWarning)
         tree = load(path)
     opened = inspect(place_of(path))
-    found: list[_Named] = []
+    restored_from: list[_Named] = []
     for name in names:
-        found += [_find(opened, name)] if "@" in name else _removed(opened, tree, name)
-    twice = [named.path for named in found if sum(n.path == named.path for n in found) > 1]
+        restored_from += [_find(opened, name)] if "@" in name else _removed(opened, tree, name)
+    twice = [
+        named.path
+        for named in restored_from
+        if sum(n.path == named.path for n in restored_from) > 1
+    ]
     if twice:
         raise PathError(f"{listing(sorted(set(twice)))}: named twice")
-    if not found:
+    if not restored_from:
         raise PathError("no version is named", "write fr/legal@2; see lora-tree log")
-    back = [named.path for named in found if named.path not in tree]
+    back = [named.path for named in restored_from if named.path not in tree]
     # A node's parent has to be there first.
-    for named in sorted(found, key=lambda named: named.path.count("/")):
+    for named in sorted(restored_from, key=lambda named: named.path.count("/")):
         _put(tree, opened, named, partial(_advice_to_restore, named))
     if note is None:
         note = SaveNote(by=f"restore({', '.join(names)})")
     tree.save(opened.place.spelled, note=note)
     restored = []
-    for named in found:
+    for named in restored_from:
         stale = tree[named.path].stale
         is_back = named.path in back
         restored.append(Restored(named.path, named.number, named.version, stale, is_back))
@@ -371,8 +375,8 @@ def _advice_to_restore(named: _Named, removed: list[str]) -> str:
 def _removed(opened: Opened, tree: AdapterTree, pattern: str) -> list[_Named]:
     """Return the last versions of the removed nodes that a path or a pattern names."""
     versions = _all_versions(opened)
-    gone = [path for path in versions if path not in tree]
-    hits = [pattern] if pattern in gone else fnmatch.filter(gone, pattern)
+    removed = [path for path in versions if path not in tree]
+    hits = [pattern] if pattern in removed else fnmatch.filter(removed, pattern)
     if not hits and pattern in tree:
         raise TreeError(
             f"{pattern} is in the tree, so say which version of it to bring back",
@@ -381,6 +385,6 @@ def _removed(opened: Opened, tree: AdapterTree, pattern: str) -> list[_Named]:
         )
     if not hits:
         raise PathError(
-            f"{pattern!r} matches no node that was removed{suggest_path(pattern, gone)}"
+            f"{pattern!r} matches no node that was removed{suggest_path(pattern, removed)}"
         )
     return [_Named(path, len(versions[path]), versions[path][-1]) for path in hits]

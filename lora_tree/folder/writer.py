@@ -55,11 +55,11 @@ def _acquire(hidden: Path, lock: Path, until: float) -> locks.Held:
         if held is not None:
             return held
         if time.monotonic() > until:
-            raise _busy(hidden, lock)
+            raise _busy_error(hidden, lock)
         locks.pause()
 
 
-def _busy(hidden: Path, lock: Path) -> FolderError:
+def _busy_error(hidden: Path, lock: Path) -> FolderError:
     who = listing(claims.owners(lock), most=3)
     text = f"{hidden.parent}: another process has been writing this folder for {WAIT_S:.0f} s"
     return FolderError(

@@ -107,27 +107,27 @@ def read_spec(raw: bytes, file: str) -> tuple[TreeSpec, Located]:
             line and column.
     """
     try:
-        found = parse_yaml(raw, file)
+        located = parse_yaml(raw, file)
     except SpecError:
         _check_newer(raw, file)  # a later format may well use what plain YAML has not
         raise
-    check_format(found.data, found.at(("version",)))
+    check_format(located.data, located.at(("version",)))
     try:
-        spec = TreeSpec.model_validate(found.data)
+        spec = TreeSpec.model_validate(located.data)
     except ValidationError as error:
-        raise found.refuse(describe_invalid(error, found.data, TreeSpec)) from error
-    wrong = list(_contradictions(spec))
-    if wrong:
-        raise found.refuse(wrong)
-    return spec, found
+        raise located.refuse(describe_invalid(error, located.data, TreeSpec)) from error
+    contradictions = list(_contradictions(spec))
+    if contradictions:
+        raise located.refuse(contradictions)
+    return spec, located
 
 
 def _check_newer(raw: bytes, file: str) -> None:
     """Refuse a text of a later format by its ``version`` line, if it can't be read as YAML here."""
-    said = _VERSION.search(raw)
-    if said is not None:
-        line = raw.count(b"\n", 0, said.start()) + 1
-        check_format({"version": int(said[1])}, f"{file}:{line}:1")
+    match = _VERSION.search(raw)
+    if match is not None:
+        line = raw.count(b"\n", 0, match.start()) + 1
+        check_format({"version": int(match[1])}, f"{file}:{line}:1")
 
 
 def walk(spec: TreeSpec) -> Iterator[tuple[str, NodeSpec, Loc]]:

@@ -68,12 +68,12 @@ def block_weights(numbers: Sequence[float], adapter: Adapter) -> dict[str, float
             "17 or 26 (Stable Diffusion 1.5)",
             "the first is BASE, for the text encoders",
         )
-    found: dict[str, float] = {}
+    patterns: dict[str, float] = {}
     for block, number in zip(BLOCKS[len(numbers)], numbers, strict=True):
         check_finite(number, f"block weights: {block}")
         for pattern in _patterns(block):
-            found[pattern] = float(number)
-    weight = weight_within(as_weight(found), adapter.module_names)
+            patterns[pattern] = float(number)
+    weight = weight_within(as_weight(patterns), adapter.module_names)
     if not isinstance(weight, ModuleWeights):
         some = min(adapter.module_names, default="none")
         raise SpecError(

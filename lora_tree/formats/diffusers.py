@@ -86,8 +86,8 @@ def read_diffusers(
         scale = None
         if config is not None and "alpha" not in parts:
             scale = config.scale(path)
-        found = ModuleTensors(module, f"{where}: {module}", parts)
-        modules[module] = as_lowrank(found, scale=scale)
+        module_tensors = ModuleTensors(module, f"{where}: {module}", parts)
+        modules[module] = as_lowrank(module_tensors, scale=scale)
     return Adapter(modules)
 
 
@@ -124,12 +124,12 @@ def _of_a_processor(path: str, *, encoder: bool) -> str:
 
 def _configs(metadata: Mapping[str, str], where: str) -> dict[str, PeftConfig]:
     """Return component → its PEFT config in the metadata."""
-    said = metadata.get(METADATA)
-    if said is None:
+    packed = metadata.get(METADATA)
+    if packed is None:
         return {}
     fields: dict[str, dict[str, object]] = {}
     named = f"{where}: {METADATA}"
-    for key, value in strict_json.loads(said.encode("utf-8", "surrogatepass"), named).items():
+    for key, value in strict_json.loads(packed.encode("utf-8", "surrogatepass"), named).items():
         component, _, field = key.partition(".")
         if _COMPONENT.match(component) is None:
             raise FormatError(f"{named}: {key[:80]!r} begins with no component of a pipeline")

@@ -89,9 +89,9 @@ def read_kohya(tensors: Mapping[str, Tensor], where: str) -> Adapter:
         named[module] = f"{where}: {matched['module']}"
     modules: dict[str, LowRank] = {}
     for module, parts in groups.items():
-        found = ModuleTensors(module, named[module], parts)
+        module_tensors = ModuleTensors(module, named[module], parts)
         read_parts = as_product if is_product(parts) else as_lowrank
-        modules[module] = read_parts(found)
+        modules[module] = read_parts(module_tensors)
     return Adapter(modules)
 
 

@@ -125,13 +125,13 @@ def _check_type(fields: Mapping[str, object], where: str) -> None:
 
 def _parameters(fields: Mapping[str, object], where: str) -> tuple[int | None, float]:
     """Return the rank, None if the config lacks it, and the scale."""
-    said = fields.get("lora_parameters")
-    if not isinstance(said, dict):
+    parameters = fields.get("lora_parameters")
+    if not isinstance(parameters, dict):
         raise FormatError(
             f"{where}: no lora_parameters, which say the scale; is it the config of mlx-lm?",
             'mlx-lm writes {"lora_parameters": {"rank": 8, "scale": 20.0, …}, …}',
         )
-    scale, rank = said.get("scale"), said.get("rank")
+    scale, rank = parameters.get("scale"), parameters.get("rank")
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not _is_finite(scale):
         raise FormatError(f"{where}: lora_parameters.scale is {scale!r:.80}, expected a number")
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
@@ -172,10 +172,10 @@ def _values(
     if not is_switch:
         layout = EMBEDDING if leaf in _EMBEDDINGS else LINEAR
         return {module: LowRank(A, B, scale, layout=layout)}
-    found = {}
+    values = {}
     for expert in range(len(A)):
-        found[_expert(holder, expert, leaf)] = LowRank(A[expert], B[expert], scale)
-    return found
+        values[_expert(holder, expert, leaf)] = LowRank(A[expert], B[expert], scale)
+    return values
 
 
 def _turned(tensor: Tensor) -> Tensor:
@@ -222,9 +222,9 @@ def render_mlx(adapter: Adapter, *, layers: int | None = None) -> dict[str, byte
             )
         if value.bias is not None:
             raise FormatError(f"{module}: it adds a bias, which mlx-lm's adapters can't hold")
-        whole = value.folded().padded(rank)
-        tensors[f"{module}.lora_a"] = whole.A.mT.contiguous()
-        tensors[f"{module}.lora_b"] = whole.B.mT.contiguous()
+        padded = value.folded().padded(rank)
+        tensors[f"{module}.lora_a"] = padded.A.mT.contiguous()
+        tensors[f"{module}.lora_b"] = padded.B.mT.contiguous()
         in_layer = _LAYER.match(module)
         if in_layer is None:
             keys.add(module)  # a module outside of the layers is listed by its whole name

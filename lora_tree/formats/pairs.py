@@ -44,24 +44,26 @@ class ModuleTensors:
     parts: Mapping[str, Tensor]
 
 
-def as_lowrank(found: ModuleTensors, *, scale: float | None = None) -> LowRank:
+def as_lowrank(module_tensors: ModuleTensors, *, scale: float | None = None) -> LowRank:
     """Return one module's increment.
 
     Args:
-        scale: the scale, if the file states it elsewhere; None: from the alpha in ``found``.
+        scale: the scale, if the file states it elsewhere; None: from the tensors' own alpha.
 
     Raises:
         FormatError: half a pair, or shapes that don't fit; names the module.
     """
-    missing = [part for part in ("down", "up") if part not in found.parts]
+    missing = [part for part in ("down", "up") if part not in module_tensors.parts]
     if missing:
-        raise FormatError(f"{found.named}: no {' and no '.join(missing)} factor: half a pair")
-    down, up = found.parts["down"], found.parts["up"]
-    mid = found.parts.get("mid")
-    _check_shapes(found.named, down, up, mid)
+        raise FormatError(
+            f"{module_tensors.named}: no {' and no '.join(missing)} factor: half a pair"
+        )
+    down, up = module_tensors.parts["down"], module_tensors.parts["up"]
+    mid = module_tensors.parts.get("mid")
+    _check_shapes(module_tensors.named, down, up, mid)
     rank = up.shape[1]
     if scale is None:
-        scale = alpha_of(found, rank) / rank
+        scale = alpha_of(module_tensors, rank) / rank
     B = up.flatten(1)
     kernel = tuple((down if mid is None else mid).shape[2:])
     if mid is None:
@@ -74,28 +76,30 @@ def as_lowrank(found: ModuleTensors, *, scale: float | None = None) -> LowRank:
         A = A.flatten(1)
     layout = Layout("conv", kernel) if kernel else LINEAR
     try:
-        return LowRank(A, B, scale, found.parts.get("bias"), layout)
+        return LowRank(A, B, scale, module_tensors.parts.get("bias"), layout)
     # The tensors come from a file, so a value that can't be built is an error of the file.
     except LoraTreeError as error:
-        raise FormatError(f"{found.named}: {error.what}", *error.todo) from error
+        raise FormatError(f"{module_tensors.named}: {error.what}", *error.todo) from error
 
 
-def alpha_of(found: ModuleTensors, rank: int) -> float:
+def alpha_of(module_tensors: ModuleTensors, rank: int) -> float:
     """Return the module's alpha, or its rank if the file has no alpha.
 
     Raises:
         FormatError: it is not one finite number.
     """
-    alpha = found.parts.get("alpha")
+    alpha = module_tensors.parts.get("alpha")
     if alpha is None:
         return float(rank)
     if alpha.numel() != 1:
-        raise FormatError(f"{found.named}: alpha is {tuple(alpha.shape)}, expected one number")
+        raise FormatError(
+            f"{module_tensors.named}: alpha is {tuple(alpha.shape)}, expected one number"
+        )
     if alpha.is_meta:
         return float(rank)  # an outline has no numbers
     number = float(alpha)
     if not math.isfinite(number):
-        raise FormatError(f"{found.named}: alpha is {number}, expected a finite number")
+        raise FormatError(f"{module_tensors.named}: alpha is {number}, expected a finite number")
     return number
 
 

@@ -107,10 +107,10 @@ def composed_config(config: bytes, where: str) -> ComposedConfig | None:
 
 
 def _number(fields: Mapping[str, Any], name: str, default: int, where: str) -> int:
-    said = fields.get(name, default)
-    if isinstance(said, bool) or not isinstance(said, int) or not 1 <= said <= 1 << 20:
-        raise FormatError(f"{where}: {name} is {said!r:.80}, expected a whole number from 1")
-    return said
+    number = fields.get(name, default)
+    if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= 1 << 20:
+        raise FormatError(f"{where}: {name} is {number!r:.80}, expected a whole number from 1")
+    return number
 
 
 def read_composed(config: ComposedConfig, tensors: Mapping[str, Tensor], where: str) -> Adapter:
@@ -161,7 +161,7 @@ def _common(kind: str, tensors: Mapping[str, Tensor], where: str) -> list[Tensor
         FormatError: one is missing, or not a floating point matrix.
         UnsupportedAdapter: VeRA's are not in the file.
     """
-    found = []
+    shared = []
     for name in _SHARED[kind]:
         tensor = tensors.get(f"{_ROOT}{name}")
         if tensor is None and kind == "VERA":
@@ -175,8 +175,8 @@ def _common(kind: str, tensors: Mapping[str, Tensor], where: str) -> list[Tensor
         if tensor is None or tensor.ndim != 2 or not tensor.is_floating_point():
             shape = "missing" if tensor is None else str(tuple(tensor.shape))
             raise FormatError(f"{where}: {_ROOT}{name}: {shape}, expected a matrix")
-        found.append(tensor)
-    return found
+        shared.append(tensor)
+    return shared
 
 
 def _check(own: Mapping[str, Tensor], dimensions: Mapping[str, int]) -> None:
@@ -190,7 +190,7 @@ def _check(own: Mapping[str, Tensor], dimensions: Mapping[str, int]) -> None:
             )
 
 
-def _wide(*tensors: Tensor) -> list[Tensor]:
+def _widened(*tensors: Tensor) -> list[Tensor]:
     """Return tensors in one dtype, at least fp32: products in bf16 would be rounded."""
     dtype = torch.float32
     for tensor in tensors:
@@ -210,7 +210,7 @@ def _adalora(
         )
     if A.shape[0] == 0:
         return None  # all ranks of this module were pruned
-    B, E = _wide(B, E)
+    B, E = _widened(B, E)
     return LowRank(A.to(B.dtype), B * E.mT, config.scale)
 
 
@@ -225,7 +225,7 @@ def _vera(
             f"vera_lambda_b {tuple(b.shape)} and vera_lambda_d {tuple(d.shape)} do not fit vera_A "
             f"{tuple(A.shape)} and vera_B {tuple(B.shape)}"
         )
-    A, B, b, d = _wide(A, B, b, d)
+    A, B, b, d = _widened(A, B, b, d)
     # All modules share the tensor A, so the module's own vectors go into B.
     return LowRank(A, b[:, None] * B[: len(b)] * d)
 
@@ -241,7 +241,7 @@ def _vblora(
             f"vblora_logits_A {tuple(a.shape)} and _B {tuple(b.shape)} do not fit "
             f"{plural(len(bank), 'vector')}, of which {config.topk} count"
         )
-    bank, a, b = _wide(bank, a, b)
+    bank, a, b = _widened(bank, a, b)
     A = _pieces(a, bank, config.topk).flatten(1)  # (r, in / l, l) → (r, in)
     B = _pieces(b, bank, config.topk).transpose(1, 2).flatten(0, 1)  # (out / l, r, l) → (out, r)
     return LowRank(A, B.contiguous())

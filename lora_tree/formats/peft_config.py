@@ -36,9 +36,9 @@ __all__ = [
     "TURNED",
     "VARIANTS",
     "PeftConfig",
+    "is_orientation_known",
     "mutates_base",
     "parse_config",
-    "says_which_way",
 ]
 
 VARIANTS = {
@@ -210,13 +210,13 @@ def parse_config(data: bytes, where: str) -> PeftConfig:
     )
 
 
-def says_which_way(config: Mapping[str, Any]) -> bool:
+def is_orientation_known(config: Mapping[str, Any]) -> bool:
     """Return whether ``peft_version`` proves that fused factors are oriented as since `TURNED`.
 
     Older versions of PEFT did not write the field.
     """
-    said = re.match(r"\d{1,9}(?:\.\d{1,9})*", str(config.get("peft_version") or ""))
-    return said is not None and tuple(map(int, said[0].split("."))) >= TURNED
+    version = re.match(r"\d{1,9}(?:\.\d{1,9})*", str(config.get("peft_version") or ""))
+    return version is not None and tuple(map(int, version[0].split("."))) >= TURNED
 
 
 def mutates_base(init: Any) -> str | None:
@@ -278,38 +278,38 @@ class _ConfigChecks:
         self.fields, self.where = fields, where
         self.work = MatchingBudget(where, FormatError)
 
-    def wrong(self, name: str, got: Any, expected: str) -> FormatError:
+    def mismatch(self, name: str, got: Any, expected: str) -> FormatError:
         return FormatError(f"{self.where}: {name}: got {str(got)[:80]!r}, expected {expected}")
 
     def rank(self, value: Any, name: str) -> int:
         # the bound is larger than any matrix; beyond it torch can't even represent a shape
         if type(value) is not int or not 0 < value < 2**31:
-            raise self.wrong(name, value, "a positive integer")
+            raise self.mismatch(name, value, "a positive integer")
         return value
 
     def number(self, value: Any, name: str) -> int | float:
         # The negated comparison refuses NaN too. JSON's integers are unbounded, and the bound keeps
         # alpha / r a finite float.
         if type(value) not in (int, float) or not abs(value) < 2**1000:
-            raise self.wrong(name, value, "a number")
+            raise self.mismatch(name, value, "a number")
         return value  # type: ignore[no-any-return]
 
     def flag(self, name: str) -> bool:
         value = self.fields.get(name, False)
         if type(value) is not bool:
-            raise self.wrong(name, value, "true or false")
+            raise self.mismatch(name, value, "true or false")
         return value
 
     def text(self, name: str) -> str | None:
         value = self.fields.get(name)
         if value is not None and not isinstance(value, str):
-            raise self.wrong(name, value, "a string or null")
+            raise self.mismatch(name, value, "a string or null")
         return value or None  # PEFT writes "" where it knows no base
 
     def bias(self) -> str:
         value = self.fields.get("bias", "none")
         if value not in ("none", "all", "lora_only"):
-            raise self.wrong("bias", value, "'none', 'all' or 'lora_only'")
+            raise self.mismatch("bias", value, "'none', 'all' or 'lora_only'")
         return str(value)
 
     def names(self, name: str) -> tuple[str, ...]:
@@ -317,7 +317,7 @@ class _ConfigChecks:
         if value is None:
             return ()
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise self.wrong(name, value, "a list of names or null")
+            raise self.mismatch(name, value, "a list of names or null")
         return tuple(value)
 
     def targets(self, name: str) -> tuple[str, ...] | str:
@@ -327,14 +327,14 @@ class _ConfigChecks:
     def patterns(self, name: str, check: Callable[[Any, str], T]) -> ByPattern[T]:
         value = self.fields.get(name)
         if value is not None and not isinstance(value, dict):
-            raise self.wrong(name, value, "an object or null")
+            raise self.mismatch(name, value, "an object or null")
         entries = []
         for key, given in (value or {}).items():
-            self.understood(key, name)
+            self.check_pattern(key, name)
             entries.append((key, check(given, f"{name}[{key!r}]")))
         return ByPattern(entries, self.work)
 
-    def understood(self, pattern: str, name: str) -> None:
+    def check_pattern(self, pattern: str, name: str) -> None:
         try:
             NamePattern(pattern, self.work)
             # PEFT puts the key into this pattern, which makes some keys invalid: (?i)q_proj, for

@@ -24,7 +24,7 @@ from ..adapter import Adapter
 from ..errors import FormatError
 from ..lowrank import LowRank
 from ..override import tensor_owner
-from .peft_config import DERIVED, TRAINING, TURNED, says_which_way
+from .peft_config import DERIVED, TRAINING, TURNED, is_orientation_known
 from .peft_overrides import words_for
 
 __all__ = ["PeftForm", "config_bytes", "parameter_names", "peft_rank"]
@@ -139,7 +139,7 @@ def _fields(adapter: Adapter, form: PeftForm) -> dict[str, Any]:
         for module in sorted(form.nested):
             targeted += parameter_names(module, form.nested)
         fields["target_parameters"] = targeted
-        if not says_which_way(fields):
+        if not is_orientation_known(fields):
             # The factors are oriented as in PEFT since this version, and readers check for it.
             fields["peft_version"] = ".".join(map(str, TURNED))
     _set_targets(fields, form, out_projections)

@@ -62,19 +62,19 @@ class KeyNames:
         self._plain: dict[str, str] = {}
         carried: dict[str, str] = {}  # name → a key that carries it
         nameless: str | None = None
-        whole: list[str] = []
+        saved_whole: list[str] = []
         # Sorted, so that the keys in an error do not depend on the order of the file.
         for key in sorted(keys):
             if key.endswith(_ENDS):
                 nameless = key
             elif _SAVED_WHOLE in key:
-                whole.append(key)
-            elif (found := _without_name(key)) is not None:
-                self._plain[key], name = found
+                saved_whole.append(key)
+            elif (without_name := _without_name(key)) is not None:
+                self._plain[key], name = without_name
                 carried.setdefault(name, key)
         if not carried:
             return
-        for key in whole:
+        for key in saved_whole:
             # The word behind modules_to_save is a name here, because the factors carry one.
             before, _, behind = key.partition(_SAVED_WHOLE)
             name, _, tensor = behind.partition(".")

@@ -77,8 +77,8 @@ class Outline:
                     "nn.MultiheadAttention",
                     "train it without lora_bias, or set this bias to zero",
                 )
-        for name, (one, other) in self.repeated.items():
-            if not torch.equal(in_memory(one), in_memory(other)):
+        for name, (first, second) in self.repeated.items():
+            if not torch.equal(in_memory(first), in_memory(second)):
                 raise FormatError(
                     f"{where}: {name}: the file has it by two keys, with two values",
                     "save the adapter again with PEFT, which writes the same numbers to both",
@@ -112,12 +112,12 @@ def outline_of(texts: PeftTexts) -> Outline:
     """
     # lru_cache does not cache exceptions, so every error names its own folder.
     if len(texts.config) + len(texts.head) <= MAX_KEPT_BYTES:
-        return _kept_outline(texts)
+        return _cached_outline(texts)
     return _make_outline(texts)
 
 
 @lru_cache(KEPT_OUTLINES)
-def _kept_outline(texts: PeftTexts) -> Outline:
+def _cached_outline(texts: PeftTexts) -> Outline:
     return _make_outline(texts)
 
 
@@ -311,7 +311,7 @@ def _recorded_nesting(metadata: Mapping[str, str], where: str) -> dict[str, tupl
         return {}
     where = f"{where}: metadata {NESTING}"
     recorded = strict_json.loads(metadata[NESTING].encode("utf-8"), where)
-    found: dict[str, tuple[str, ...]] = {}
+    nesting: dict[str, tuple[str, ...]] = {}
     for module, names in recorded.items():
         is_list = isinstance(names, list) and len(names) > 0
         if not is_list or not all(isinstance(name, str) and name for name in names):
@@ -324,5 +324,5 @@ def _recorded_nesting(metadata: Mapping[str, str], where: str) -> dict[str, tupl
                 f"{where}: {module}: a name occurs twice in {names}, expected each once",
                 "lora_tree writes this entry: save the adapter with it again",
             )
-        found[module] = tuple(names)
-    return found
+        nesting[module] = tuple(names)
+    return nesting

@@ -73,13 +73,13 @@ class SavedWhole:
         where: the file, as errors name it.
         modules: ends of the names of modules that are saved whole.
         tokens: end of a module's name → its rows; the end ``""`` matches every name.
-        asked: those of `modules` that the config lists, without those that the task implies.
+        declared: those of `modules` that the config lists, without those that the task implies.
     """
 
     where: str
     modules: tuple[str, ...] = ()
     tokens: Mapping[str, tuple[int, ...]] | None = None
-    asked: tuple[str, ...] = ()
+    declared: tuple[str, ...] = ()
 
     def has(self, tensor: str) -> bool:
         """Return whether a tensor belongs to a module that is saved whole.
@@ -98,15 +98,15 @@ class SavedWhole:
             FormatError: the config lists no rows for the module, or another number of them.
         """
         tokens = self.tokens or {}
-        found = [rows for end, rows in tokens.items() if module.endswith(end)]
-        if len(found) != 1 or len(found[0]) != len(values):
-            said = "no rows of it" if not found else plural(len(found[0]), "row")
+        matching = [rows for end, rows in tokens.items() if module.endswith(end)]
+        if len(matching) != 1 or len(matching[0]) != len(values):
+            count_text = "no rows of it" if not matching else plural(len(matching[0]), "row")
             raise FormatError(
-                f"{self.where}: trainable_token_indices: {said} for {module}, whose "
+                f"{self.where}: trainable_token_indices: {count_text} for {module}, whose "
                 f"trainable_tokens_delta has {len(values)}",
                 "the two files are not of one adapter: save it again with PEFT",
             )
-        return Override(values, found[0])
+        return Override(values, matching[0])
 
     def check_found(self, overrides: Mapping[str, Override], weights: str) -> None:
         """Check that the file has the tensors that the config announces.
@@ -120,11 +120,11 @@ class SavedWhole:
         Raises:
             FormatError: it has no tensor of any module that is saved whole, or no trained rows.
         """
-        asked = SavedWhole(self.where, self.asked)
-        if self.asked and not any(asked.has(name) for name in overrides):
+        declared = SavedWhole(self.where, self.declared)
+        if self.declared and not any(declared.has(name) for name in overrides):
             raise FormatError(
-                f"{weights}: no tensor of {' or '.join(self.asked)}, and {self.where} says that it "
-                "was saved: modules_to_save",
+                f"{weights}: no tensor of {' or '.join(self.declared)}, and {self.where} says that "
+                "it was saved: modules_to_save",
                 "the file lost its head: save the adapter again with PEFT; or take the name out",
             )
         if self.tokens and all(override.rows is None for override in overrides.values()):
@@ -168,7 +168,7 @@ def _tokens(value: Any, where: str) -> dict[str, tuple[int, ...]] | None:
     if value is None:
         return None
     of: Mapping[str, Any] = value if isinstance(value, dict) else {"": value}
-    found: dict[str, tuple[int, ...]] = {}
+    rows_by_name: dict[str, tuple[int, ...]] = {}
     for name, rows in of.items():
         is_list = isinstance(rows, list) and len(rows) > 0
         if not is_list or not all(type(row) is int and 0 <= row < 2**31 for row in rows):
@@ -178,8 +178,8 @@ def _tokens(value: Any, where: str) -> dict[str, tuple[int, ...]] | None:
             )
         if len(set(rows)) != len(rows):
             raise FormatError(f"{where}: a row occurs twice in {str(rows)[:80]}")
-        found[name] = tuple(rows)
-    return found
+        rows_by_name[name] = tuple(rows)
+    return rows_by_name
 
 
 # ---------------------------------------------------------------------- out
@@ -193,27 +193,27 @@ def words_for(overrides: Mapping[str, Override], config: Mapping[str, Any]) -> d
         overrides: tensor → override, without those of modules that have factors.
         config: the adapter's.
     """
-    whole = [name for name, override in overrides.items() if override.rows is None]
+    full_tensors = [name for name, override in overrides.items() if override.rows is None]
     rows = {tensor_owner(name)[0]: o.rows for name, o in overrides.items() if o.rows is not None}
     words: dict[str, Any] = {}
-    if whole or "modules_to_save" in config:
-        words["modules_to_save"] = _module_words(whole, config)
+    if full_tensors or "modules_to_save" in config:
+        words["modules_to_save"] = _module_words(full_tensors, config)
     if rows or "trainable_token_indices" in config:
         words["trainable_token_indices"] = _token_words(rows, config)
     return words
 
 
-def _module_words(whole: Sequence[str], config: Mapping[str, Any]) -> list[str] | None:
+def _module_words(full_tensors: Sequence[str], config: Mapping[str, Any]) -> list[str] | None:
     by_task = HEADS.get(str(config.get("task_type")), ())
-    said = config.get("modules_to_save") or ()
+    declared = config.get("modules_to_save") or ()
     kept: list[str] = []
-    for word in said if _are_names(said) else ():
+    for word in declared if _are_names(declared) else ():
         # Drop a name that matches nothing here: PEFT would look for keys that the file lacks. PEFT
         # adds the names of the task in any case.
-        if word in by_task or any(SavedWhole("", (word,)).has(name) for name in whole):
+        if word in by_task or any(SavedWhole("", (word,)).has(name) for name in full_tensors):
             kept.append(word)
     known = SavedWhole("", tuple(kept))
-    kept += sorted({tensor_owner(name)[0] for name in whole if not known.has(name)})
+    kept += sorted({tensor_owner(name)[0] for name in full_tensors if not known.has(name)})
     return sorted(kept) or None
 
 
@@ -222,22 +222,22 @@ def _token_words(
 ) -> dict[str, list[int]] | list[int] | None:
     if not rows:
         return None
-    said = config.get("trainable_token_indices")
+    declared = config.get("trainable_token_indices")
     plain = {module: list(of or ()) for module, of in rows.items()}
-    if isinstance(said, list) and list(plain.values()) == [said]:
-        return said
-    if isinstance(said, dict) and _same_rows(said, plain):
-        return said
+    if isinstance(declared, list) and list(plain.values()) == [declared]:
+        return declared
+    if isinstance(declared, dict) and _same_rows(declared, plain):
+        return declared
     return plain
 
 
-def _same_rows(said: Mapping[str, Any], rows: Mapping[str, list[int]]) -> bool:
+def _same_rows(declared: Mapping[str, Any], rows: Mapping[str, list[int]]) -> bool:
     """Return whether the config's entries name exactly these modules, one each, with these rows."""
 
     def ends(module: str) -> Iterable[str]:
-        return [end for end in said if isinstance(end, str) and module.endswith(end)]
+        return [end for end in declared if isinstance(end, str) and module.endswith(end)]
 
     named = {module: list(ends(module)) for module in rows}
-    if any(len(found) != 1 for found in named.values()) or len(said) != len(rows):
+    if any(len(found) != 1 for found in named.values()) or len(declared) != len(rows):
         return False
-    return all(said[named[module][0]] == mine for module, mine in rows.items())
+    return all(declared[named[module][0]] == module_rows for module, module_rows in rows.items())

@@ -82,6 +82,6 @@ def read_products(config: PeftConfig, tensors: Mapping[str, Tensor], where: str)
         raise UnsupportedAdapter(f"{where}: no hada_ and no lokr_ factors of any module")
     modules: dict[str, LowRank] = {}
     for module, parts in groups.items():
-        found = ModuleTensors(module, f"{where}: {module}", parts)
-        modules[module] = as_product(found, scale=config.scale(module))
+        module_tensors = ModuleTensors(module, f"{where}: {module}", parts)
+        modules[module] = as_product(module_tensors, scale=config.scale(module))
     return Adapter(modules, base=config.base)

@@ -27,7 +27,7 @@ from ..storage import Allocate, Witness
 from ..system.reading import Inside
 from .config_file import read_config
 from .peft_composed import composed_config, read_composed
-from .peft_config import TURNED, says_which_way
+from .peft_config import TURNED, is_orientation_known
 from .peft_keys import CONFIG, WEIGHTS
 from .peft_named import peft_header
 from .peft_outline import PeftTexts, outline_of
@@ -100,10 +100,10 @@ def read_adapter(
             assert products is not None
             return read_products(products, tensors, weights_named)
         texts = PeftTexts(config, weights.head, weights.nbytes, config_named, weights_named)
-        found = outline_of(texts)
+        outlined = outline_of(texts)
         if outline:
-            return found.adapter
-        adapter = found.filled(weights.numbers(found.header, allocate), weights_named)
+            return outlined.adapter
+        adapter = outlined.filled(weights.numbers(outlined.header, allocate), weights_named)
     _warn_if_turned(adapter, config_named)
     return adapter
 
@@ -125,7 +125,11 @@ def _check_present(config_file: str | Path, weights_file: str | Path, where: str
             f"{WEIGHTS}",
             "convert it where you trust it: load it in PEFT and save_pretrained() it again",
         )
-    missing = [name for name, there in ((CONFIG, has_config), (WEIGHTS, has_weights)) if not there]
+    missing = [
+        name
+        for name, is_present in ((CONFIG, has_config), (WEIGHTS, has_weights))
+        if not is_present
+    ]
     if missing:
         raise FormatError(
             f"{where}: no {' and no '.join(missing)}", "a PEFT adapter is a folder with both files"
@@ -138,7 +142,7 @@ def _warn_if_turned(adapter: Adapter, config_named: str) -> None:
     PEFT before `TURNED` took A's input side from the wrong axis of (experts, out, in). If out and
     in are equal, its file looks the same, so only ``peft_version`` can tell.
     """
-    if says_which_way(adapter.config):
+    if is_orientation_known(adapter.config):
         return
     fused = []
     for name, value in adapter.modules.items():
@@ -146,11 +150,11 @@ def _warn_if_turned(adapter: Adapter, config_named: str) -> None:
             fused.append(name)
     if not fused:
         return
-    said = adapter.config.get("peft_version")
+    version = adapter.config.get("peft_version")
     turned = ".".join(map(str, TURNED))
     warnings.warn(
         LoraTreeWarning(
-            f"{config_named}: it has target_parameters, and its peft_version is {said!r:.40}: "
+            f"{config_named}: it has target_parameters, and its peft_version is {version!r:.40}: "
             f"PEFT before {turned} wrote the factors of fused experts the other way round; "
             f"{listing(fused, most=2)} {agreeing(len(fused), 'is', 'are')} read as PEFT reads "
             f"{agreeing(len(fused), 'it', 'them')} since then",

@@ -65,7 +65,7 @@ class SortedKeys:
         modules: module → its wrappers.
         paths: module → the paths of its keys, as the file spells them.
         overrides: name of a tensor of the base → its replacement.
-        whole: path → a whole tensor of the base that neither the config nor its key calls an
+        base_tensors: path → a whole tensor of the base that neither the config nor its key calls an
             override.
         repeated: name of a tensor → its two values, if the file has it under two keys.
     """
@@ -75,7 +75,7 @@ class SortedKeys:
     modules: dict[str, Wrappers] = field(default_factory=dict)
     paths: dict[str, set[str]] = field(default_factory=dict)
     overrides: dict[str, Override] = field(default_factory=dict)
-    whole: dict[str, Tensor] = field(default_factory=dict)
+    base_tensors: dict[str, Tensor] = field(default_factory=dict)
     repeated: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @property
@@ -112,18 +112,18 @@ class SortedKeys:
             FormatError: PEFT writes no such tensor beside the factors; names the key.
         """
         depths = self.depths
-        found: dict[str, Tensor] = {}
-        for path, tensor in self.whole.items():
+        carried: dict[str, Tensor] = {}
+        for path, tensor in self.base_tensors.items():
             name, depth = peft_keys.plain(path)
             shown = repr((PREFIX + path)[:200])
-            if name in found:
+            if name in carried:
                 raise FormatError(
                     f"{self.where}: unexpected key {shown}: a second value of {name}",
                     "save the adapter again with PEFT, which writes each tensor once",
                 )
             is_spelled_right = depth == 0 and path in (peft_keys.key_path(name, depths), name)
-            if is_spelled_right and self._may_come_along(path, name, depths):
-                found[name] = tensor
+            if is_spelled_right and self._may_be_carried(path, name, depths):
+                carried[name] = tensor
                 continue
             kind = name.rpartition(".")[2]
             if kind == "weight":
@@ -141,16 +141,16 @@ class SortedKeys:
                 "expected factors (lora_A, lora_B), and of the base's own tensors only biases and "
                 "embeddings",
             )
-        return found
+        return carried
 
-    def _may_come_along(self, path: str, name: str, depths: Mapping[str, int]) -> bool:
+    def _may_be_carried(self, path: str, name: str, depths: Mapping[str, int]) -> bool:
         """Return whether PEFT may write the base's own parameter ``name`` beside the factors."""
         module, _, kind = name.rpartition(".")
         if kind == "weight":
             return module in depths or module.rpartition(".")[2] in WHOLE
         if kind == "bias":
             # save_embedding_layers saves all parameters of a head: the bias comes with the weight.
-            has_weight = f"{path.removesuffix('.bias')}.weight" in self.whole
+            has_weight = f"{path.removesuffix('.bias')}.weight" in self.base_tensors
             return self.config.bias != "none" or has_weight
         return False
 
@@ -162,32 +162,32 @@ def sort_keys(header: Header, config: PeftConfig, where: str) -> SortedKeys:
         FormatError: PEFT writes no such key, or the file has neither factors nor overrides.
         UnsupportedAdapter: a key belongs to a kind of adapter that does not add up to W + B·A.
     """
-    found = SortedKeys(config, where)
+    sorted_keys = SortedKeys(config, where)
     # Sorted by name, so that the order in the file has no effect on the adapter or the error.
     for key in sorted(header.tensors):
         path, part = _split(key, where)
         tensor = header.tensors[key]
         if path.endswith(TOKENS_ALONE):
             module = path.removesuffix(TOKENS).removesuffix(TOKENS_ALONE)
-            _override(found, f"{module}.weight", key, config.saved.rows(module, tensor))
+            _override(sorted_keys, f"{module}.weight", key, config.saved.rows(module, tensor))
         elif part:
             module, depth = peft_keys.plain(path)
-            found.modules.setdefault(module, {}).setdefault(depth, {})[part] = tensor
-            found.paths.setdefault(module, set()).add(path)
+            sorted_keys.modules.setdefault(module, {}).setdefault(depth, {})[part] = tensor
+            sorted_keys.paths.setdefault(module, set()).add(path)
         elif not (config.velora and key.endswith(VELORA_BUFFER)):
-            _sort_whole(found, key, path, tensor)
-    config.saved.check_found(found.overrides, where)
-    if not found.modules and not found.overrides:
+            _sort_whole(sorted_keys, key, path, tensor)
+    config.saved.check_found(sorted_keys.overrides, where)
+    if not sorted_keys.modules and not sorted_keys.overrides:
         raise FormatError(
             f"{where}: no lora_A and lora_B of any module",
             "the file holds no LoRA factors",
         )
-    return found
+    return sorted_keys
 
 
 # ---------------------------------------------------------------------- private
 def _sort_whole(found: SortedKeys, key: str, path: str, tensor: Tensor) -> None:
-    """Sort a whole tensor: an override if its key or the config says so, else ``whole``."""
+    """Sort a whole tensor: an override if its key or the config says so, else ``base_tensors``."""
     if is_original(path):
         return  # the base's original beside its replacement is not used
     path, is_wrapped = without_wrapper(path)
@@ -198,7 +198,7 @@ def _sort_whole(found: SortedKeys, key: str, path: str, tensor: Tensor) -> None:
     elif is_wrapped or (path == name and found.config.saved.has(name)):
         _override(found, name, key, Override(tensor))
     else:
-        found.whole[path] = tensor
+        found.base_tensors[path] = tensor
 
 
 def _override(found: SortedKeys, name: str, key: str, override: Override) -> None:

@@ -203,15 +203,15 @@ def _nested(adapter: Adapter) -> dict[str, tuple[str, ...]]:
         FormatError: a module has several, and the adapter does not record their order; or the
             module has its own factors as well.
     """
-    found: dict[str, list[str]] = {}
+    parameters_of: dict[str, list[str]] = {}
     for name, value in adapter.modules.items():
         if value.layout.kind == "parameter":
             module, _, parameter = name.rpartition(".")
-            found.setdefault(module, []).append(parameter)
+            parameters_of.setdefault(module, []).append(parameter)
     nested: dict[str, tuple[str, ...]] = {}
-    for module, parameters in found.items():
-        said = adapter.nesting.get(module, ())
-        order = tuple(parameter for parameter in said if parameter in parameters)
+    for module, parameters in parameters_of.items():
+        declared = adapter.nesting.get(module, ())
+        order = tuple(parameter for parameter in declared if parameter in parameters)
         is_whole = set(order) == set(parameters)
         if not is_whole and set(parameters) <= set(FUSED):
             order = tuple(sorted(parameters, key=FUSED.index))
@@ -242,7 +242,7 @@ def _attentions(modules: Mapping[str, LowRank], nested: _Nested) -> set[str]:
         FormatError: a module with factors is inside another one in any other way.
     """
     wrapped = [name for name, value in modules.items() if value.layout.kind != "parameter"]
-    found: set[str] = set()
+    attentions: set[str] = set()
     for name in [*wrapped, *nested]:
         for owner in peft_keys.ancestors(name):
             if owner not in modules:
@@ -254,8 +254,8 @@ def _attentions(modules: Mapping[str, LowRank], nested: _Nested) -> set[str]:
                     "only for the out_proj of an nn.MultiheadAttention",
                     "leave one of the two out of the adapter",
                 )
-            found.add(owner)
-    return found
+            attentions.add(owner)
+    return attentions
 
 
 def _both_linear(x: LowRank, y: LowRank) -> bool:
@@ -302,7 +302,7 @@ def _with_biases(modules: Mapping[str, LowRank]) -> dict[str, LowRank]:
     """
     if all(value.bias is None for value in modules.values()):
         return dict(modules)
-    found: dict[str, LowRank] = {}
+    biased: dict[str, LowRank] = {}
     for name, value in modules.items():
         if value.layout.kind in ("embedding", "parameter"):
             raise FormatError(
@@ -313,8 +313,8 @@ def _with_biases(modules: Mapping[str, LowRank]) -> dict[str, LowRank]:
         if value.bias is None:
             out = math.prod(value.B.shape[:-1])  # over all groups of a convolution
             value = replace(value, bias=value.B.new_zeros(out))
-        found[name] = value
-    return found
+        biased[name] = value
+    return biased
 
 
 def _tensors(adapter: Adapter, form: PeftForm) -> dict[str, Tensor]:

@@ -59,47 +59,49 @@ def is_product(parts: Collection[str]) -> bool:
     return any(part in PRODUCT_PARTS for part in parts)
 
 
-def as_product(found: ModuleTensors, *, scale: float | None = None) -> LowRank:
+def as_product(module_tensors: ModuleTensors, *, scale: float | None = None) -> LowRank:
     """Return one module's increment as factors.
 
     Args:
-        found: the parts of a LoHa or a LoKr, optionally with an ``alpha``.
+        module_tensors: the parts of a LoHa or a LoKr, optionally with an ``alpha``.
         scale: from a config; None: as in LyCORIS, from alpha and the rank of the halves.
 
     Raises:
         FormatError: parts are missing, or don't fit together; names the module.
         BudgetError: the factors would take more memory than is available.
     """
-    parts = found.parts
+    parts = module_tensors.parts
     others = [part for part in parts if part not in PRODUCT_PARTS and part != "alpha"]
     is_hadamard = any(part.startswith("hada_") for part in parts)
     if others or (is_hadamard and any(part.startswith("lokr_") for part in parts)):
-        raise FormatError(f"{found.named}: parts of several kinds: {', '.join(sorted(parts))}")
+        raise FormatError(
+            f"{module_tensors.named}: parts of several kinds: {', '.join(sorted(parts))}"
+        )
     wide = torch.float32
     for tensor in parts.values():
         wide = torch.promote_types(wide, tensor.dtype)
     widened = {part: tensor.to(wide) for part, tensor in parts.items()}
     if is_hadamard:
-        first = _half(found, widened, "hada_w1", core="hada_t1")
-        second = _half(found, widened, "hada_w2", core="hada_t2")
-        A, B = _hadamard(found.named, first, second)
+        first = _half(module_tensors, widened, "hada_w1", core="hada_t1")
+        second = _half(module_tensors, widened, "hada_w2", core="hada_t2")
+        A, B = _hadamard(module_tensors.named, first, second)
         rank: int | None = second.V.shape[0]
     else:
-        first = _half(found, widened, "lokr_w1", core=None)
-        second = _half(found, widened, "lokr_w2", core="lokr_t2")
-        A, B = _kronecker(found.named, first, second)
+        first = _half(module_tensors, widened, "lokr_w1", core=None)
+        second = _half(module_tensors, widened, "lokr_w2", core="lokr_t2")
+        A, B = _kronecker(module_tensors.named, first, second)
         ranks = [half.V.shape[0] for half in (second, first) if not half.is_full]
         # LyCORIS applies alpha only if a half is factored: two full halves have no rank.
         rank = ranks[0] if ranks else None
     if scale is None:
-        scale = 1.0 if rank is None else alpha_of(found, rank) / rank
+        scale = 1.0 if rank is None else alpha_of(module_tensors, rank) / rank
     kernel = second.kernel
     layout = Layout("conv", kernel) if kernel else LINEAR
     return LowRank(A, B, scale, layout=layout)
 
 
 def _half(
-    found: ModuleTensors, parts: Mapping[str, Tensor], name: str, *, core: str | None
+    module_tensors: ModuleTensors, parts: Mapping[str, Tensor], name: str, *, core: str | None
 ) -> _Factored:
     """Return one of the two matrices of a product, as factors.
 
@@ -110,22 +112,24 @@ def _half(
     t = parts.get(core) if core is not None else None
     if full is not None:
         if a is not None or b is not None or t is not None:
-            raise FormatError(f"{found.named}: {name} both whole and in factors")
-        return _full(found, full, name)
+            raise FormatError(f"{module_tensors.named}: {name} both whole and in factors")
+        return _full(module_tensors, full, name)
     if a is None or b is None:
         raise FormatError(
-            f"{found.named}: no {name if a is None and b is None else f'{name}_a or _b'}"
+            f"{module_tensors.named}: no {name if a is None and b is None else f'{name}_a or _b'}"
         )
     if a.ndim != 2 or b.ndim != 2:
-        raise FormatError(f"{found.named}: {name}_a {tuple(a.shape)}, {name}_b {tuple(b.shape)}")
+        raise FormatError(
+            f"{module_tensors.named}: {name}_a {tuple(a.shape)}, {name}_b {tuple(b.shape)}"
+        )
     if t is None:
         if a.shape[1] != b.shape[0]:
-            raise _misfit(found, name, a, b)
+            raise _misfit(module_tensors, name, a, b)
         return _Factored(a, b)
     if t.ndim not in (3, 4, 5) or t.shape[:2] != (a.shape[0], b.shape[0]):
-        raise _misfit(found, name, a, b, t)
+        raise _misfit(module_tensors, name, a, b, t)
     kernel = tuple(t.shape[2:])
-    check_fits(a.shape[0] * b.shape[1] * math.prod(kernel) * a.element_size(), found.named)
+    check_fits(a.shape[0] * b.shape[1] * math.prod(kernel) * a.element_size(), module_tensors.named)
     V = torch.einsum("ijk,jc->ick", t.flatten(2), b).flatten(1)  # (r, in · kernel)
     return _Factored(a.mT, V, kernel)
 

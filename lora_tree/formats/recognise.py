@@ -141,7 +141,7 @@ def kind_of_keys(keys: Iterable[str], where: str) -> tuple[FileKind, str]:
     >>> kind_of_keys(["lora_unet_mid_block_attentions_0_proj_in.alpha"], "style.safetensors")
     ('kohya', 'its keys begin with lora_unet_ or lora_te_')
     """
-    found: dict[FileKind, str] = {}
+    kinds: dict[FileKind, str] = {}
     unknown = []
     # Sorted, so that the keys in an error do not depend on the order of the file.
     for key in sorted(keys):
@@ -150,15 +150,15 @@ def kind_of_keys(keys: Iterable[str], where: str) -> tuple[FileKind, str]:
         if hit is None:
             unknown.append(key[:200])
         else:
-            found.setdefault(hit[0], hit[2])
-    if len(found) > 1:
+            kinds.setdefault(hit[0], hit[2])
+    if len(kinds) > 1:
         raise FormatError(
-            f"{where}: its keys are of {' and '.join(sorted(found))} at once, expected one format"
+            f"{where}: its keys are of {' and '.join(sorted(kinds))} at once, expected one format"
         )
-    if not found:
+    if not kinds:
         raise FormatError(
             f"{where}: no adapter of a known format: its keys are "
             f"{listing(unknown, most=3) or 'none'}"
         )
-    ((kind, sign),) = found.items()
+    ((kind, sign),) = kinds.items()
     return kind, sign

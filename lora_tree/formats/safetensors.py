@@ -78,7 +78,7 @@ class TensorFile:
         self.head, size = _head(stream, where, witness)
         self.nbytes = size - stream.tell()
 
-    def whole(self) -> bytes:
+    def read_all(self) -> bytes:
         """Return the whole file with its header. Call it once, instead of `numbers`.
 
         Raises:
@@ -206,7 +206,7 @@ def read_tensors(
         if outline:
             return dict(header.tensors), header.metadata
         check_fits(reading.nbytes, where)
-        data = reading.whole()
+        data = reading.read_all()
         try:
             return safetensors.torch.load(data), header.metadata
         except (

@@ -25,7 +25,7 @@ __all__ = ["read_single"]
 
 
 def read_single(
-    found: Recognised,
+    recognised: Recognised,
     *,
     outline: bool = False,
     allocate: Allocate | None = None,
@@ -35,7 +35,7 @@ def read_single(
     """Read a single file of another program's format into memory, in the file's dtypes.
 
     Args:
-        found: the result of `recognise`.
+        recognised: the result of `recognise`.
         outline: return factors on the meta device, with shapes and dtypes but no numbers. The whole
             file is still read, because its scales are among the tensors.
         allocate: allocates the one buffer that holds the factors; None: ordinary memory.
@@ -47,19 +47,19 @@ def read_single(
         FormatError: the file is broken, or has keys of another format; names the file and the key.
         UnsupportedAdapter: an adapter of a kind that does not add up.
     """
-    assert found.file is not None
-    file, where = found.file, str(found.file)
+    assert recognised.file is not None
+    file, where = recognised.file, str(recognised.file)
     # Leave inference mode: tensors made in it could never train.
     shown = partial(witness, file.name) if witness is not None else None
     with open_tensors(file, where, shown, inside) as reading, torch.inference_mode(False):
         header = parse_header(reading.head, reading.nbytes, where)
-        there = over(reading.numbers(header, allocate))
+        in_memory = over(reading.numbers(header, allocate))
         tensors: dict[str, Tensor] = {}
         for name, tensor in header.tensors.items():
-            tensors[name] = there(tensor).contiguous()
-        if found.kind == "kohya":
+            tensors[name] = in_memory(tensor).contiguous()
+        if recognised.kind == "kohya":
             adapter = read_kohya(tensors, where)
-        elif found.kind == "mlx":
+        elif recognised.kind == "mlx":
             config = file.with_name(CONFIG)
             data = _config_beside(config, where, inside)
             if witness is not None:

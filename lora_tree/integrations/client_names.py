@@ -19,7 +19,7 @@ from ..blend import parse_blend, spelled
 from ..errors import LoraTreeError, PathError, SpecError, plural, printable
 from ..node_names import MAX_DEPTH
 
-__all__ = ["Asked", "NameRules", "shown"]
+__all__ = ["NameRules", "RequestedName", "shown"]
 
 MOST_CHARACTERS = 128 * MAX_DEPTH
 """The longest path that a tree can have."""
@@ -46,8 +46,8 @@ def shown(text: object, most: int = SHOWN_CHARACTERS) -> str:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A name that may be asked of the tree.
+class RequestedName:
+    """A path or blend that a client may request.
 
     Args:
         name: its one spelling.
@@ -109,22 +109,22 @@ class NameRules:
         object.__setattr__(self, "_exact", exact)
         object.__setattr__(self, "_patterns", patterns)
 
-    def admit(self, name: str) -> Asked:
+    def admit(self, name: str) -> RequestedName:
         """Return the request of a client, without looking at the tree.
 
         Raises:
             PathError: the name is no path, or one that clients may not ask for.
             SpecError: it is a blend, and blends are off; or a weight makes no sense.
         """
-        asked = self.read(name)
-        for path in asked.paths:
+        requested = self.read(name)
+        for path in requested.paths:
             if not self.allows(path):
                 raise PathError(
                     f"{shown(path)!r} is not on the list of paths that clients may ask for"
                 )
-        return asked
+        return requested
 
-    def read(self, name: str) -> Asked:
+    def read(self, name: str) -> RequestedName:
         """Return the meaning of a name, in its one spelling.
 
         Raises:
@@ -148,10 +148,10 @@ class NameRules:
             raise SpecError(
                 f"a blend of {name.count('+') + 1} paths; at most {MOST_PATHS} are served"
             )
-        one = spelled(name)
-        if not one:
+        spelling = spelled(name)
+        if not spelling:
             raise PathError("nothing to serve", "the bare base is served under its own name")
-        return Asked(one, tuple(parse_blend(one)))
+        return RequestedName(spelling, tuple(parse_blend(spelling)))
 
     def one_spelling(self, name: str) -> str:
         """Return the one spelling of a name; the unchanged name if it is no admitted blend."""
@@ -176,7 +176,7 @@ def _fits(names: list[str], pattern: tuple[str, ...]) -> bool:
     """Tell whether names match a pattern. ``used``: the possible counts of parts matched so far."""
     # All possible positions are followed at once. Backtracking could take exponential time with
     # several ``**`` in a pattern.
-    used = _passed({0}, pattern)
+    used = _skip_any_depth({0}, pattern)
     for name in names:
         after = set()
         for i in used:
@@ -184,11 +184,11 @@ def _fits(names: list[str], pattern: tuple[str, ...]) -> bool:
                 after.add(i)
             elif i < len(pattern) and fnmatchcase(name, pattern[i]):
                 after.add(i + 1)
-        used = _passed(after, pattern)
+        used = _skip_any_depth(after, pattern)
     return len(pattern) in used
 
 
-def _passed(used: Iterable[int], pattern: tuple[str, ...]) -> set[int]:
+def _skip_any_depth(used: Iterable[int], pattern: tuple[str, ...]) -> set[int]:
     """Add the positions behind each ``**``, which may match no name at all."""
     found = set(used)
     for i in sorted(found):

@@ -71,16 +71,16 @@ def components_of(pipe: Any) -> dict[str, nn.Module]:
             f"expected a DiffusionPipeline, got {type(pipe).__name__}",
             "a single model is attached by lora_tree.attach(tree, model)",
         )
-    found: dict[str, nn.Module] = {}
+    components: dict[str, nn.Module] = {}
     for name, component in held.items():
         if ADAPTABLE.match(name) and isinstance(component, nn.Module):
-            found[name] = component
-    if not found:
+            components[name] = component
+    if not components:
         raise SpecError(
             f"{type(pipe).__name__} has no component that takes adapters: it has {listing(held)}",
             "a pipeline's unet, transformer and text_encoder do",
         )
-    return found
+    return components
 
 
 def attach_pipeline(
@@ -137,10 +137,10 @@ def pipeline_skeleton(folder: str | os.PathLike[str]) -> Assembly:
     with foreign(f"{folder}: diffusers can't read its {MODEL_INDEX}"), torch.device("meta"):
         index = diffusers.DiffusionPipeline.load_config(folder, local_files_only=True)
         made: dict[str, nn.Module] = {}
-        for name, said in index.items():
-            if not ADAPTABLE.match(name) or None in (said or [None]):
+        for name, entry in index.items():
+            if not ADAPTABLE.match(name) or None in (entry or [None]):
                 continue  # a component that this pipeline does without
-            library, kind = said
+            library, kind = entry
             if library == "diffusers":
                 model = getattr(diffusers, kind)
                 config = model.load_config(folder, subfolder=name, local_files_only=True)

@@ -81,8 +81,8 @@ class Contents:
                 none of them has an adapter.
         """
         on_the_way = _on_the_way(path)
-        mine = [problem for problem in problems if problem.node in on_the_way]
-        broken = [str(problem) for problem in mine if problem.kind not in HARMLESS]
+        own_problems = [problem for problem in problems if problem.node in on_the_way]
+        broken = [str(problem) for problem in own_problems if problem.kind not in HARMLESS]
         if broken:
             raise FolderError(listing(broken, most=3))
         parts, nodes = [], {}
@@ -96,11 +96,13 @@ class Contents:
                 "there is nothing to serve: no node on the path has an adapter",
                 "request the base itself",
             )
-        said = json.dumps([VERSION, parts, self._form.max_rank, self._form.max_error])
-        stale = tuple(problem.text for problem in mine if problem.kind == "stale")
-        return FlatContent(hashlib.sha256(said.encode()).hexdigest()[:32], stale, nodes)
+        digest_input = json.dumps([VERSION, parts, self._form.max_rank, self._form.max_error])
+        stale = tuple(problem.text for problem in own_problems if problem.kind == "stale")
+        return FlatContent(hashlib.sha256(digest_input.encode()).hexdigest()[:32], stale, nodes)
 
-    def is_still(self, content: str, tree: AdapterTree, problems: list[Problem], path: str) -> bool:
+    def has_content(
+        self, content: str, tree: AdapterTree, problems: list[Problem], path: str
+    ) -> bool:
         """Tell whether a path still has this content."""
         try:
             return self.of(tree, problems, path).name == content

@@ -36,10 +36,10 @@ class Usage:
         self._is_read = is_read
         self._lock = threading.Lock()
         self._served: dict[str, str] = {}  # path → content
-        self._used: dict[str, float] = {}  # path → its last use, by the monotonic clock
+        self._last_use: dict[str, float] = {}  # path → its last use, by the monotonic clock
         self._released: dict[str, float] = {}  # content → when it was last served
-        # (content, asked for by a blend) → requests under way
-        self._asked: Counter[tuple[str, bool]] = Counter()
+        # (content, whether a blend requests it) → requests under way
+        self._in_flight: Counter[tuple[str, bool]] = Counter()
 
     @property
     def served(self) -> dict[str, str]:
@@ -55,22 +55,22 @@ class Usage:
         assignment to a dict is atomic.
         """
         if path in self._served:
-            self._used[path] = time.monotonic()
+            self._last_use[path] = time.monotonic()
 
     def is_idle(self, path: str) -> bool:
         """Tell whether the last use of a path is longer ago than the grace."""
-        return time.monotonic() - self._used.get(path, 0.0) >= self.grace_s
+        return time.monotonic() - self._last_use.get(path, 0.0) >= self.grace_s
 
     def idle_s(self, path: str) -> float:
         """Return the seconds since the last use of a path."""
-        return time.monotonic() - self._used.get(path, 0.0)
+        return time.monotonic() - self._last_use.get(path, 0.0)
 
     def serve(self, path: str, content: str) -> None:
         """Serve a path with a content from now on; the one before is released."""
         with self._lock:
             before = self._served.get(path)
             self._served[path] = content
-            self._used[path] = time.monotonic()
+            self._last_use[path] = time.monotonic()
             self._released.pop(content, None)
             if before is not None and before != content:
                 self._release(before)
@@ -79,7 +79,7 @@ class Usage:
         """Stop serving a path; its content becomes free when the grace is over."""
         with self._lock:
             content = self._served.pop(path, None)
-            self._used.pop(path, None)
+            self._last_use.pop(path, None)
             if content is not None:
                 self._release(content)
 
@@ -87,22 +87,22 @@ class Usage:
         """Return the blends that are served, the one used longest ago first."""
         with self._lock:
             blends = [path for path in self._served if is_blend(path)]
-        return sorted(blends, key=lambda path: self._used.get(path, 0.0))
+        return sorted(blends, key=lambda path: self._last_use.get(path, 0.0))
 
     # ------------------------------------------------------------------ one content
     @contextmanager
-    def asking(self, content: str, *, for_blend: bool) -> Iterator[None]:
+    def keep_in_use(self, content: str, *, for_blend: bool) -> Iterator[None]:
         """Keep a content in use until the block ends, whether it is served or not."""
         with self._lock:
-            self._asked[content, for_blend] += 1
+            self._in_flight[content, for_blend] += 1
         try:
             yield
         finally:
             with self._lock:
-                self._asked[content, for_blend] -= 1
+                self._in_flight[content, for_blend] -= 1
                 # A Counter keeps zero entries, and clients make up the names: it would grow.
-                if not self._asked[content, for_blend]:
-                    del self._asked[content, for_blend]
+                if not self._in_flight[content, for_blend]:
+                    del self._in_flight[content, for_blend]
 
     @contextmanager
     def replacing(self, path: str) -> Iterator[None]:
@@ -115,7 +115,7 @@ class Usage:
         if before is None:
             yield
             return
-        with self.asking(before, for_blend=is_blend(path)):
+        with self.keep_in_use(before, for_blend=is_blend(path)):
             try:
                 yield
             except BaseException:
@@ -132,13 +132,13 @@ class Usage:
     def holders(self, content: str) -> list[str] | None:
         """Return the paths that are served with a content; None if it has to stay."""
         with self._lock:
-            asked = any(content == one for one, _ in self._asked)
+            is_in_flight = any(content == used_content for used_content, _ in self._in_flight)
             paths = [path for path, served in self._served.items() if served == content]
             in_grace = not all(self.is_idle(path) for path in paths)
             if content in self._released:
                 in_grace |= time.monotonic() - self._released[content] < self.grace_s
         # Not under the lock: `is_read` asks the engine, which may call back into this object.
-        if asked or in_grace or self._is_read(content):
+        if is_in_flight or in_grace or self._is_read(content):
             return None
         return paths
 
@@ -161,13 +161,13 @@ class Usage:
             for content, since in list(self._released.items()):
                 if now - since >= self.grace_s and not self._is_read(content):
                     del self._released[content]
-            held += list(self._asked)
+            held += list(self._in_flight)
             held += [(content, is_blend(path)) for path, content in self._served.items()]
             held += [(content, True) for content in self._released]
-        found: dict[str, bool] = {}
+        only_blends: dict[str, bool] = {}
         for content, for_blend in held:
-            found[content] = found.get(content, True) and for_blend
-        return found
+            only_blends[content] = only_blends.get(content, True) and for_blend
+        return only_blends
 
     def _release(self, content: str) -> None:
         """Begin the grace of a content that no path is served with; the caller holds the lock."""

@@ -96,7 +96,7 @@ class FlatCache:
         form: how paths are flattened.
         grace_s: how long a folder stays after its last use, for requests that are on their way to
             the engine.
-        let_go: called when there is no room, with a path whose last use is longer ago than that.
+        unload: called when there is no room, with a path whose last use is longer ago than that.
             It stops serving the path and returns True, or returns False if requests are running.
         is_read: tells whether running requests use a content.
         on_evict: called after an adapter was removed to make room.
@@ -110,7 +110,7 @@ class FlatCache:
         budget_bytes: int,
         form: FlatForm,
         grace_s: float = 60.0,
-        let_go: Callable[[str], bool] | None = None,
+        unload: Callable[[str], bool] | None = None,
         is_read: Callable[[str], bool] | None = None,
         on_evict: Callable[[], None] = lambda: None,
         on_resize: Callable[[int], None] = lambda _: None,
@@ -118,7 +118,7 @@ class FlatCache:
         self.folder = Path(os.path.abspath(as_path(folder)))  # engines want an absolute one
         self.budget_bytes = budget_bytes
         self.form = form
-        self._let_go = let_go or (lambda _: True)
+        self._unload = unload or (lambda _: True)
         self._on_evict = on_evict
         self._on_resize = on_resize
         self._contents = Contents(form)
@@ -151,10 +151,10 @@ class FlatCache:
         now = self.content(tree, problems, path)
         content = now.name
         if content in self._refused:
-            raise _anew(self._refused[content])
+            raise _without_traceback(self._refused[content])
         if is_blend(path):
-            self._one_blend_more(path)
-        with self._usage.asking(content, for_blend=is_blend(path)):
+            self._make_room_for_blend(path)
+        with self._usage.keep_in_use(content, for_blend=is_blend(path)):
             error = self._ensure(tree, problems, path, content)
             self._usage.serve(path, content)
         return Flattened(path, content, self.folder / content, now.stale, error, now.nodes)
@@ -188,13 +188,13 @@ class FlatCache:
         """Stop serving a path; its folder may go once the grace is over."""
         self._usage.forget(path)
 
-    def tend(self) -> None:
+    def report_use(self) -> None:
         """Tell other processes what this one uses now; to be called regularly."""
         for path, content in self.served.items():
             self._disk.note_use(content, self._usage.idle_s(path))
-        if self.in_use != self._disk.told:
+        if self.in_use != self._disk.listed:
             with self._disk.alone():
-                self._disk.tell(self.in_use)  # read again: it may have changed meanwhile
+                self._disk.write_list(self.in_use)  # read again: it may have changed meanwhile
 
     def close(self) -> None:
         """Give up all that this process uses; the cache must not be used afterwards."""
@@ -231,7 +231,7 @@ class FlatCache:
                 self._make_room(needs, for_blend=is_blend(path))
                 made.save(self.folder / content)
                 # Under the same lock: no process may find it unused in between.
-                self._disk.tell(self.in_use)
+                self._disk.write_list(self.in_use)
             self._on_resize(self.nbytes)
             return made.error
 
@@ -239,7 +239,7 @@ class FlatCache:
         with self._disk.alone():
             if not self._disk.has(content):
                 return False
-            self._disk.tell(self.in_use)  # before another process may evict it
+            self._disk.write_list(self.in_use)  # before another process may evict it
             return True
 
     def _flattened(
@@ -258,12 +258,12 @@ class FlatCache:
         except (FolderError, BudgetError):
             raise  # another time it may succeed
         except LoraTreeError as error:
-            if self._contents.is_still(content, tree, problems, path):
+            if self._contents.has_content(content, tree, problems, path):
                 # Without its traceback, whose frames would keep the adapters alive.
-                _remember(self._refused, content, _anew(error))
+                _remember(self._refused, content, _without_traceback(error))
             raise
         # The tree may have changed during the read; the folder would then hold another content.
-        if not self._contents.is_still(content, tree, problems, path):
+        if not self._contents.has_content(content, tree, problems, path):
             raise UnlockedError(f"{path}: the tree changed while it was read", "try again")
         return made
 
@@ -300,25 +300,25 @@ class FlatCache:
                 "give the cache more bytes: vllm-args --cache-gb",
             )
         sizes = self._disk.sizes()
-        elsewhere, here = self._disk.in_use_elsewhere(), self.in_use
+        elsewhere, in_use_here = self._disk.in_use_elsewhere(), self.in_use
 
         def is_full() -> bool:
             return sum(sizes.values()) + nbytes > self.budget_bytes
 
         def has_its_share() -> bool:
-            in_use = elsewhere | here
+            in_use = elsewhere | in_use_here
             blends = sum(size for content, size in sizes.items() if in_use.get(content))
             return for_blend and blends + nbytes > most
 
         for content in sorted(sizes, key=self._unused_s, reverse=True):
             if not is_full() and not has_its_share():
                 return
-            if content in elsewhere or (for_blend and here.get(content) is False):
+            if content in elsewhere or (for_blend and in_use_here.get(content) is False):
                 continue
-            if not is_full() and content not in here:
+            if not is_full() and content not in in_use_here:
                 continue  # it would not help: only the share of blends in use is used up
             if self._give_up(content) and self._disk.remove(content):
-                here.pop(content, None)
+                in_use_here.pop(content, None)
                 del sizes[content]
                 self._on_evict()
         if is_full() or has_its_share():
@@ -341,14 +341,14 @@ class FlatCache:
         if paths is None:
             return False
         for path in paths:
-            if not self._let_go(path):
+            if not self._unload(path):
                 return False
             self._usage.forget(path)
         # `forget` began a grace, which can end now: the engine has said that it reads it no longer.
         self._usage.free(content)
         return True
 
-    def _one_blend_more(self, path: str) -> None:
+    def _make_room_for_blend(self, path: str) -> None:
         """Make room for one more blend among the `MOST_BLENDS` that are served at once.
 
         Raises:
@@ -358,7 +358,7 @@ class FlatCache:
         if path in blends or len(blends) < MOST_BLENDS:
             return
         for one in blends:
-            if self._usage.is_idle(one) and self._let_go(one):
+            if self._usage.is_idle(one) and self._unload(one):
                 self._usage.forget(one)
                 return
         raise NoRoom(
@@ -378,6 +378,6 @@ def _remember(known: OrderedDict[str, V], content: str, value: V) -> None:
         known.popitem(last=False)
 
 
-def _anew(error: LoraTreeError) -> LoraTreeError:
+def _without_traceback(error: LoraTreeError) -> LoraTreeError:
     """Return the same error without its traceback."""
     return type(error)(error.what, *error.todo)

@@ -62,15 +62,15 @@ class HeldRows:
             return losses(_rows(self.data, places), {leaf: at_part(leaf, part) for leaf in leaves})
 
         counts = {path: len(places) for path, places in self.places.items()}
-        found = judge(tree, nodes, counts, measure)
-        for verdict in found:
+        verdicts = judge(tree, nodes, counts, measure)
+        for verdict in verdicts:
             if verdict.is_reweighed:
                 # `update` refuses nodes that train, and a Trainer's nodes still do. A new weight is
                 # safe here: no path is active, and the next batch makes a new route.
                 tree.replace(replace(tree[verdict.node], weight=verdict.weight))
             # A changed weight is logged as a warning, because the user did not ask for it.
             _log.log(logging.INFO if verdict.beats_parent else logging.WARNING, str(verdict))
-        return found
+        return verdicts
 
 
 def held_rows(
@@ -93,14 +93,14 @@ def held_rows(
         SpecError: a row has no path.
         PathError: the tree has no such path.
     """
-    asked = share is not None
+    is_requested = share is not None
     share = HELD_BACK if share is None else share
     if not 0 <= share < 1:
         raise SpecError(f"hold_back must be from 0 to below 1, got {share!r}")
     if share == 0 or data is None:
         return data, None
     if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
-        if asked:
+        if is_requested:
             raise SpecError(
                 f"hold_back={share}: a {type(data).__name__} has no order to take rows from",
                 "give a data set with a length, or leave hold_back out",
@@ -115,8 +115,10 @@ def held_rows(
         places.setdefault(paths[place], []).append(place)
     left_out = set(held)
     kept = [place for place in range(len(paths)) if place not in left_out]
-    told = ", ".join(f"{len(own)} of {path or BASE_LABEL}" for path, own in sorted(places.items()))
-    _log.info("held back: %s, to judge the leaves: %s", plural(len(held), "row"), told)
+    counts_text = ", ".join(
+        f"{len(own)} of {path or BASE_LABEL}" for path, own in sorted(places.items())
+    )
+    _log.info("held back: %s, to judge the leaves: %s", plural(len(held), "row"), counts_text)
     return _rows(data, kept), HeldRows(data, places)
 
 

@@ -34,13 +34,13 @@ class HubAdapters:
         if snapshot is None:
             lacks = [] if client.is_online else client.lacking(revision, choices)
             if lacks:
-                raise client.not_whole(revision, lacks)
+                raise client.incomplete_error(revision, lacks)
             names = dict.fromkeys(itertools.chain.from_iterable(choices))
             snapshot = client.fetch(commit or name.revision, list(names))
             _check_whole(client, name, snapshot, choices)
         place = str(snapshot.folder)
-        found = os.path.join(place, name.path) if name.path else place
-        return Fetched(found, snapshot.commit)
+        adapter_place = os.path.join(place, name.path) if name.path else place
+        return Fetched(adapter_place, snapshot.commit)
 
     def head(self, name: HubName) -> str | None:
         """Return the commit that a name means now; None if the hub does not say."""
@@ -58,8 +58,8 @@ def _choices(name: HubName) -> list[list[str]]:
     """
     if name.path.endswith(SINGLE):
         above, _, last = name.path.rpartition("/")
-        beside = [f"{above}/{CONFIG}".lstrip("/")] if last == MLX_WEIGHTS else []
-        return [[*beside, name.path]]
+        config_files = [f"{above}/{CONFIG}".lstrip("/")] if last == MLX_WEIGHTS else []
+        return [[*config_files, name.path]]
     above = f"{name.path}/" if name.path else ""
     config = above + CONFIG
     return [[config, above + WEIGHTS], [config, above + MLX_WEIGHTS], [above + DIFFUSERS_WEIGHTS]]
@@ -74,23 +74,23 @@ def _check_whole(
     """
     lacks = []
     for choice in choices:
-        lacks.append([each for each in choice if not (snapshot.folder / each).is_file()])
+        lacks.append([file for file in choice if not (snapshot.folder / file).is_file()])
     if not all(lacks):
         return
     begun = [lack for lack, choice in zip(lacks, choices, strict=True) if len(lack) < len(choice)]
     if not begun:
-        raise _not_there(client, name, snapshot.commit)
+        raise _missing_adapter_error(client, name, snapshot.commit)
     # This raises if the hub can't be asked. An adapter that is half on the hub is for its reader to
     # refuse.
     on_the_hub = client.files(snapshot.commit)
     for lack in begun:
-        if all(each in on_the_hub for each in lack):
+        if all(file in on_the_hub for file in lack):
             raise HubError(
                 f"{name}: {listing(lack)}: on the hub, but not fetched", "try again later"
             )
 
 
-def _not_there(client: HubClient, name: HubName, commit: str) -> HubError:
+def _missing_adapter_error(client: HubClient, name: HubName, commit: str) -> HubError:
     what = f"{name}: no adapter there at {commit[:12]}…"
     if not client.is_online:
         return HubError(what, "the hub does not answer, so only the cache was looked at")

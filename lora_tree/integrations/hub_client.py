@@ -122,12 +122,16 @@ class HubClient:
             revision: a commit, or a branch or tag, which is what it was when it was last fetched.
             choices: the lists of files of which any one is enough, the preferred one first.
         """
-        found = self._in_cache(revision, choices)
+        cached_files = self._in_cache(revision, choices)
         for i, choice in enumerate(choices):
             earlier = set(itertools.chain.from_iterable(choices[:i]))
-            if choice and found.keys() >= set(choice) and not earlier - set(choice) & found.keys():
+            if (
+                choice
+                and cached_files.keys() >= set(choice)
+                and not earlier - set(choice) & cached_files.keys()
+            ):
                 depth = choice[0].count("/") + 1
-                folder = Path(found[choice[0]]).parents[depth - 1]
+                folder = Path(cached_files[choice[0]]).parents[depth - 1]
                 return Snapshot(folder, folder.name)
         return None
 
@@ -161,7 +165,7 @@ class HubClient:
         Raises:
             HubError: the repository is not there for this account, or the hub can't be asked.
         """
-        with self._told(revision):
+        with self._translated_errors(revision):
             try:
                 return str(self._api.repo_info(self.repository, revision=revision).sha)
             except self._errors.RevisionNotFoundError:
@@ -169,7 +173,7 @@ class HubClient:
 
     def exists(self) -> bool:
         """Tell whether the repository is there for this account."""
-        with self._told():
+        with self._translated_errors():
             try:
                 self._api.repo_info(self.repository)
             except self._errors.GatedRepoError:
@@ -187,14 +191,14 @@ class HubClient:
         if commit in self._listed:  # a commit never changes
             return self._listed[commit]
         file_type: Any = need("huggingface_hub.hf_api", extra="hub", what="a listing").RepoFile
-        found: dict[str, HubFile] = {}
-        with self._told(commit):
+        listed: dict[str, HubFile] = {}
+        with self._translated_errors(commit):
             for entry in self._api.list_repo_tree(self.repository, revision=commit, recursive=True):
                 if isinstance(entry, file_type):
                     sha256 = entry.lfs.sha256 if entry.lfs is not None else None
-                    found[entry.path] = HubFile(entry.size, entry.blob_id, sha256)
-        self._listed[commit] = found
-        return found
+                    listed[entry.path] = HubFile(entry.size, entry.blob_id, sha256)
+        self._listed[commit] = listed
+        return listed
 
     def fetch(self, revision: str | None, names: Sequence[str]) -> Snapshot:
         """Bring files of a revision into the cache, unless they are there.
@@ -209,7 +213,7 @@ class HubClient:
             HubError: the repository or the revision is not there, or the hub can't be asked and the
                 cache lacks a part of it.
         """
-        with self._told(revision or MAIN), self._bars():
+        with self._translated_errors(revision or MAIN), self._bars():
             # An empty list of patterns would fetch every file.
             folder = self._hub.snapshot_download(
                 self.repository,
@@ -226,12 +230,12 @@ class HubClient:
         Raises:
             HubError: this account may not.
         """
-        with self._told():
+        with self._translated_errors():
             self._api.create_repo(self.repository, private=private, exist_ok=True)
 
     def create_branch(self, branch: str) -> None:
         """Make a branch that begins at the default branch, unless it is there."""
-        with self._told(branch):
+        with self._translated_errors(branch):
             self._api.create_branch(self.repository, branch=branch, exist_ok=True)
 
     def commit(
@@ -261,7 +265,7 @@ class HubClient:
             # As a str: huggingface_hub 1.x refuses a Path.
             operations.append(add(path, origin if isinstance(origin, bytes) else str(origin)))
         operations += [delete(path) for path in deletes]
-        with self._told(branch), self._bars():
+        with self._translated_errors(branch), self._bars():
             made = self._api.create_commit(
                 self.repository,
                 operations,
@@ -276,7 +280,7 @@ class HubClient:
         """Return the error for an action that needs the hub."""
         return HubError(f"{self.repository}: this needs the hub, and {self._why_offline()}")
 
-    def not_whole(self, revision: str, missing: Sequence[str] = ()) -> HubError:
+    def incomplete_error(self, revision: str, missing: Sequence[str] = ()) -> HubError:
         """Return the error for a revision of which the cache lacks a part.
 
         Args:
@@ -309,7 +313,7 @@ class HubClient:
             utils.enable_progress_bars()
 
     @contextmanager
-    def _told(self, revision: str = MAIN) -> Iterator[None]:
+    def _translated_errors(self, revision: str = MAIN) -> Iterator[None]:
         """Raise huggingface_hub's errors as ours, each with what to do about it."""
         name, known = self.repository, self._errors
         page = f"{self._constants.ENDPOINT}/{name}"
@@ -323,7 +327,7 @@ class HubClient:
                 f"accept them at {page}, then {_LOGIN}",
             ) from error
         except known.RepositoryNotFoundError as error:
-            raise HubError(*self._not_there()) from error
+            raise HubError(*self._missing_repository_lines()) from error
         except known.RevisionNotFoundError as error:
             raise HubError(
                 f"{name}: no branch, tag or commit {revision!r}", f"see {page}/branches"
@@ -336,18 +340,18 @@ class HubClient:
             cause = error.__cause__
             if isinstance(cause, known.HfHubHTTPError):
                 raise HubError(*self._refused(cause)) from error
-            raise self.not_whole(revision) from error
+            raise self.incomplete_error(revision) from error
         except known.HfHubHTTPError as error:
             raise HubError(*self._refused(error)) from error
         except Exception as error:  # sockets, proxies, certificates: whatever its transport raises
             # The error of a refused upload names only the file; its cause has the hub's reason.
             if isinstance(error.__cause__, known.HfHubHTTPError):
                 raise HubError(*self._refused(error.__cause__)) from error
-            said = next(iter(str(error).strip().splitlines()), "")
-            what = f"{name}: {type(error).__name__}: {said}"
+            first_line = next(iter(str(error).strip().splitlines()), "")
+            what = f"{name}: {type(error).__name__}: {first_line}"
             raise HubError(what, f"is {self._constants.ENDPOINT} in reach?") from error
 
-    def _not_there(self) -> list[str]:
+    def _missing_repository_lines(self) -> list[str]:
         if self._hub.get_token() is None:
             return [
                 f"{self.repository}: no such repository of models, or a private one, and there is "
@@ -367,15 +371,15 @@ class HubClient:
     def _refused(self, error: Any) -> list[str]:
         """Say why the hub refused, by its status, and what to do."""
         name, status = self.repository, error.response.status_code
-        said = error.server_message or next(iter(str(error).splitlines()), "")
+        reason = error.server_message or next(iter(str(error).splitlines()), "")
         if status == 401:
-            return [f"{name}: the hub knows no such token: {said}", _LOGIN]
+            return [f"{name}: the hub knows no such token: {reason}", _LOGIN]
         if status == 403:
-            return [f"{name}: this account may not do that: {said}", _LOGIN]
+            return [f"{name}: this account may not do that: {reason}", _LOGIN]
         if status in (409, 412):
             return [
-                f"{name}: another push came in between: {said}",
+                f"{name}: another push came in between: {reason}",
                 "run lora-tree push again: it compares with the new commit",
             ]
         todo = [] if status < 500 and status != 429 else ["try again later"]
-        return [f"{name}: the hub answered {status}: {said}", *todo]
+        return [f"{name}: the hub answered {status}: {reason}", *todo]

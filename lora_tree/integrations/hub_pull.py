@@ -83,20 +83,20 @@ def pull(
     """
     client = HubClient(repository, what="pull", progress=progress)
     target = Path(os.path.abspath(as_path(folder)))
-    there = client.fetch(revision, [PLACE.yaml, PLACE.lock])
-    files = _listed(client, there.folder, there.commit)
-    spec = spec_in(there.folder)
+    tree_files = client.fetch(revision, [PLACE.yaml, PLACE.lock])
+    files = _listed(client, tree_files.folder, tree_files.commit)
+    spec = spec_in(tree_files.folder)
     if not client.is_online:
-        _refuse_partial(client, there, files, spec)
+        _refuse_partial(client, tree_files, files, spec)
     names = places_among(files, spec)
     _refuse_no_tree(repository, files, names)
     origin = read_origin(target) if target.is_dir() else None
     known = partial(_is_on_the_hub, client, origin)
-    told = (repository, revision or MAIN, there.commit, str(target))
+    endpoints = (repository, revision or MAIN, tree_files.commit, str(target))
     if dry_run:
         same = {place: files[place].holds for place in names}
-        return _pulled(told, planned(target, same, known), files, names)
-    snapshot = client.fetch(there.commit, names)
+        return _pulled(endpoints, planned(target, same, known), files, names)
+    snapshot = client.fetch(tree_files.commit, names)
     opened = inspect(TreePlace(str(snapshot.folder)), outside=False)
     raise_any(
         opened.problems,
@@ -118,19 +118,19 @@ def pull(
         {place: Path(os.path.realpath(at)) for place, at in places.items()},
         partial(planned, target, same, known),
         times=locked_times(opened),
-        origin=HubOrigin(repository=repository, branch=revision or MAIN, commit=there.commit),
+        origin=HubOrigin(repository=repository, branch=revision or MAIN, commit=tree_files.commit),
     )
-    return _pulled(told, arrival, files, list(places))
+    return _pulled(endpoints, arrival, files, list(places))
 
 
 def _pulled(
-    told: tuple[str, str, str, str],
+    endpoints: tuple[str, str, str, str],
     arrival: Arrival,
     files: Mapping[str, HubFile],
     places: Sequence[str],
 ) -> Pulled:
     size = sum(files[place].size for place in places if place in files)
-    return Pulled(*told, arrival.new, arrival.replaced, arrival.deleted, size)
+    return Pulled(*endpoints, arrival.new, arrival.replaced, arrival.deleted, size)
 
 
 def _listed(client: HubClient, folder: Path, commit: str) -> dict[str, HubFile]:
@@ -155,7 +155,7 @@ def _refuse_partial(
         return
     missing = missing_among(files, spec, lock)
     if missing:
-        raise client.not_whole(there.commit, missing)
+        raise client.incomplete_error(there.commit, missing)
 
 
 def _refuse_no_tree(repository: str, files: Mapping[str, HubFile], names: Sequence[str]) -> None:

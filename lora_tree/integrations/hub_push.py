@@ -114,29 +114,29 @@ def push(
         raise client.offline()
     target = branch or MAIN
     remote = _Remote.of(client, target)
-    head, there = remote.head, remote.files
+    head, remote_files = remote.head, remote.files
     if remote.has_branch and not force:
-        _refuse_unseen(client, read_origin(Path(place.folder)), target, head, there, going)
+        _refuse_unseen(client, read_origin(Path(place.folder)), target, head, remote_files, going)
     card = TreeCard.of(_tree_of(place), repository, going.base)
     before = None
-    if head is not None and CARD in there:
+    if head is not None and CARD in remote_files:
         data = disk.read_file(client.fetch(head, [CARD]).folder / CARD)
         before = data.decode("utf-8-sig", errors="replace")
     files: dict[str, bytes | Path] = dict(going.files)
     files[PICTURE] = card.picture().encode()
     files[CARD] = card.text(before, license=license, tags=tags).encode()
-    draft = _drafted(files, there)
-    deletes = sorted(set(_tree_places(there, client, head)) - files.keys())
-    told = (
-        tuple(path for path in draft if path not in there),
-        tuple(path for path in draft if path in there),
+    draft = _drafted(files, remote_files)
+    deletes = sorted(set(_tree_places(remote_files, client, head)) - files.keys())
+    summary = (
+        tuple(path for path in draft if path not in remote_files),
+        tuple(path for path in draft if path in remote_files),
         tuple(deletes),
         sum(_size(origin_) for origin_ in draft.values()),
         going.base,
         going.renamed,
     )
     if dry_run:
-        return Pushed(repository, target, head, None, *told)
+        return Pushed(repository, target, head, None, *summary)
     if not remote.has_branch:
         client.create(private=private)
         if target != MAIN:
@@ -146,14 +146,16 @@ def push(
     assert parent is not None, "the repository and the branch were made just now"
     commit = parent
     if draft or deletes:
-        said = message or f"A tree of {plural(len(opened.entries), 'node')}, by lora-tree push"
-        commit = client.commit(draft, deletes, branch=target, parent=parent, message=said)
+        commit_message = (
+            message or f"A tree of {plural(len(opened.entries), 'node')}, by lora-tree push"
+        )
+        commit = client.commit(draft, deletes, branch=target, parent=parent, message=commit_message)
         _check_arrived(client, commit, draft)
     # The folder may be one that can't be written; then the next push compares file by file.
     with suppress(FolderError):
         origin = HubOrigin(repository=repository, branch=target, commit=commit)
         write_origin(Path(place.folder), origin)
-    return Pushed(repository, target, head, commit, *told)
+    return Pushed(repository, target, head, commit, *summary)
 
 
 def _tree_of(place: TreePlace) -> AdapterTree:
@@ -205,7 +207,7 @@ def _refuse_unseen(
     origin: HubOrigin | None,
     branch: str,
     head: str | None,
-    there: Mapping[str, HubFile],
+    remote_files: Mapping[str, HubFile],
     going: Outgoing,
 ) -> None:
     """Refuse to replace a tree that was not pulled into this folder, or pushed from it.
@@ -213,14 +215,14 @@ def _refuse_unseen(
     Raises:
         HubError: the repository's tree has files that this folder has not seen.
     """
-    places = _tree_places(there, client, head)
+    places = _tree_places(remote_files, client, head)
     if origin is not None and origin.repository == client.repository and origin.commit == head:
         return
     seen = seen_files(client, origin)
     unseen = []
     for place in places:
-        is_ours = place in going.files and _holds(there[place], going.files[place])
-        if there[place] != seen.get(place) and not is_ours:
+        is_ours = place in going.files and _holds(remote_files[place], going.files[place])
+        if remote_files[place] != seen.get(place) and not is_ours:
             unseen.append(place)
     if not unseen:
         return
@@ -260,7 +262,7 @@ def _check_arrived(client: HubClient, commit: str, draft: Mapping[str, bytes | P
     """
     # A .gitignore in the repository makes the client leave files out, with a line in its own log.
     there = client.files(commit)
-    lost = [path for path, data in draft.items() if not _arrived(there.get(path), data)]
+    lost = [path for path, data in draft.items() if not _has_arrived(there.get(path), data)]
     if lost:
         raise HubError(
             f"{client.repository}: {listing(lost)}: missing from the commit {commit[:12]}, or not "
@@ -269,5 +271,5 @@ def _check_arrived(client: HubClient, commit: str, draft: Mapping[str, bytes | P
         )
 
 
-def _arrived(known: HubFile | None, data: bytes | Path) -> bool:
+def _has_arrived(known: HubFile | None, data: bytes | Path) -> bool:
     return known is not None and _holds(known, data)

@@ -116,10 +116,10 @@ class NodeStopping(TrainerCallback):  # type: ignore[misc]
             FolderError, FormatError: a file of it can't be read.
         """
         file, factors = checkpoint / COURSES, checkpoint / BEST_FACTORS
-        told = strict_json.loads(disk.read_file(file), str(file))
+        state = strict_json.loads(disk.read_file(file), str(file))
         best = read_tensors(factors, str(factors))[0] if is_file(factors) else {}
         try:
-            self._rule.take(told, best)
+            self._rule.take(state, best)
         except (AttributeError, TypeError) as error:
             raise FormatError(
                 f"{file}: not the state of a run with patience: {error!r}",

@@ -80,7 +80,7 @@ class PathTotals:
         """
         sums, tokens = row_losses(logits, labels, shift=shift)
         names = list(map(spelled, paths))
-        self._learn(names, sums.device)
+        self._add_blends(names, sums.device)
         places = [self._order.index(name) for name in names]
         which = uploaded(torch.tensor(places, dtype=torch.float64, device="cpu"), sums.device)
         # float64 holds every count of tokens and every place exactly.
@@ -101,7 +101,7 @@ class PathTotals:
         """Return each path's mean and its learnt tokens."""
         return {name: (mean, self._tokens[name]) for name, mean in self.means().items()}
 
-    def _learn(self, names: Sequence[str], device: torch.device) -> None:
+    def _add_blends(self, names: Sequence[str], device: torch.device) -> None:
         """Give every blend a place, the same on all ranks."""
         strange = sorted(set(names) - set(self._order))
         if ranks() > 1:

@@ -83,8 +83,8 @@ def _converted(
         ) from error
     if value.A.is_meta:
         return {
-            own: one.with_tensors(lambda tensor: tensor.to("meta"))
-            for own, one in back.modules.items()
+            own: converted.with_tensors(lambda tensor: tensor.to("meta"))
+            for own, converted in back.modules.items()
         }
     return back.modules
 

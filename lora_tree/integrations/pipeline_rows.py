@@ -44,7 +44,7 @@ class PipelineAxis(BatchAxis):
     ) -> None:
         super().__init__(rows, repeat=repeat, tile=tile, batch_first=batch_first, seen=seen)
         self._pipe = pipe
-        self._lie: dict[str, tuple[int, tuple[int, int] | None]] = {}
+        self._spreads: dict[str, tuple[int, tuple[int, int] | None]] = {}
 
     def begins(
         self, name: str, component: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -54,16 +54,16 @@ class PipelineAxis(BatchAxis):
         Raises:
             BaseMismatch: their number does not follow from the paths, prompts and images.
         """
-        self._lie.pop(name, None)
+        self._spreads.pop(name, None)
         # Only the pipeline's own call knows the number of images per prompt.
         call = locals_of_call("__call__", self._pipe, ("batch_size", "num_images_per_prompt"))
-        given = _rows_given(args, kwargs)
+        given = _row_count(args, kwargs)
         if call is None or given is None:
             return  # the component was called by itself: `spread` uses what the caller declared
         if name.startswith("text_encoder"):
-            self._lie[name] = given, self._of_prompts(given)
+            self._spreads[name] = given, self._of_prompts(given)
         else:
-            self._lie[name] = given, self._of_images(name, given, call)
+            self._spreads[name] = given, self._of_images(name, given, call)
 
     def spread(self, site: Place, x: Tensor, out: Tensor) -> tuple[int, int]:
         """Return (repeat, tile) at a site: repeats of each row in succession, and of the batch.
@@ -72,11 +72,11 @@ class PipelineAxis(BatchAxis):
             BaseMismatch: the first axis is not the rows; names the site.
         """
         component = site.name.partition(".")[0]
-        known = self._lie.get(component)
+        known = self._spreads.get(component)
         if known is None:
             return super().spread(site, x, out)
-        given, lie = known
-        if lie is None:
+        given, spread = known
+        if spread is None:
             raise BaseMismatch(
                 f"{site.name}: {component} was given {plural(given, 'prompt')}, and the route "
                 f"is for {plural(self.rows, 'row')}, which differ in it: "
@@ -88,7 +88,7 @@ class PipelineAxis(BatchAxis):
                 f"{site.name}: its input is {tuple(x.shape)}, and the first axis should be the "
                 f"{plural(given, 'row')} of {component}"
             )
-        return lie
+        return spread
 
     # A text encoder is called for the prompts, and once more for the negative ones: n rows each.
     def _of_prompts(self, given: int) -> tuple[int, int] | None:
@@ -116,7 +116,7 @@ class PipelineAxis(BatchAxis):
         return repeat, given // (self.rows * repeat)
 
 
-def _rows_given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
+def _row_count(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
     """Return the size of the first axis of a component's main input; None if it has none."""
     main = [kwargs[name] for name in MAIN_INPUTS if name in kwargs]
     found = next((x for x in [*args, *main] if isinstance(x, Tensor) and x.ndim > 1), None)

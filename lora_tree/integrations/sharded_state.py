@@ -46,29 +46,31 @@ def save_state(
         SpecError: a state is not made of numbers, strings and tensors.
         FolderError: the folder can't be written.
     """
-    told = optimizer.state_dict()
+    state = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
     # In the order of the parameters, which all ranks share: gathering is a collective operation.
-    for index in sorted(told["state"]):
-        for name, value in sorted(told["state"][index].items()):
+    for index in sorted(state["state"]):
+        for name, value in sorted(state["state"][index].items()):
             if isinstance(value, Tensor):
-                whole = full(value.detach()).cpu().contiguous()
-                tensors[f"{index}.{name}"] = whole
+                gathered = full(value.detach()).cpu().contiguous()
+                tensors[f"{index}.{name}"] = gathered
     if not writes:
         return
     groups = [
         {key: value for key, value in group.items() if key != "params"}
-        for group in told["param_groups"]
+        for group in state["param_groups"]
     ]
     try:
-        said = json.dumps({"groups": groups, "schedule": scheduler.state_dict()}, default=float)
+        options_json = json.dumps(
+            {"groups": groups, "schedule": scheduler.state_dict()}, default=float
+        )
     except (TypeError, ValueError) as error:
         raise SpecError(
             f"{type(optimizer).__name__} or {type(scheduler).__name__} has state that is neither "
             f"a tensor nor a number: {error}",
             "pass save_only_model=True; such a run can't be resumed",
         ) from error
-    disk.write(folder / STATE, render_tensors(tensors, {"format": "pt", "state": said}))
+    disk.write(folder / STATE, render_tensors(tensors, {"format": "pt", "state": options_json}))
 
 
 def load_state(optimizer: torch.optim.Optimizer, scheduler: Any, folder: Path) -> None:
@@ -79,10 +81,10 @@ def load_state(optimizer: torch.optim.Optimizer, scheduler: Any, folder: Path) -
     """
     file = folder / STATE
     tensors, metadata = read_tensors(file, str(file))
-    said = strict_json.loads(metadata.get("state", "").encode(), f"{file}: state")
+    options = strict_json.loads(metadata.get("state", "").encode(), f"{file}: state")
     now = optimizer.state_dict()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    groups = said.get("groups")
+    groups = options.get("groups")
     if not isinstance(groups, list) or len(groups) != len(now["param_groups"]):
         raise FormatError(
             f"{file}: it holds the state of other parameter groups than those that train now",
@@ -103,15 +105,15 @@ def load_state(optimizer: torch.optim.Optimizer, scheduler: Any, folder: Path) -
             tensor = distribute_tensor(tensor.to(device), own.device_mesh, own.placements)
         by_parameter.setdefault(int(index), {})[part] = tensor
     merged = []
-    for group, told in zip(now["param_groups"], groups, strict=True):
-        merged.append({**group, **_as_they_were(told, group), "params": group["params"]})
+    for group, saved_group in zip(now["param_groups"], groups, strict=True):
+        merged.append({**group, **_restore_tuples(saved_group, group), "params": group["params"]})
     optimizer.load_state_dict({"state": by_parameter, "param_groups": merged})
-    scheduler.load_state_dict(said["schedule"])
+    scheduler.load_state_dict(options["schedule"])
 
 
-def _as_they_were(told: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
+def _restore_tuples(saved_group: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
     """Return a group's options as they were before JSON, which turns tuples into lists."""
     found = {}
-    for name, value in told.items():
+    for name, value in saved_group.items():
         found[name] = tuple(value) if isinstance(group.get(name), tuple) else value
     return found

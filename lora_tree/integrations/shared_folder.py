@@ -49,7 +49,7 @@ class SharedFolder:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.told: dict[str, bool] = {}
+        self.listed: dict[str, bool] = {}
         self._locks = folder / ".locks"
         disk.make(folder)
         disk.make(self._locks)
@@ -86,19 +86,19 @@ class SharedFolder:
             yield
 
     # ------------------------------------------------------------------ uses; the caller is `alone`
-    def tell(self, in_use: dict[str, bool]) -> None:
+    def write_list(self, in_use: dict[str, bool]) -> None:
         """Write the list of the entries that this process uses, each with a mark."""
-        if in_use != self.told:
+        if in_use != self.listed:
             with disk.named("write it", self._list):
                 self._list.write_text(json.dumps(in_use))
-            self.told = dict(in_use)
+            self.listed = dict(in_use)
 
     def in_use_elsewhere(self) -> dict[str, bool]:
         """Return the entries that other processes use; a mark is True only if it is for all users.
 
         The lists of processes that ended are removed.
         """
-        found: dict[str, bool] = {}
+        used: dict[str, bool] = {}
         for name in self._listdir(self._locks):
             file = self._locks / name
             if not _LIST.match(name) or file == self._list:
@@ -109,8 +109,8 @@ class SharedFolder:
                 ended.release(remove=True)
                 continue
             for entry, mark in _read(file).items():
-                found[entry] = found.get(entry, True) and mark
-        return found
+                used[entry] = used.get(entry, True) and mark
+        return used
 
     def sweep(self) -> None:
         """Remove the files that killed processes and version 1 left."""
@@ -126,12 +126,12 @@ class SharedFolder:
     def remove(self, name: str) -> bool:
         """Remove an entry, whole for every other process; False if it can't be removed."""
         # A rename is atomic; removing the files one by one is not. So the entry is renamed first.
-        gone = self.folder / f".gone.{uuid.uuid4().hex}"
+        trash = self.folder / f".gone.{uuid.uuid4().hex}"
         try:
-            os.rename(self.folder / name, gone)
+            os.rename(self.folder / name, trash)
         except OSError:
             return False
-        shutil.rmtree(gone, ignore_errors=True)
+        shutil.rmtree(trash, ignore_errors=True)
         return True
 
     # ------------------------------------------------------------------ entries
@@ -169,12 +169,12 @@ class SharedFolder:
 def _read(file: Path) -> Mapping[str, bool]:
     """Return the entries that another process lists as used; all else in the file is ignored."""
     try:
-        said = json.loads(disk.read_file(file, most=_MOST_BYTES))
+        entries = json.loads(disk.read_file(file, most=_MOST_BYTES))
     except (LoraTreeError, ValueError, RecursionError):
         return {}
-    if not isinstance(said, dict):
+    if not isinstance(entries, dict):
         return {}
-    return {entry: mark for entry, mark in said.items() if isinstance(mark, bool)}
+    return {entry: mark for entry, mark in entries.items() if isinstance(mark, bool)}
 
 
 def _size(entry: Path) -> int:

@@ -65,7 +65,7 @@ def reporting(
         def tell(step: StepLosses) -> None:
             if not trackers:
                 for name in names:
-                    trackers.append(_begun(name, folder(), config, done))
+                    trackers.append(_start_tracker(name, folder(), config, done))
                     closing.callback(trackers[-1].finish)
             for number, values in _values(step).items():
                 for tracker in trackers:
@@ -74,7 +74,7 @@ def reporting(
         yield tell
 
 
-def _begun(name: str, folder: Path, config: Mapping[str, Any], done: int) -> Any:
+def _start_tracker(name: str, folder: Path, config: Mapping[str, Any], done: int) -> Any:
     classes = need("accelerate.tracking", extra="train", what=_WHAT).LOGGER_TYPE_TO_CLASS
     with foreign(f"{_WHAT} {name}: the tracker can't start"):
         if name == "tensorboard":
@@ -92,9 +92,9 @@ def _begun(name: str, folder: Path, config: Mapping[str, Any], done: int) -> Any
 
 def _values(step: StepLosses) -> dict[int, dict[str, float]]:
     """Return step → name → number; an evaluation has the step after which it was made."""
-    found: dict[int, dict[str, float]] = {}
+    values: dict[int, dict[str, float]] = {}
     for line in step.nodes:
-        found.setdefault(line.step, {}).update(
+        values.setdefault(line.step, {}).update(
             {
                 f"loss/{line.node}": line.loss,
                 f"grad_norm/{line.node}": line.grad_norm,
@@ -104,5 +104,5 @@ def _values(step: StepLosses) -> dict[int, dict[str, float]]:
         )
     for measured in step.held_out:
         name = f"eval_loss/{measured.path or BASE_LABEL}"
-        found.setdefault(measured.step, {})[name] = measured.loss
-    return dict(sorted(found.items()))
+        values.setdefault(measured.step, {})[name] = measured.loss
+    return dict(sorted(values.items()))

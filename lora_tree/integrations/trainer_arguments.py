@@ -12,11 +12,11 @@ from ..errors import SpecError, StateError, agreeing, listing
 from ..model import TreeModel
 
 __all__ = [
-    "check_asked",
+    "check_base_methods",
     "checked_model",
     "refuse_arguments",
-    "searching_nothing",
     "whole_groups",
+    "without_unused_search",
 ]
 
 
@@ -89,7 +89,7 @@ def refuse_arguments(args: Any, trainer: Mapping[str, Any]) -> None:
         )
 
 
-def check_asked(model: TreeModel, args: Any) -> None:
+def check_base_methods(model: TreeModel, args: Any) -> None:
     """Check that the base has the methods that the arguments will ask of it.
 
     Raises:
@@ -111,7 +111,7 @@ def check_asked(model: TreeModel, args: Any) -> None:
             )
 
 
-def searching_nothing(accelerator: dict[str, Any], args: Any) -> dict[str, Any]:
+def without_unused_search(accelerator: dict[str, Any], args: Any) -> dict[str, Any]:
     """Return Accelerate's arguments without DDP's search for unused parameters.
 
     The search walks the graph at every step. It is not needed: every factor is in every rank's

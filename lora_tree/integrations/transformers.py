@@ -43,11 +43,11 @@ from .path_losses import PathMeans
 from .row_paths import PathCollator, paths_of
 from .step_inputs import FiniteSteps, StepInputs
 from .trainer_arguments import (
-    check_asked,
+    check_base_methods,
     checked_model,
     refuse_arguments,
-    searching_nothing,
     whole_groups,
+    without_unused_search,
 )
 
 # isort: split
@@ -141,7 +141,7 @@ class TreeTrainer(PathEvaluation):
             trainer["train_dataset"], self._held = held_rows(
                 trainer["train_dataset"], path_column, self.tree_model.tree, hold_back
             )
-        check_asked(self.tree_model, args)
+        check_base_methods(self.tree_model, args)
         if self.tree_model.factors.sharded:
             # The caller has sharded the model, and Accelerate must not wrap or shard it once more.
             # This mark of transformers 5 says so. It is set on the TreeModel itself, which would
@@ -351,7 +351,7 @@ class TreeTrainer(PathEvaluation):
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         built: dict[str, Any] = super()._build_accelerator_args(**kwargs)
-        return searching_nothing(built, self.args)
+        return without_unused_search(built, self.args)
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         """Return the norm of all gradients, for the log; each node is clipped as it steps."""

@@ -61,7 +61,7 @@ class TreeCheckpoints(Trainer):  # type: ignore[misc]
                 put_back(Path(named).parent)
             else:
                 put_back(Path(self.args.output_dir))
-        _meet()
+        _wait_for_ranks()
         start = Start(self.tree_model.factors)
         ended: RunState = "stopped"
         try:
@@ -115,7 +115,9 @@ class TreeCheckpoints(Trainer):  # type: ignore[misc]
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save as the Trainer does, into a folder that gets its name when it is complete."""
         parent, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
-        with staged_checkpoint(parent, name, writes=self.args.should_save, meet=_meet) as stage:
+        with staged_checkpoint(
+            parent, name, writes=self.args.should_save, meet=_wait_for_ranks
+        ) as stage:
             self._stage = stage
             try:
                 super()._save_checkpoint(model, trial)
@@ -155,12 +157,12 @@ class TreeCheckpoints(Trainer):  # type: ignore[misc]
         limit = self.args.save_total_limit
         if limit is None or limit <= 0:
             return
-        found = sort_checkpoints(str(parent), use_mtime=True)
-        kept = {found[-1]}  # to resume from
+        checkpoints = sort_checkpoints(str(parent), use_mtime=True)
+        kept = {checkpoints[-1]}  # to resume from
         if self.state.best_model_checkpoint is not None:
             kept.add(str(Path(self.state.best_model_checkpoint)))
-        others = [checkpoint for checkpoint in found if checkpoint not in kept]
-        too_many = max(len(found) - max(limit, len(kept)), 0)
+        others = [checkpoint for checkpoint in checkpoints if checkpoint not in kept]
+        too_many = max(len(checkpoints) - max(limit, len(kept)), 0)
         for checkpoint in others[:too_many]:
             retire(Path(checkpoint))
 
@@ -178,7 +180,7 @@ class TreeCheckpoints(Trainer):  # type: ignore[misc]
         load_factors(self.tree_model, Path(self.state.best_model_checkpoint))
 
 
-def _meet() -> None:
+def _wait_for_ranks() -> None:
     """Wait for all ranks: one writes, and the others must not run ahead of it."""
     if ranks() > 1:
         dist.barrier()

@@ -27,7 +27,7 @@ from ..extras import need
 from ..model import TreeModel
 from ..path_model import PathModel
 from .step_inputs import FiniteSteps, StepInputs
-from .trainer_arguments import searching_nothing
+from .trainer_arguments import without_unused_search
 from .tree_checkpoints import TreeCheckpoints
 
 need("trl", extra="trl", what="training with trl")
@@ -107,7 +107,7 @@ class PathCheckpoints(TreeCheckpoints):
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         built: dict[str, Any] = super()._build_accelerator_args(**kwargs)
-        return searching_nothing(built, self.args)
+        return without_unused_search(built, self.args)
 
 
 class TreeSFTTrainer(PathCheckpoints, SFTTrainer):  # type: ignore[misc]

@@ -31,10 +31,10 @@ from ..errors import FolderError, LoraTreeError, PathError, UnlockedError
 from ..extras import need
 from ..folder import Problem, survey
 from ..tree import AdapterTree
-from .client_names import Asked, shown
+from .client_names import RequestedName, shown
 from .flatcache import FlatCache, FlatForm, Flattened, NoRoom
 from .surveyed import Surveyed, View, release_of
-from .vllm_front import Front, asking, request_of
+from .vllm_front import Front, find_serving_models, request_of
 from .vllm_log import OnceLog, log, reason, tell_request, tell_served
 from .vllm_metrics import NOT_ADMITTED, UNREADABLE, Metrics, why_refused
 from .vllm_settings import ZOO, PluginSettings, ServerArgs, server_args
@@ -128,20 +128,20 @@ class _Resolver:
     async def resolve(self, base_model_name: str, name: str) -> Any:
         """Return the adapter of a path to vLLM; if it is refused, log why and return None."""
         front = self._front()
-        found = None
+        flattened = None
         since = time.monotonic()
         step: str | None = NOT_ADMITTED  # the reason to count a refusal by; None: the error's
         try:
-            asked = self._names.admit(name)
+            requested = self._names.admit(name)
             step = UNREADABLE
             view = await self._view()
             step = None
-            found = await self._find(base_model_name, asked, view)
-            tell_served(found)
-            self._metrics.given(found)
+            flattened = await self._find(base_model_name, requested, view)
+            tell_served(flattened)
+            self._metrics.given(flattened)
             if front is not None:
-                front.awaits(found, since=since)
-            return request_of(found)
+                front.awaits(flattened, since=since)
+            return request_of(flattened)
         except (LoraTreeError, OSError, ValueError) as error:
             log.error("lora_tree: '%s' is refused: %s", shown(name), reason(error))
             self._metrics.refused(step or why_refused(error))
@@ -149,7 +149,7 @@ class _Resolver:
             log.exception("lora_tree: '%s' is refused", shown(name))
             self._metrics.refused(step or why_refused(error))
         finally:
-            if front is not None and (found is None or found.path != name):
+            if front is not None and (flattened is None or flattened.path != name):
                 front.refused(name)
         return None
 
@@ -165,7 +165,7 @@ class _Resolver:
             view = await loop.run_in_executor(self._looker, self._seen.now)
         return view
 
-    async def _find(self, base: str, asked: Asked, view: View) -> Flattened:
+    async def _find(self, base: str, requested: RequestedName, view: View) -> Flattened:
         """Return a name's adapter, made in a thread; if the tree has no such path, use no thread.
 
         Raises:
@@ -173,12 +173,12 @@ class _Resolver:
         """
         loop = asyncio.get_running_loop()
         # Checked on the event loop, since it costs little: a name that is refused takes no thread.
-        _there(view, asked)
-        makers = self._makers if asked.name in asked.paths else self._blenders
+        _check_in_tree(view, requested)
+        makers = self._makers if requested.name in requested.paths else self._blenders
         until = loop.time() + ROOM_S
         while True:
             try:
-                return await loop.run_in_executor(makers, self._make, base, asked.name, view)
+                return await loop.run_in_executor(makers, self._make, base, requested.name, view)
             except NoRoom:
                 if loop.time() > until:
                     raise
@@ -190,7 +190,7 @@ class _Resolver:
 
         Called on that front end's event loop.
         """
-        models = asking()
+        models = find_serving_models()
         if models is None:
             self._once.say(
                 MODELS,
@@ -243,12 +243,14 @@ class _Resolver:
                     budget_bytes=settings.cache_bytes,
                     form=FlatForm(settings.max_rank, settings.max_error, _base_folder(base)),
                     grace_s=SHORT_GRACE_S if exact else GRACE_S,
-                    let_go=self._let_go,
+                    unload=self._unload,
                     is_read=self._is_read,
                     on_evict=self._metrics.evicted,
-                    on_resize=lambda nbytes: self._metrics.cache_is(nbytes, settings.cache_bytes),
+                    on_resize=lambda nbytes: self._metrics.note_cache_size(
+                        nbytes, settings.cache_bytes
+                    ),
                 )
-                self._metrics.cache_is(self._cache.nbytes, settings.cache_bytes)
+                self._metrics.note_cache_size(self._cache.nbytes, settings.cache_bytes)
                 self._watcher = Watcher(
                     self._cache,
                     self._seen,
@@ -264,7 +266,7 @@ class _Resolver:
     def _is_read(self, content: str) -> bool:
         return any(front.is_read(content) for front in self._fronts)
 
-    def _let_go(self, path: str) -> bool:
+    def _unload(self, path: str) -> bool:
         """Make vLLM forget a path; False if a request for it has come in meanwhile."""
         cache = self._cache
         if cache is None or not self._fronts:
@@ -277,14 +279,14 @@ class _Resolver:
         return all(front.drop(path, unless=is_needed) for front in self._fronts)
 
 
-def _there(view: View, asked: Asked) -> None:
+def _check_in_tree(view: View, requested: RequestedName) -> None:
     """Refuse paths that are not in the tree, with the nearest name where finding it costs little.
 
     Raises:
         PathError: a path is not there.
         FolderError: it is there, and can't be used.
     """
-    for path in asked.paths:
+    for path in requested.paths:
         if path in view.tree:
             continue
         # A node that can't be used was left out of the tree, and everything below it with it.

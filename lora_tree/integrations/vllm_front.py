@@ -27,7 +27,7 @@ from ..callers import caller_object
 from ..extras import need
 from .flatcache import Flattened
 
-__all__ = ["Front", "asking", "request_of"]
+__all__ = ["Front", "find_serving_models", "request_of"]
 
 WAIT_S = 120.0
 """Seconds that vLLM may take to load an adapter."""
@@ -35,7 +35,7 @@ WAIT_S = 120.0
 _numbers = itertools.count(1)
 
 
-def asking() -> Any:
+def find_serving_models() -> Any:
     """Return vLLM's record of its adapters, found among the callers.
 
     None where this version keeps it elsewhere.
@@ -102,7 +102,7 @@ class Front:
         self._awaited: dict[str, _Awaited] = {}
         self._had: dict[str, Flattened] = {}  # path → the adapter that vLLM has for it
         models.lora_requests = _Requests(
-            models.lora_requests, one_spelling, used, self._asked, self._taken
+            models.lora_requests, one_spelling, used, self._on_request, self._on_loaded
         )
         self._tell_paths()
 
@@ -167,7 +167,7 @@ class Front:
             kept.pop(name, None)
 
     # ------------------------------------------------------------------ private
-    def _taken(self, path: str) -> None:
+    def _on_loaded(self, path: str) -> None:
         """Note that vLLM has loaded an adapter: requests run with it from now on."""
         awaited = self._awaited.pop(path, None)
         if awaited is None:
@@ -176,7 +176,7 @@ class Front:
         if awaited.since is not None:
             self._loaded(time.monotonic() - awaited.since)
 
-    def _asked(self, path: str, request: Any) -> None:
+    def _on_request(self, path: str, request: Any) -> None:
         """Report a request that runs with one of our adapters; vLLM may have others."""
         found = self._had.get(path)
         if found is not None and request.lora_path == str(found.folder):
@@ -232,11 +232,11 @@ class Front:
         if own_list is not None:
 
             async def show_available_models() -> Any:
-                told = await own_list()
-                for card in told.data:
+                model_list = await own_list()
+                for card in model_list.data:
                     if str(card.root).startswith(self._within):
                         card.id = card.id.partition("@")[0]
-                return told
+                return model_list
 
             models.show_available_models = show_available_models
 
@@ -252,15 +252,15 @@ class _Requests(dict[str, Any]):
         self,
         given: dict[str, Any],
         one_spelling: Callable[[str], str],
-        used: Callable[[str], None],
-        asked: Callable[[str, Any], None],
-        taken: Callable[[str], None],
+        on_use: Callable[[str], None],
+        on_request: Callable[[str, Any], None],
+        on_loaded: Callable[[str], None],
     ) -> None:
         super().__init__(given)
         self._one_spelling = one_spelling
-        self._used = used
-        self._asked = asked
-        self._taken = taken
+        self._on_use = on_use
+        self._on_request = on_request
+        self._on_loaded = on_loaded
 
     def _known(self, name: str) -> str:
         return name if super().__contains__(name) else self._one_spelling(name)
@@ -269,17 +269,17 @@ class _Requests(dict[str, Any]):
         if not isinstance(name, str):
             return False
         known = self._known(name)
-        self._used(known)
+        self._on_use(known)
         return super().__contains__(known)
 
     def __getitem__(self, name: str) -> Any:
         known = self._known(name)
-        self._used(known)
+        self._on_use(known)
         request = super().__getitem__(known)
         # For requests that waited for a path's first loading, `resolve_lora` reads the adapter
         # here, and vLLM reads it again as for any other. The request must not be counted twice.
         if sys._getframe(1).f_code.co_name != "resolve_lora":
-            self._asked(known, request)
+            self._on_request(known, request)
         return request
 
     def get(self, name: str, default: Any = None) -> Any:
@@ -291,7 +291,7 @@ class _Requests(dict[str, Any]):
     def __setitem__(self, name: str, request: Any) -> None:
         known = self._known(name)
         super().__setitem__(known, request)
-        self._taken(known)
+        self._on_loaded(known)
 
     def __delitem__(self, name: str) -> None:
         super().__delitem__(self._known(name))

@@ -35,49 +35,51 @@ def tell_served(found: Flattened) -> None:
         )
 
 
-def tell_request(found: Flattened, adapter: str) -> None:
+def tell_request(flattened: Flattened, adapter: str) -> None:
     """Log, in one line with a JSON object, which versions of the nodes answer a request.
 
     The digits of a node are those by which `lora_tree.history` and ``lora-tree restore`` know its
     version.
 
     Args:
-        found: the adapter of the request.
+        flattened: the adapter of the request.
         adapter: the name that the engine has for it, which vLLM's own lines on requests show.
     """
-    said = {
-        "path": found.path,
+    record = {
+        "path": flattened.path,
         "adapter": adapter,
-        "content": found.content,
-        "nodes": {node: digits[:VERSION_DIGITS] for node, digits in found.nodes.items()},
-        "stale": bool(found.stale),
+        "content": flattened.content,
+        "nodes": {node: digits[:VERSION_DIGITS] for node, digits in flattened.nodes.items()},
+        "stale": bool(flattened.stale),
     }
-    log.info("lora_tree: request %s", json.dumps(said))
+    log.info("lora_tree: request %s", json.dumps(record))
 
 
 class OnceLog:
     """A log of errors that recur at every look: each is written when it begins or changes."""
 
     def __init__(self) -> None:
-        self._said: dict[str, str] = {}
+        self._last_texts: dict[str, str] = {}
 
-    def say(self, about: str, text: str, *, told_as: str | None = None) -> None:
+    def say(self, about: str, text: str, *, compared_text: str | None = None) -> None:
         """Log a text, unless it is the same as the last one on the same subject.
 
         Args:
             about: a path, or another key.
             text: the line.
-            told_as: compared instead of the text.
+            compared_text: compared instead of the text.
         """
-        told_as = text if told_as is None else told_as
-        if self._said.get(about) != told_as:
-            self._said[about] = told_as
+        compared_text = text if compared_text is None else compared_text
+        if self._last_texts.get(about) != compared_text:
+            self._last_texts[about] = compared_text
             log.error("%s", text)
 
     def is_over(self, about: str) -> bool:
         """Forget the error on a subject; return whether there was one."""
-        return self._said.pop(about, None) is not None
+        return self._last_texts.pop(about, None) is not None
 
     def keep_only(self, about: Collection[str]) -> None:
         """Forget all other subjects, so that paths no longer served don't accumulate."""
-        self._said = {one: text for one, text in self._said.items() if one in about}
+        self._last_texts = {
+            subject: text for subject, text in self._last_texts.items() if subject in about
+        }

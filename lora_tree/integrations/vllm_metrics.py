@@ -137,7 +137,7 @@ class Metrics:
         """Count an adapter that the cache removed."""
         self._evicted.inc()
 
-    def cache_is(self, nbytes: int, budget_bytes: int) -> None:
+    def note_cache_size(self, nbytes: int, budget_bytes: int) -> None:
         """Note the bytes of the cache folder, and its bound."""
         self._cache_bytes.set(nbytes)
         self._cache_budget.set(budget_bytes)

@@ -183,8 +183,8 @@ def server_args(
     broken = _broken(tree, problems, rules, paths)
     # The server refuses a path through a broken node and serves the others, so the rank is that of
     # the others.
-    whole = [path for path in paths if broken.keys().isdisjoint(tree.lineage(path))]
-    rank = max((_rank(tree, path) for path in whole), default=1)
+    usable = [path for path in paths if broken.keys().isdisjoint(tree.lineage(path))]
+    rank = max((_rank(tree, path) for path in usable), default=1)
     allowed = ceil_rank_of(max_rank or min(max(rank, 1), ENGINE_RANKS[-1]))
     # vLLM keeps adapters that left a batch in host memory. With room for only as many as a batch
     # holds, it would read adapters from the disk whenever the batch changes.

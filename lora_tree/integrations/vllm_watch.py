@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from ..errors import FolderError, FormatError, LoraTreeError
 from ..tree import AdapterTree
-from .client_names import Asked, NameRules, shown
+from .client_names import NameRules, RequestedName, shown
 from .flatcache import FlatCache
 from .surveyed import Surveyed, View
 from .vllm_front import Front
@@ -82,7 +82,7 @@ class Watcher:
 
     def _look(self) -> None:
         served = self._cache.served
-        self._cache.tend()
+        self._cache.report_use()
         if not served or not self._fronts:
             self._metrics.looked(served=len(served), stale=0, behind=0)
             return
@@ -107,7 +107,7 @@ class Watcher:
                 # A file that is being written has another size, and so another reason, at every
                 # look. It is one event for the log.
                 kind = FolderError if isinstance(error, FolderError) else type(error)
-                self._once.say(path, text, told_as=kind.__name__)
+                self._once.say(path, text, compared_text=kind.__name__)
         self._metrics.looked(served=len(self._cache.served), stale=stale, behind=behind)
 
     def _look_at(self, view: View, path: str) -> bool:
@@ -124,7 +124,7 @@ class Watcher:
         except (FolderError, FormatError):
             raise  # the files are not whole, or are being replaced
         except LoraTreeError as error:
-            self._no_longer(path, error)
+            self._stop_serving(path, error)
             return False
         if now.name != content or self._is_behind(path, now.name):
             self._follow(view, path)
@@ -140,16 +140,16 @@ class Watcher:
         """
         try:
             with self._cache.replacing(path):
-                found = self._cache.get(view.tree, view.problems, path)
-                tell_served(found)
-                self._metrics.given(found)
-                swapped = [front.swap(found) for front in self._fronts]
+                flattened = self._cache.get(view.tree, view.problems, path)
+                tell_served(flattened)
+                self._metrics.given(flattened)
+                swapped = [front.swap(flattened) for front in self._fronts]
         except FolderError:
             raise  # there is no room now, or the tree has changed once more
         except LoraTreeError as error:
             if isinstance(error, FormatError) and not _locked(view.tree, self._names.read(path)):
                 raise  # without a lock, the files may be half written
-            self._no_longer(path, error)
+            self._stop_serving(path, error)
             return
         self._once.is_over(path)
         if any(swapped):
@@ -157,7 +157,7 @@ class Watcher:
             log.info(
                 "lora_tree: '%s' has changed, and is now served as %s",
                 shown(path),
-                shown(found.name),
+                shown(flattened.name),
             )
 
     def _is_behind(self, path: str, content: str) -> bool:
@@ -167,7 +167,7 @@ class Watcher:
         """
         return any(front.serves(path) not in (None, content) for front in self._fronts)
 
-    def _no_longer(self, path: str, error: LoraTreeError) -> None:
+    def _stop_serving(self, path: str, error: LoraTreeError) -> None:
         dropped = [front.drop(path) for front in self._fronts]
         if not all(dropped):
             return  # vLLM is loading it just now; at the next look it has it
@@ -176,9 +176,9 @@ class Watcher:
         self._once.is_over(path)
 
 
-def _locked(tree: AdapterTree, asked: Asked) -> bool:
+def _locked(tree: AdapterTree, requested: RequestedName) -> bool:
     """Tell whether the lock has the files of all nodes on the paths' lineages."""
-    for path in asked.paths:
+    for path in requested.paths:
         for node in tree.lineage(path):
             source = tree[node].source
             if source is not None and source.key is None:

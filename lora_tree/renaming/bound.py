@@ -79,8 +79,8 @@ class Renaming:
         """
         if any(self._may_move(adapter, name, value) for name, value in adapter.modules.items()):
             return True
-        whole = [*adapter.unchanged, *adapter.overrides]
-        return not all(self._has_tensor(name) for name in whole)
+        tensor_names = [*adapter.unchanged, *adapter.overrides]
+        return not all(self._has_tensor(name) for name in tensor_names)
 
     def _may_move(self, adapter: Adapter, name: str, value: LowRank) -> bool:
         if not is_there(self._base, name):

@@ -120,7 +120,9 @@ class Conversion:
         rows = self._rows(values, target)
         for source, value in values.items():
             placements = self._placements(loading, self._trial(value, rows, experts))
-            made = loading.convert(self.first, self._converter, self._alone(source, value, rows))
+            made = loading.convert(
+                self.first, self._converter, self._with_one_source(source, value, rows)
+            )
             for parameter, moved in made.items():
                 experts_there, is_transposed = placements[parameter]
                 A = value.A
@@ -165,7 +167,7 @@ class Conversion:
             lacking = max(target.shape[1:] or (0,)) // len(self._sources)
         return {source: rows.get(source, lacking) for source in self._sources}
 
-    def _alone(
+    def _with_one_source(
         self, source: str, value: LowRank, rows: Mapping[str, int]
     ) -> dict[str, Iterable[Tensor]]:
         """Return source → its tensors, with one source's B and zeros for the others."""
@@ -182,7 +184,7 @@ class Conversion:
     def _trial(
         self, value: LowRank, rows: Mapping[str, int], experts: int
     ) -> dict[str, Iterable[Tensor]]:
-        """Return source → tensors of numbered columns, in the shapes of `_alone`."""
+        """Return source → tensors of numbered columns, in the shapes of `_with_one_source`."""
         batch = value.B.shape[:-2]
         trial: dict[str, Iterable[Tensor]] = {}
         for source in self._sources:
@@ -201,7 +203,7 @@ class Conversion:
         Raises:
             BaseMismatch: the conversion mixes columns, so op(B) A would not be op(B A).
         """
-        found: dict[str, _Placement] = {}
+        placements: dict[str, _Placement] = {}
         for parameter, made in loading.convert(self.first, self._converter, trial).items():
             is_transposed = False
             order = _order(made)
@@ -209,14 +211,16 @@ class Conversion:
                 is_transposed = True
                 order = _order(made.mT)
             if order is None:
-                operations = [type(each).__name__ for each in self._converter.operations]
+                operations = [type(operation).__name__ for operation in self._converter.operations]
                 raise BaseMismatch(
                     f"transformers makes {self.first} of it by {' and '.join(operations)}, "
                     "which has no low-rank form",
                     "merge the adapter into the base under the transformers that trained it",
                 )
-            found[parameter] = _Placement(order if self._counts_experts else None, is_transposed)
-        return found
+            placements[parameter] = _Placement(
+                order if self._counts_experts else None, is_transposed
+            )
+        return placements
 
 
 def _numbered(experts: int, rows: int) -> Tensor:

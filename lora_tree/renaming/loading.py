@@ -63,12 +63,12 @@ class Loading:
                 f"{type(error).__name__}: {error}"
             ) from error
         converters: list[Any] = []
-        for each in self.conversions:
-            if isinstance(each, loading.WeightRenaming):
-                self._renamings.append(each)
-            elif isinstance(each, loading.WeightConverter):
-                converters.append(each)
-                self.converters.update(dict.fromkeys(each.source_patterns, each))
+        for conversion in self.conversions:
+            if isinstance(conversion, loading.WeightRenaming):
+                self._renamings.append(conversion)
+            elif isinstance(conversion, loading.WeightConverter):
+                converters.append(conversion)
+                self.converters.update(dict.fromkeys(conversion.source_patterns, conversion))
 
         def rename(name: str) -> tuple[str, str | None]:
             renamed, source = loading.rename_source_key(
@@ -136,8 +136,8 @@ class Loading:
 
 def _is_transformers(model: nn.Module) -> bool:
     """Return whether a model's class is, or is derived from, one that transformers can map."""
-    mine = any(kind.__module__.startswith("transformers.") for kind in type(model).__mro__)
-    return mine and hasattr(model, "config") and hasattr(model, "base_model_prefix")
+    is_derived = any(kind.__module__.startswith("transformers.") for kind in type(model).__mro__)
+    return is_derived and hasattr(model, "config") and hasattr(model, "base_model_prefix")
 
 
 def loading_module() -> Any:

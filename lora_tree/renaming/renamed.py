@@ -54,8 +54,8 @@ class Moving:
             modules=modules,
             errors=self._errors(),
             rounded=frozenset(name for name, was in self._from.items() if old.rounded & set(was)),
-            unchanged=self._whole(old.unchanged),
-            overrides=self._whole(old.overrides),
+            unchanged=self._renamed_tensors(old.unchanged),
+            overrides=self._renamed_tensors(old.overrides),
             nesting=nesting,
             assumed=assumed,
         )
@@ -80,19 +80,19 @@ class Moving:
         for parameter in _parameters_of(name, value):
             renamed, source, number = self._loading.renamed(parameter)
             if source is not None:
-                one = _as_matrix(value, may_be_batch="*" not in source)
-                if one is not None:
+                matrix = _as_matrix(value, may_be_batch="*" not in source)
+                if matrix is not None:
                     converter = self._loading.converters[source]
                     conversion = self._conversions.setdefault(
                         renamed, Conversion(renamed, converter)
                     )
                     error = self._adapter.errors.get(name, 0.0)
-                    conversion.add(name, source, number, one, error=error)
+                    conversion.add(name, source, number, matrix, error=error)
                     return  # `_convert` adds it, together with the other sources
             if renamed in self._loading.parameters:
-                found = self._placed(renamed, value)
-                if found is not None:
-                    self._put(*found, name)
+                placed = self._placed(renamed, value)
+                if placed is not None:
+                    self._put(*placed, name)
                     return
         # No mapping knows the name. The caller will find no site for it, and raise with the name in
         # the file.
@@ -184,17 +184,17 @@ class Moving:
                 errors[name] = error
         return errors
 
-    def _whole(self, whole: Mapping[str, T]) -> dict[str, T]:
+    def _renamed_tensors(self, tensors: Mapping[str, T]) -> dict[str, T]:
         """Return whole tensors, carried or replaced, under their present names."""
-        found: dict[str, T] = {}
+        placed: dict[str, T] = {}
         parameters = self._loading.parameters
-        for name, tensor in whole.items():
+        for name, tensor in tensors.items():
             renamed, source, _ = self._loading.renamed(name)
             # A tensor that a conversion would take is only a part of a parameter. It keeps its old
             # name, and binding reports that the base has no such tensor.
             keeps_name = name in parameters or renamed not in parameters or source is not None
-            found.setdefault(name if keeps_name else renamed, tensor)
-        return found
+            placed.setdefault(name if keeps_name else renamed, tensor)
+        return placed
 
     def _nesting(
         self, modules: Mapping[str, LowRank]

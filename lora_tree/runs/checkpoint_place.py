@@ -7,8 +7,8 @@ A run that is killed while it writes leaves only ``.unfinished``, which no progr
 checkpoint. The next save clears it. If the run was killed between the two renames, the checkpoint's
 place is empty. Resuming and saving put the old one back first; reading reads it where it lies.
 
-All ranks write into one folder, so its name is fixed, and there is no lock as in `folder.whole`: a
-run's folder is written by one run.
+All ranks write into one folder, so its name is fixed, and there is no lock as in
+`folder.atomic_folders`: a run's folder is written by one run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..folder import disk
-from ..folder.whole import REPLACED, publish, restore_replaced
+from ..folder.atomic_folders import REPLACED, publish, restore_replaced
 from ..system.reading import is_folder, stat_of
 
 __all__ = ["UNFINISHED", "locate_checkpoint", "put_back", "retire", "staged_checkpoint"]

@@ -30,7 +30,7 @@ from ..folder.run_records import (
     RunState,
     runs_folder,
 )
-from ..folder.run_store import append_metrics, cut_after, kept_run, write_about
+from ..folder.run_store import append_metrics, cut_after, resumed_or_new_run, write_about
 from ..folder.tree_place import place_of
 from ..formats import strict_json
 from ..system import locks
@@ -63,7 +63,7 @@ class Recorder:
     ) -> None:
         identity = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
         content = {**about, **more, "by": by, "began": utc_now(), "state": "stopped", "done": 0}
-        self.folder: Path = kept_run(runs_folder(place_of(zoo)), identity, content)
+        self.folder: Path = resumed_or_new_run(runs_folder(place_of(zoo)), identity, content)
         held = locks.attempt(self.folder / RUN_LOCK)
         if held is None:
             raise FolderError(

@@ -43,7 +43,7 @@ class InProjectionSite(Site):
         super().check(value)
 
     @property
-    def read_in(self) -> tuple[str, ...]:
+    def reader_names(self) -> tuple[str, ...]:
         return (self.name,)
 
 
@@ -60,5 +60,5 @@ class OutProjectionSite(LinearSite):
         )
 
     @property
-    def read_in(self) -> tuple[str, ...]:
+    def reader_names(self) -> tuple[str, ...]:
         return (self.parent,)

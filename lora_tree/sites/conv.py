@@ -41,7 +41,7 @@ class ConvSite(Site):
         return self.module
 
     @staticmethod
-    def relaid(module: nn.Module, value: LowRank) -> LowRank:
+    def in_own_layout(module: nn.Module, value: LowRank) -> LowRank:
         assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
         if module.groups == 1 and value.layout == LINEAR and value.A.ndim == 2:
             return replace(value, layout=Layout("conv", tuple(module.kernel_size)))

@@ -163,7 +163,7 @@ def as_site_has_it(base: nn.Module, name: str, value: LowRank) -> LowRank:
     if module is None:
         return value
     kind = kind_of(module, holder)
-    return value if kind is None else kind.relaid(module, value)
+    return value if kind is None else kind.in_own_layout(module, value)
 
 
 def experts_around(base: nn.Module, name: str) -> str | None:

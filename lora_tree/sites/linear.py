@@ -41,7 +41,7 @@ class LinearSite(Site):
         return module.in_features * module.out_features > 0 or is_lazy(module.weight)
 
     @staticmethod
-    def relaid(module: nn.Module, value: LowRank) -> LowRank:
+    def in_own_layout(module: nn.Module, value: LowRank) -> LowRank:
         if isinstance(module, nn.Linear) and set(value.layout.kernel) == {1}:
             return replace(value, layout=LINEAR)
         return value
@@ -58,7 +58,7 @@ class LinearSite(Site):
         return out_features, in_features
 
     @property
-    def makes_its_output(self) -> bool:
+    def has_new_output(self) -> bool:
         # Check `vars` too: a wrapper may have set a forward on the instance, and it may return its
         # input.
         return type(self.module).forward is nn.Linear.forward and "forward" not in vars(self.module)
@@ -71,8 +71,8 @@ class LinearSite(Site):
         self, out: Tensor, x: Tensor, rows: Tensor, values: Tensor, bias: Tensor | None
     ) -> Tensor:
         # A row of the weight computes one feature of the output.
-        mine = None if bias is None else bias[rows]
-        made = F.linear(x, values, mine).to(out.dtype)
+        row_bias = None if bias is None else bias[rows]
+        made = F.linear(x, values, row_bias).to(out.dtype)
         return out.index_copy(-1, rows, made)
 
     def down(self, x: Tensor, A: Tensor) -> Tensor:

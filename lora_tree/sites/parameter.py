@@ -61,7 +61,7 @@ class ParameterSite(Site):
         return (experts, b, a) if self.is_transposed else (experts, a, b)
 
     @property
-    def read_in(self) -> tuple[str, ...]:
+    def reader_names(self) -> tuple[str, ...]:
         return (self.parent,) if self._around is None else (self._around, self.parent)
 
     def check_shape(self, value: LowRank) -> None:

@@ -28,20 +28,20 @@ def replaced_tensors(base: nn.Module, spec: LoraSpec) -> dict[str, Rows]:
         BaseMismatch: an entry names no module; or a module has statistics, which no optimiser
             trains; or an embedding is named both whole and by its rows.
     """
-    found: dict[str, Rows] = {}
+    rows_of: dict[str, Rows] = {}
     for word in spec.modules_to_save or ():
         for module, held in _ending_with(base, word, "modules_to_save").items():
             for name in _tensors_of(module, held):
-                found[name] = None
+                rows_of[name] = None
     for module, rows in _token_rows(base, spec).items():
         name = f"{module}.weight"
-        if name in found:
+        if name in rows_of:
             raise BaseMismatch(
                 f"{module}: modules_to_save replaces all of it, and trainable_token_indices rows",
                 "name it in one of the two",
             )
-        found[name] = tuple(rows)
-    return dict(sorted(found.items()))
+        rows_of[name] = tuple(rows)
+    return dict(sorted(rows_of.items()))
 
 
 def is_inside(module: str, tensors: Mapping[str, Rows]) -> bool:
@@ -93,21 +93,21 @@ def _token_rows(base: nn.Module, spec: LoraSpec) -> dict[str, Sequence[int]]:
             a row does not exist.
     """
     field = "trainable_token_indices"
-    said = spec.trainable_token_indices
-    if said is None:
+    declared = spec.trainable_token_indices
+    if declared is None:
         return {}
-    found: dict[str, Sequence[int]] = {}
-    if isinstance(said, list):
-        found[_input_embedding(base)] = said
+    rows_of: dict[str, Sequence[int]] = {}
+    if isinstance(declared, list):
+        rows_of[_input_embedding(base)] = declared
     else:
-        for word, named in said.items():
+        for word, named in declared.items():
             names = list(_ending_with(base, word, field))
             if len(names) > 1:
                 raise BaseMismatch(
                     f"{field}: {word!r} names {plural(len(names), 'module')}", "name one"
                 )
-            found[names[0]] = named
-    for module, rows in found.items():
+            rows_of[names[0]] = named
+    for module, rows in rows_of.items():
         weight = getattr(base.get_submodule(module), "weight", None)
         if not isinstance(weight, Tensor) or weight.ndim != 2:
             raise BaseMismatch(f"{field}: {module} is no embedding, and has no rows")
@@ -116,7 +116,7 @@ def _token_rows(base: nn.Module, spec: LoraSpec) -> dict[str, Sequence[int]]:
                 f"{field}: {module} has {plural(weight.shape[0], 'row')}, and {max(rows)} is named",
                 f"resize the base before attach: base.resize_token_embeddings({max(rows) + 1})",
             )
-    return found
+    return rows_of
 
 
 def _input_embedding(base: nn.Module) -> str:

@@ -62,7 +62,7 @@ class Site(ABC):
         self.module_name = name
         self.module = module
         self.parent = parent
-        self._way: tuple[str, tuple[str, ...]] = ("", ())
+        self._module_names: tuple[str, tuple[str, ...]] = ("", ())
         # `is_in` compares the weight's present shape with this one, because
         # `resize_token_embeddings` changes the shape but keeps the module.
         self.shape = self._shape_now()
@@ -84,7 +84,7 @@ class Site(ABC):
         return False
 
     @staticmethod
-    def relaid(module: nn.Module, value: LowRank) -> LowRank:
+    def in_own_layout(module: nn.Module, value: LowRank) -> LowRank:
         """Return the value in this kind's layout, if its file did not state one; else unchanged."""
         return value
 
@@ -146,14 +146,14 @@ class Site(ABC):
         return x.shape[1:-1] if x.ndim > 1 else x.shape
 
     @property
-    def makes_its_output(self) -> bool:
+    def has_new_output(self) -> bool:
         """Return whether the module's output is always new memory, so that it may be added to in
         place.
         """
         return False
 
     @property
-    def read_in(self) -> tuple[str, ...]:
+    def reader_names(self) -> tuple[str, ...]:
         """The dotted names of the modules that may read the weight directly; none if the weight is
         used only in the site's own forward.
         """
@@ -246,11 +246,11 @@ class Site(ABC):
         same in one pass.
         """
         holder: nn.Module | None = base
-        name, way = self._way
+        name, module_names = self._module_names
         if name != self.module_name:
-            way = tuple(self.module_name.split("."))
-            self._way = self.module_name, way
-        for part in way:
+            module_names = tuple(self.module_name.split("."))
+            self._module_names = self.module_name, module_names
+        for part in module_names:
             if holder is None:
                 return False
             holder = holder._modules.get(part)

@@ -76,22 +76,22 @@ def _target_modules(base: nn.Module, spec: LoraSpec, patterns: Patterns) -> set[
     modules = {name for name, _ in base.named_modules() if name}
     wanted = spec.target_modules or []
     if not isinstance(wanted, str):
-        found = _by_ends(modules, wanted)
+        targets = _by_ends(modules, wanted)
     elif wanted.lower() == "all-linear":
-        found = _all_linear(base)
+        targets = _all_linear(base)
     else:
-        found = {name for name in modules if patterns.matches(wanted, name)}
-        if not found:
+        targets = {name for name in modules if patterns.matches(wanted, name)}
+        if not targets:
             _refuse_target(wanted, modules)
     excluded = spec.exclude_modules
     if isinstance(excluded, str):
-        found = {name for name in found if not patterns.matches(excluded, name)}
+        targets = {name for name in targets if not patterns.matches(excluded, name)}
     elif excluded:
-        found = {name for name in found if not _ends_with(name, excluded)}
+        targets = {name for name in targets if not _ends_with(name, excluded)}
     if spec.layers_to_transform is not None:
         layers = _as_list(spec.layers_to_transform)
-        found = {name for name in found if _layer_of(name, spec, patterns) in layers}
-    return found
+        targets = {name for name in targets if _layer_of(name, spec, patterns) in layers}
+    return targets
 
 
 def _by_ends(names: set[str], ends: Sequence[str]) -> set[str]:

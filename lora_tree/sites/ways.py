@@ -36,31 +36,31 @@ class Ways:
         """Name in the base → its child at the last check; None before the first one."""
         self._further: list[tuple[nn.Module, str]] = []
         """(module around it, name in that) of every other module on a way."""
-        self._found: list[nn.Module] = []
+        self._children: list[nn.Module] = []
         """The modules of `_further` at the last check, in the same order."""
 
     def dtypes(self, base: nn.Module) -> tuple[torch.dtype | None, ...] | None:
         """Return the present dtypes of the sites' weights; None if a site has left the base."""
-        if not self._lead_where_they_led(base) and not self._lead_to_the_sites(base):
+        if not self._lead_to_the_same_modules(base) and not self._lead_to_the_sites(base):
             return None
-        found: list[torch.dtype | None] = []
+        dtypes: list[torch.dtype | None] = []
         for module, name, shape in self._weights:
             weight = module._parameters.get(name)
             if weight is None:
-                is_alike = shape is None  # not a parameter, as before (quantised)
+                is_unchanged = shape is None  # not a parameter, as before (quantised)
             elif shape is None:
-                is_alike = is_lazy(weight)
+                is_unchanged = is_lazy(weight)
             else:
                 try:
-                    is_alike = weight.shape == shape
+                    is_unchanged = weight.shape == shape
                 except RuntimeError:  # a lazy weight has taken its place
-                    is_alike = False
-            if not is_alike:
+                    is_unchanged = False
+            if not is_unchanged:
                 return None
-            found.append(None if weight is None else weight.dtype)
-        return tuple(found)
+            dtypes.append(None if weight is None else weight.dtype)
+        return tuple(dtypes)
 
-    def _lead_where_they_led(self, base: nn.Module) -> bool:
+    def _lead_to_the_same_modules(self, base: nn.Module) -> bool:
         """Return whether every module on the ways is the same as at the last check."""
         if self._first is None:
             return False
@@ -68,7 +68,7 @@ class Ways:
             if base._modules.get(name) is not module:
                 return False
         now = [around._modules.get(name) for around, name in self._further]
-        return all(map(is_, now, self._found))
+        return all(map(is_, now, self._children))
 
     def _lead_to_the_sites(self, base: nn.Module) -> bool:
         """Return whether the ways lead to the sites' own modules, and cache the modules on them.
@@ -77,7 +77,7 @@ class Ways:
         """
         first: dict[str, nn.Module] = {}
         further: dict[tuple[int, str], tuple[nn.Module, str]] = {}
-        found: dict[tuple[int, str], nn.Module] = {}
+        children: dict[tuple[int, str], nn.Module] = {}
         for site in self._sites:
             around = base
             for part in site.module_name.split("."):
@@ -89,9 +89,13 @@ class Ways:
                 else:
                     # The id is unique, because `further` keeps the module around alive.
                     further[id(around), part] = around, part
-                    found[id(around), part] = module
+                    children[id(around), part] = module
                 around = module
             if around is not site.module:
                 return False
-        self._first, self._further, self._found = first, [*further.values()], [*found.values()]
+        self._first, self._further, self._children = (
+            first,
+            [*further.values()],
+            [*children.values()],
+        )
         return True

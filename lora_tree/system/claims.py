@@ -43,7 +43,7 @@ STALE_S = 300.0
 _MOST_BYTES = 4096
 _CLAIM = re.compile(r"(.+)\.(alone|shared)\.[0-9a-f]{32}\Z")
 
-_mine: dict[str, Path] = {}  # token → claim; hold the condition to change it
+_own_claims: dict[str, Path] = {}  # token → claim; hold the condition to change it
 _changed = threading.Condition()
 _beating = False
 
@@ -61,7 +61,7 @@ def make_claim(path: Path, shared: bool) -> Path | None:
     with _changed:
         # Before the file is there: a claim of this process without an entry counts as left over,
         # and another thread would remove it.
-        _mine[token] = claim
+        _own_claims[token] = claim
     try:
         _create(claim, token)
         # The clock of the file system, which all its machines share; their own clocks may differ.
@@ -72,7 +72,7 @@ def make_claim(path: Path, shared: bool) -> Path | None:
             is_compatible = shared and ".shared." in other.name
             if other == claim or is_compatible:
                 continue
-            if not _left_over(other, now_s):
+            if not _is_abandoned(other, now_s):
                 drop_claim(claim)
                 return None
             with suppress(FileNotFoundError):
@@ -89,7 +89,7 @@ def drop_claim(claim: Path) -> None:
     with suppress(OSError):
         os.unlink(claim)
     with _changed:
-        _mine.pop(claim.name[-32:], None)
+        _own_claims.pop(claim.name[-32:], None)
         _changed.notify_all()
 
 
@@ -117,7 +117,7 @@ def clear(folder: Path, name: re.Pattern[str]) -> None:
         if of is None or not name.match(of[1]) or os.path.lexists(folder / of[1]):
             continue
         with suppress(OSError):
-            if _left_over(folder / entry, time.time()):
+            if _is_abandoned(folder / entry, time.time()):
                 os.unlink(folder / entry)
 
 
@@ -140,24 +140,26 @@ def _create(claim: Path, token: str) -> None:
 
 
 def _claims(path: Path) -> list[Path]:
-    mine = re.compile(re.escape(path.name) + r"\.(alone|shared)\.[0-9a-f]{32}\Z")
-    return [path.with_name(name) for name in sorted(os.listdir(path.parent)) if mine.match(name)]
+    own_claims = re.compile(re.escape(path.name) + r"\.(alone|shared)\.[0-9a-f]{32}\Z")
+    return [
+        path.with_name(name) for name in sorted(os.listdir(path.parent)) if own_claims.match(name)
+    ]
 
 
 def _owner(claim: Path) -> dict[str, Any]:
     """Return the owner that a claim names; any process may have written it, so it is checked."""
     try:
         with open_plain(claim, follow=False) as file:
-            said = json.loads(os.read(file, _MOST_BYTES))
+            owner = json.loads(os.read(file, _MOST_BYTES))
     except (OSError, ValueError, RecursionError):
         return {}  # gone, or not written to its end yet
     kinds = {"token": str, "host": str, "machine": str, "pid": int, "started": str, "since": int}
-    if not isinstance(said, dict) or said.keys() != kinds.keys():
+    if not isinstance(owner, dict) or owner.keys() != kinds.keys():
         return {}
-    return said if all(isinstance(said[key], kind) for key, kind in kinds.items()) else {}
+    return owner if all(isinstance(owner[key], kind) for key, kind in kinds.items()) else {}
 
 
-def _left_over(claim: Path, now_s: float) -> bool:
+def _is_abandoned(claim: Path, now_s: float) -> bool:
     """Return whether the holder of a claim is gone."""
     try:
         seen = os.lstat(claim)
@@ -169,14 +171,14 @@ def _left_over(claim: Path, now_s: float) -> bool:
     if owner and owner["machine"] == _machine():
         if owner["pid"] == os.getpid() and owner["started"] == _started(os.getpid()):
             with _changed:
-                return owner["token"] not in _mine
+                return owner["token"] not in _own_claims
         if os.name == "posix":  # on Windows, to ask for a process would end it
-            return not _lives(owner["pid"], owner["started"])
+            return not _is_running(owner["pid"], owner["started"])
     # a time far ahead comes from a copied file, not from a holder
     return abs(now_s - seen.st_mtime) > STALE_S
 
 
-def _lives(pid: int, started: str) -> bool:
+def _is_running(pid: int, started: str) -> bool:
     """Return whether a process still runs; another one may have its number by now."""
     if pid <= 0:
         return False
@@ -234,10 +236,10 @@ def _touch_all() -> None:
     while True:
         with _changed:
             _changed.wait(BEAT_S)
-            if not _mine:
+            if not _own_claims:
                 _beating = False
                 return
-            claims = list(_mine.values())
+            claims = list(_own_claims.values())
         # Without the condition: a network share may take seconds, and a release must not wait.
         for claim in claims:
             with suppress(OSError):
@@ -258,7 +260,7 @@ def _touch(claim: Path) -> None:
 @atexit.register
 def _drop_all() -> None:
     """Remove this process's claims when it ends, as the system does with its flocks."""
-    for claim in list(_mine.values()):
+    for claim in list(_own_claims.values()):
         with suppress(OSError):
             os.unlink(claim)
 
@@ -266,7 +268,7 @@ def _drop_all() -> None:
 def _forget_all() -> None:
     """Forget the parent's claims in the child of a fork: the parent still holds them."""
     global _beating, _changed
-    _mine.clear()
+    _own_claims.clear()
     # A new condition: another thread of the parent may have held the old one during the fork, and
     # that thread does not exist here to release it.
     _changed = threading.Condition()

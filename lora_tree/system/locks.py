@@ -143,7 +143,7 @@ def _by_flock(path: Path, shared: bool, make: bool, wait: bool) -> Held | None:
     file = _open(path, make)
     try:
         _flock(file, shared, wait)
-        if _same(file, path):
+        if _is_same_file(file, path):
             return Held(path, file, None)
     except BaseException as error:
         # After Ctrl-C, too: a lock that stays behind would shut this process out.
@@ -189,7 +189,7 @@ def _flock(file: int, shared: bool, wait: bool) -> None:
     fcntl.flock(file, kind if wait else kind | fcntl.LOCK_NB)
 
 
-def _same(file: int, path: Path) -> bool:
+def _is_same_file(file: int, path: Path) -> bool:
     """Return whether the open file still has that name; its last holder may have removed it."""
     try:
         return os.path.samestat(os.fstat(file), os.lstat(path))

@@ -93,7 +93,7 @@ class _ControlGroup:
 
 def _groups() -> list[_ControlGroup]:
     """Return the container of this process, by either version of Linux's control groups."""
-    found: list[_ControlGroup] = []
+    groups: list[_ControlGroup] = []
     versions = (
         ("memory.max", "memory.current", "memory.stat", "file"),
         (
@@ -107,8 +107,8 @@ def _groups() -> list[_ControlGroup]:
         limit = _number(f"{_GROUP}/{limit_file}")  # the word "max" where there is no limit
         used = _number(f"{_GROUP}/{used_file}")
         if limit is not None and used is not None:
-            found.append(_ControlGroup(limit, used, _stat(f"{_GROUP}/{stat_file}", files)))
-    return found
+            groups.append(_ControlGroup(limit, used, _stat(f"{_GROUP}/{stat_file}", files)))
+    return groups
 
 
 def _stat(file: str, name: str) -> int:

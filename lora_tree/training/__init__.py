@@ -8,5 +8,5 @@ steps.py        a step of an optimiser, node by node
 diverged.py     factors or losses that are no longer finite
 sharded.py      tensors of which each rank holds a part
 every_rank.py   a backward that reaches all factors on every rank
-handed.py       refuses a trainer that was given the bare base
+bare_base_watch.py   refuses a trainer that was given the bare base
 """

@@ -88,10 +88,10 @@ def check_finite_step(
     # One tensor of all numbers, so that they come from the device in one transfer.
     numbers: list[float] = []
     if norms or losses:
-        each = []
+        scalars = []
         for number in (*norms, *losses.values()):
-            each.append(torch.as_tensor(number).detach().to(device, torch.float64))
-        numbers = torch.stack(each).tolist()
+            scalars.append(torch.as_tensor(number).detach().to(device, torch.float64))
+        numbers = torch.stack(scalars).tolist()
     losses_now = dict(zip(losses, numbers[len(nodes) :], strict=True))
     is_broken = [not math.isfinite(norm) for norm in numbers[: len(nodes)]]
     is_lost = any(not math.isfinite(loss) for loss in losses_now.values())
@@ -113,22 +113,22 @@ def _refuse(
     lost = [path for path, loss in losses.items() if not math.isfinite(loss)]
     where = listing(path or BASE_LABEL for path in broken or lost) or "another rank"
     what = "the factors are" if broken else "the loss is"
-    told = listing(f"{path or BASE_LABEL} {loss:.4g}" for path, loss in losses.items())
+    losses_text = listing(f"{path or BASE_LABEL} {loss:.4g}" for path, loss in losses.items())
     frozen = cause(lost) if cause is not None else None
     if frozen is not None:
-        _refuse_frozen(frozen, step, told)
+        _refuse_frozen(frozen, step, losses_text)
     advice = "train with a smaller learning rate or clip norm"
     if step > 1:
         advice += "; the run's checkpoints of earlier steps are good"
     raise DivergedError(
         f"{where}: step {step}: {what} not finite; "
-        f"losses of this step: {told or 'none on this rank'}",
+        f"losses of this step: {losses_text or 'none on this rank'}",
         "nothing was saved; the nodes that trained have the factors from before the run again",
         advice,
     )
 
 
-def _refuse_frozen(node: str, step: int, told: str) -> NoReturn:
+def _refuse_frozen(node: str, step: int, losses_text: str) -> NoReturn:
     """Raise for a step that could not be finite: name the frozen node, or the base."""
     advice = (
         "its factors times their scale and weight are too large: put an earlier version of it "
@@ -138,7 +138,7 @@ def _refuse_frozen(node: str, step: int, told: str) -> NoReturn:
         advice = "load the base in bfloat16 or float32, and look at its files and at the rows"
     raise DivergedError(
         f"{node or BASE_LABEL}: step {step}: this frozen part alone makes the outputs not finite, "
-        f"without the nodes that train; losses of this step: {told or 'not known'}",
+        f"without the nodes that train; losses of this step: {losses_text or 'not known'}",
         "nothing was saved; the nodes that trained have the factors from before the run again",
         advice,
     )

@@ -47,20 +47,20 @@ def several_levels(nodes: Iterable[str]) -> bool:
     return False
 
 
-def over_of(asked: Over, nodes: Iterable[str]) -> Literal["rows", "paths"]:
+def over_of(requested: Over, nodes: Iterable[str]) -> Literal["rows", "paths"]:
     """Return the unit over which the loss is averaged, for the nodes that train.
 
     Args:
-        asked: "rows", "paths", or "auto": rows where several levels train, else paths.
+        requested: "rows", "paths", or "auto": rows where several levels train, else paths.
 
     Raises:
         SpecError: it is another word.
     """
-    if asked == "auto":
+    if requested == "auto":
         return "rows" if several_levels(nodes) else "paths"
-    if asked not in ("rows", "paths"):
-        raise SpecError(f"loss must be auto, rows or paths, got {asked!r}")
-    return asked
+    if requested not in ("rows", "paths"):
+        raise SpecError(f"loss must be auto, rows or paths, got {requested!r}")
+    return requested
 
 
 def weight_decays(
@@ -89,14 +89,14 @@ def weight_decays(
     >>> weight_decays(tree, ["fr", "fr/legal"], {"fr": 8e-3, "fr/legal": 4e-3})
     {'fr': 0.0, 'fr/legal': 2.0}
     """
-    asked = by_depth if by_depth is not None else tree.defaults.decay_by_depth
+    depth_decays = by_depth if by_depth is not None else tree.defaults.decay_by_depth
     shrinks = several_levels(nodes)
     decays = {}
     for path in nodes:
         if of_node is not None and path in of_node:
             decays[path] = of_node[path]
-        elif asked is not None:
-            decays[path] = at_depth(asked, path)
+        elif depth_decays is not None:
+            decays[path] = at_depth(depth_decays, path)
         elif shrinks:
             decays[path] = at_depth(SHRINKAGE, path) / rates[path]
         else:

@@ -155,8 +155,8 @@ def pooled_loss(
     # Rows are sorted by path, so that only one list of indices goes to the device for all paths.
     in_order = list(itertools.chain.from_iterable(places.values()))
     parts = means.detach().index_select(0, _like(tokens, in_order))
-    each = torch.split(parts, [len(rows) for rows in places.values()])
-    by_path = {name: part.sum() for name, part in zip(places, each, strict=True)}
+    path_parts = torch.split(parts, [len(rows) for rows in places.values()])
+    by_path = {name: part.sum() for name, part in zip(places, path_parts, strict=True)}
     # Data parallelism takes the mean over ranks, and this is a sum over them.
     return PathLoss((taken * weigh).sum() * ranks(), by_path)
 
@@ -181,8 +181,8 @@ def row_losses(logits: Tensor, labels: Tensor, *, shift: bool = True) -> tuple[T
         logits, labels = logits[:, :-1], labels[:, 1:]
     # In fp32 at least: a sum over a vocabulary in bf16 keeps two digits.
     flat = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
-    each = F.cross_entropy(flat, labels.flatten(), ignore_index=IGNORED, reduction="none")
-    return each.view(labels.shape).sum(1), labels.ne(IGNORED).sum(1)
+    token_losses = F.cross_entropy(flat, labels.flatten(), ignore_index=IGNORED, reduction="none")
+    return token_losses.view(labels.shape).sum(1), labels.ne(IGNORED).sum(1)
 
 
 def token_counts(
@@ -216,23 +216,23 @@ def token_counts(
                 f"labels of {plural(len(labels), 'row')}, and {plural(len(names), 'path')}",
                 "give one path for every row",
             )
-    mine = _counted(named, shift)
+    own_counts = _counted(named, shift)
     if ranks() == 1:
-        return mine
+        return own_counts
     # The ranks add up by position, so the order must be the same on all of them: the tree's, and
     # then that of the blends.
     order = ["", *tree.paths()]
     device = named[0][0].device if named else torch.device("cpu")
-    strange = sorted(set(mine) - set(order))
-    total = _over_ranks([*(mine.get(path, 0) for path in order), len(strange)], device)
+    strange = sorted(set(own_counts) - set(order))
+    total = _over_ranks([*(own_counts.get(path, 0) for path in order), len(strange)], device)
     if total.pop():
         blends = blends_of_all(strange, device)
-        total += _over_ranks([mine.get(blend, 0) for blend in blends], device)
+        total += _over_ranks([own_counts.get(blend, 0) for blend in blends], device)
         order += blends
     # A path that only another rank has rows of is counted here too: the sum over paths is over
     # those of all ranks.
     counts = dict(zip(order, total, strict=True))
-    return {path: count for path, count in counts.items() if count or path in mine}
+    return {path: count for path, count in counts.items() if count or path in own_counts}
 
 
 def _over_ranks(numbers: Sequence[int], device: torch.device) -> list[int]:
@@ -276,15 +276,15 @@ def _by_spelling(numbers: Mapping[str, T], what: str) -> dict[str, T]:
     Raises:
         SpecError: two of them are the same blend.
     """
-    found: dict[str, T] = {}
+    by_spelling: dict[str, T] = {}
     for blend, number in numbers.items():
         name = spelled(blend)
-        if name in found:
+        if name in by_spelling:
             raise SpecError(
                 f"{what}: {blend!r} is {name!r}, which stands there already", "name each blend once"
             )
-        found[name] = number
-    return found
+        by_spelling[name] = number
+    return by_spelling
 
 
 def _known_paths(

@@ -153,16 +153,16 @@ def _slashed(name: str) -> str:
     return name.replace("~", "~0").replace("/", "~1").replace(".", "/")
 
 
-def _training_dtype(value: LowRank, asked: torch.dtype | None) -> torch.dtype:
-    """Return the dtype in which a value trains: the one asked for, or its own if that is wider."""
-    if asked is None:
+def _training_dtype(value: LowRank, requested: torch.dtype | None) -> torch.dtype:
+    """Return the dtype in which a value trains: the requested one, or its own if that is wider."""
+    if requested is None:
         return value.dtype
     if value.dtype.itemsize == 1:
         # torch has no promotion for an 8-bit float. Any dtype that trains holds its numbers.
-        return asked
-    return torch.promote_types(value.dtype, asked)
+        return requested
+    return torch.promote_types(value.dtype, requested)
 
 
-def _wider(own: torch.dtype, asked: torch.dtype | None) -> torch.dtype:
-    """Return the dtype in which an override trains: the one asked for, or its own if wider."""
-    return own if asked is None else torch.promote_types(own, asked)
+def _wider(own: torch.dtype, requested: torch.dtype | None) -> torch.dtype:
+    """Return the dtype in which an override trains: the requested one, or its own if wider."""
+    return own if requested is None else torch.promote_types(own, requested)

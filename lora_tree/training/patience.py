@@ -47,11 +47,11 @@ def mean_through(tree: AdapterTree, node: str, losses: PathLosses) -> float | No
     >>> mean_through(tree, "fr", {"fr/legal": (2.0, 30), "fr/tax": (4.0, 10), "": (9.0, 5)})
     2.5
     """
-    mine = [both for path, both in losses.items() if path and node in tree.lineage(path)]
-    count = sum(tokens for _, tokens in mine)
+    node_losses = [both for path, both in losses.items() if path and node in tree.lineage(path)]
+    count = sum(tokens for _, tokens in node_losses)
     if count == 0:
         return None
-    return math.fsum(loss * tokens for loss, tokens in mine) / count
+    return math.fsum(loss * tokens for loss, tokens in node_losses) / count
 
 
 @dataclass
@@ -114,23 +114,23 @@ class NodePatience:
             measure: measures the paths through one node again.
         """
         waited_long = []
-        for node, one in self.courses.items():
+        for node, course in self.courses.items():
             loss = mean_through(self.tree, node, losses)
-            if loss is None or one.stopped_at is not None:
-                one.now = loss if loss is not None else one.now
+            if loss is None or course.stopped_at is not None:
+                course.now = loss if loss is not None else course.now
                 continue
-            if one.before is None:
-                one.before = loss
-            one.now = loss
-            has_moved, one.moved = one.moved, False
+            if course.before is None:
+                course.before = loss
+            course.now = loss
+            has_moved, course.moved = course.moved, False
             # A loss that is not finite never counts as an improvement.
-            if math.isfinite(loss) and (one.best is None or loss < one.best):
-                one.best, one.best_step, one.waited = loss, step, 0
+            if math.isfinite(loss) and (course.best is None or loss < course.best):
+                course.best, course.best_step, course.waited = loss, step, 0
                 self._keep(node)
                 continue
             # A node of few rows may have had none since the last evaluation.
-            one.waited += 1 if has_moved else 0
-            if self.patience is not None and one.waited >= self.patience:
+            course.waited += 1 if has_moved else 0
+            if self.patience is not None and course.waited >= self.patience:
                 waited_long.append(node)
         for node in waited_long:
             self._bring_back(node, step, measure)
@@ -141,8 +141,8 @@ class NodePatience:
         """Bring back every node that still trains, after the last step of the run."""
         if self.patience is None:
             return
-        for node, one in self.courses.items():
-            if one.stopped_at is None and one.best_step is not None:
+        for node, course in self.courses.items():
+            if course.stopped_at is None and course.best_step is not None:
                 self._bring_back(node, step, measure)
 
     def note_now(self, losses: PathLosses) -> None:
@@ -154,14 +154,14 @@ class NodePatience:
     # ------------------------------------------------------------------ in a checkpoint
     def plain(self) -> dict[str, Any]:
         """Return the courses as plain data, for a checkpoint's JSON, which has no NaN."""
-        told: dict[str, Any] = {}
-        for node, one in self.courses.items():
-            told[node] = dict(vars(one))
+        courses: dict[str, Any] = {}
+        for node, course in self.courses.items():
+            courses[node] = dict(vars(course))
             for word in ("before", "now"):
-                loss = told[node][word]
+                loss = courses[node][word]
                 if loss is not None and not math.isfinite(loss):
-                    told[node][word] = None
-        return told
+                    courses[node][word] = None
+        return courses
 
     def best_factors(self) -> dict[str, Tensor]:
         """Return the factors that nodes may come back to, by name, on the CPU."""
@@ -169,9 +169,9 @@ class NodePatience:
 
     def take(self, plain: Mapping[str, Any], best: Mapping[str, Tensor]) -> None:
         """Restore the state that `plain` and `best_factors` returned."""
-        for node, told in plain.items():
+        for node, course in plain.items():
             if node in self.courses:
-                self.courses[node] = _Course(**told)
+                self.courses[node] = _Course(**course)
         devices = {name: p.device for name, p in self.factors.named_parameters()}
         self._best = {name: t.to(devices[name]) for name, t in best.items() if name in devices}
 
@@ -186,11 +186,11 @@ class NodePatience:
 
     def _bring_back(self, node: str, step: int, measure: Measure) -> None:
         """Give a node its best factors, if its loss with them is not higher than without."""
-        one, own = self.courses[node], self._own(node)
+        course, own = self.courses[node], self._own(node)
         best = {name: self._best[name] for name in own if name in self._best}
-        if one.best_step == step or len(best) < len(own):
+        if course.best_step == step or len(best) < len(own):
             return  # the node is at its best, or its loss was never finite
-        here = {name: tensor.clone() for name, tensor in own.items()}
+        current = {name: tensor.clone() for name, tensor in own.items()}
         # Measured again, not taken from the evaluation: another node may have come back since.
         without = mean_through(self.tree, node, measure(node))
         _write(own, best)
@@ -199,10 +199,10 @@ class NodePatience:
         assert with_best is not None
         # A comparison with NaN is false: of two losses the finite one wins.
         if with_best <= without or not math.isfinite(without):
-            one.now = with_best
+            course.now = with_best
             return
-        _write(own, here)
-        one.now, one.best, one.best_step = without, without, step
+        _write(own, current)
+        course.now, course.best, course.best_step = without, without, step
 
 
 @torch.no_grad()

@@ -23,20 +23,20 @@ def ranks() -> int:
     return 1
 
 
-def blends_of_all(mine: Sequence[str], device: torch.device) -> list[str]:
+def blends_of_all(own_names: Sequence[str], device: torch.device) -> list[str]:
     """Return the names that any rank has, sorted; every rank has to call this.
 
     Args:
-        mine: this rank's.
+        own_names: this rank's.
         device: where the ranks exchange tensors.
     """
-    said = json.dumps(sorted(mine)).encode()
-    length = torch.tensor([len(said)], dtype=torch.int64, device=device)
+    encoded = json.dumps(sorted(own_names)).encode()
+    length = torch.tensor([len(encoded)], dtype=torch.int64, device=device)
     lengths = [torch.zeros_like(length) for _ in range(ranks())]
     dist.all_gather(lengths, length)
     # Ranks exchange tensors of one size.
     longest = max(int(one) for one in lengths)
-    padded = said + b" " * (longest - len(said))
+    padded = encoded + b" " * (longest - len(encoded))
     sent = torch.tensor(list(padded), dtype=torch.uint8, device=device)
     heard = [torch.zeros_like(sent) for _ in range(ranks())]
     dist.all_gather(heard, sent)

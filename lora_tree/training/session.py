@@ -30,10 +30,10 @@ from ..engine.stage import Stage
 from ..errors import SpecError, StateError
 from ..given import check_dtype, unchecked
 from ..tree import AdapterTree, Node
+from .bare_base_watch import BareBaseWatch
 from .every_rank import every_layer
 from .factors import Factors
-from .handed import Handed
-from .sharded import whole
+from .sharded import gather_adapter
 from .steps import NodeSteps
 
 __all__ = ["Training"]
@@ -54,10 +54,10 @@ class Training:
         tree: of the nodes.
         factors: hold the nodes' parameters.
         stage: laid out again when other nodes or parameters train.
-        beside: path models of the same base, which are also laid out again.
+        path_models: path models of the same base, which are also laid out again.
         binder: checks a node's adapter against the base.
         manner: gets the dropout.
-        handed: looks whether a trainer was given the bare base.
+        bare_base_watch: looks whether a trainer was given the bare base.
     """
 
     def __init__(
@@ -67,15 +67,15 @@ class Training:
         factors: Factors,
         *,
         stage: Stage,
-        beside: Iterable[Renewed],
+        path_models: Iterable[Renewed],
         binder: Binder,
         manner: Manner,
-        handed: Handed,
+        bare_base_watch: BareBaseWatch,
     ) -> None:
         self._base, self._tree, self._factors = base, tree, factors
         self._stage, self._binder, self._manner = stage, binder, manner
-        self._beside = beside
-        self._handed = handed
+        self._path_models = path_models
+        self._bare_base_watch = bare_base_watch
         self._packing = Packing(base)
         self._steps: weakref.WeakKeyDictionary[torch.optim.Optimizer, NodeSteps]
         self._steps = weakref.WeakKeyDictionary()
@@ -114,9 +114,9 @@ class Training:
             bound = self._bound(chosen, dtype, within)
             with self._as_before_on_failure():
                 self._own(bound, dtype)
-                self._handed.look(bool(chosen))
+                self._bare_base_watch.look(bool(chosen))
                 self._packing.forbid(bool(chosen))
-                self._sharded_together(self._factors.sharded)
+                self._set_layer_hooks(self._factors.sharded)
                 self._manner.dropout = dropout
                 if self._flags is None:
                     self._flags = _flags_of(self._base)
@@ -133,7 +133,7 @@ class Training:
             SpecError: a group is not that of a node that trains.
             StateError: the model is prepared for ``torch.compile``.
         """
-        if self._stage.beside.permanent:
+        if self._stage.side_hooks.permanent:
             raise StateError(
                 "a prepared model can't train", "attach again, and train before prepare()"
             )
@@ -144,14 +144,14 @@ class Training:
             )
         # The new one is made before the old one goes: if its groups are refused, the old one stays.
         before = self._steps.get(optimizer)
-        steps = NodeSteps(optimizer, self._factors, self._stage.beside.reached)
+        steps = NodeSteps(optimizer, self._factors, self._stage.side_hooks.reached)
         if before is not None:
             before.remove()
         self._steps[optimizer] = steps
 
     def forget_rows(self) -> None:
         """Forget which nodes a gradient came back to, because the gradients were thrown away."""
-        self._stage.beside.reached.clear()
+        self._stage.side_hooks.reached.clear()
 
     def renew_if_moved(self) -> None:
         """Lay out side paths again if FSDP2 has swapped the parameters that they were made from."""
@@ -174,7 +174,7 @@ class Training:
                 parts[path] = adapter
         # All are gathered before the first is put into the tree: a
         # failure leaves the tree as it is.
-        full = {path: whole(adapter) for path, adapter in parts.items()}
+        full = {path: gather_adapter(adapter) for path, adapter in parts.items()}
         try:
             for path, adapter in full.items():
                 self._tree.replace(self._tree[path].with_loaded(adapter))
@@ -187,9 +187,9 @@ class Training:
         """Give the base its flags back, and take every hook out; a second call is a no-op."""
         for parameter, flag in self._flags or ():
             parameter.requires_grad_(flag)
-        self._handed.look(False)
+        self._bare_base_watch.look(False)
         self._packing.forbid(False)
-        self._sharded_together(False)
+        self._set_layer_hooks(False)
 
     # ------------------------------------------------------------------ private
     def _check_unmerged(self, chosen: list[str]) -> None:
@@ -250,8 +250,8 @@ class Training:
             flags=[*_flags_of(self._base), *_flags_of(self._factors)],
             dropout=self._manner.dropout,
             base_flags=self._flags,
-            looks=self._handed.looks,
-            keeps=self._packing.forbidden,
+            is_watching=self._bare_base_watch.is_watching,
+            packing_forbidden=self._packing.forbidden,
         )
         try:
             yield
@@ -269,21 +269,21 @@ class Training:
         for parameter, flag in before.flags:
             parameter.requires_grad_(flag)
         self._manner.dropout, self._flags = before.dropout, before.base_flags
-        self._handed.look(before.looks)
-        self._packing.forbid(before.keeps)
-        self._sharded_together(self._factors.sharded)
+        self._bare_base_watch.look(before.is_watching)
+        self._packing.forbid(before.packing_forbidden)
+        self._set_layer_hooks(self._factors.sharded)
         # Laying out one path model may have failed after others had got the new factors.
-        for path_model in list(self._beside):
+        for path_model in list(self._path_models):
             path_model.renew()
 
     def _renew(self) -> None:
         # A merged path has no factor that trains, and a bare base has no path.
         if self._stage.current.state in (State.UNMERGED, State.ROUTED):
             self._stage.renew()
-        for path_model in list(self._beside):
+        for path_model in list(self._path_models):
             path_model.renew()
 
-    def _sharded_together(self, wanted: bool) -> None:
+    def _set_layer_hooks(self, wanted: bool) -> None:
         """Put the hooks of `every_layer` on the base, or take them off."""
         while self._layers:
             self._layers.pop().remove()
@@ -300,8 +300,8 @@ class _TrainingSnapshot:
     flags: list[tuple[nn.Parameter, bool]]
     dropout: float
     base_flags: list[tuple[nn.Parameter, bool]] | None
-    looks: bool
-    keeps: bool
+    is_watching: bool
+    packing_forbidden: bool
 
 
 def _flags_of(module: nn.Module) -> list[tuple[nn.Parameter, bool]]:

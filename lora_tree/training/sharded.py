@@ -1,7 +1,7 @@
 """Tensors that FSDP2 has split, so that every rank of a run holds a part.
 
-Gathering such a tensor is a collective operation: a rank that calls `full` or `whole` alone waits
-for ever.
+Gathering such a tensor is a collective operation: a rank that calls `full` or `gather_adapter`
+alone waits for ever.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..adapter import Adapter
 from ..lowrank import LowRank, is_sharded
 
-__all__ = ["full", "local_part", "whole"]
+__all__ = ["full", "gather_adapter", "local_part"]
 
 
 def full(tensor: Tensor) -> Tensor:
@@ -32,23 +32,23 @@ def local_part(tensor: Tensor) -> Tensor:
     return part
 
 
-def whole(adapter: Adapter) -> Adapter:
+def gather_adapter(adapter: Adapter) -> Adapter:
     """Return the adapter with whole factors; if they are sharded, every rank has to call this."""
     if not any(is_sharded(tensor) for _, tensor in adapter.named_tensors()):
         return adapter
 
-    def one(tensor: Tensor) -> Tensor:
+    def gathered_tensor(tensor: Tensor) -> Tensor:
         if not is_sharded(tensor):
             return tensor
         # A parameter, because a save writes the factors that are parameters: those have trained
         # since they were read.
         return nn.Parameter(full(tensor).detach(), requires_grad=False)
 
-    def gathered(value: LowRank) -> LowRank:
-        bias = None if value.bias is None else one(value.bias)
-        return replace(value, A=one(value.A), B=one(value.B), bias=bias)
+    def gathered_value(value: LowRank) -> LowRank:
+        bias = None if value.bias is None else gathered_tensor(value.bias)
+        return replace(value, A=gathered_tensor(value.A), B=gathered_tensor(value.B), bias=bias)
 
     overrides = {}
     for name, override in adapter.overrides.items():
-        overrides[name] = override.with_values(one(override.values))
-    return replace(adapter.map(gathered), overrides=overrides)
+        overrides[name] = override.with_values(gathered_tensor(override.values))
+    return replace(adapter.map(gathered_value), overrides=overrides)

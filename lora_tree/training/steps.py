@@ -88,7 +88,7 @@ class NodeSteps:
         moving = self._moving(groups)
         still = [group for group, moves in zip(groups, moving, strict=True) if not moves]
         # The check is before the first drop: an error must leave all gradients as they are.
-        _check_still(still)
+        _refuse_stray_gradients(still)
         for group in still:
             for parameter in group["params"]:
                 parameter.grad = None
@@ -104,15 +104,15 @@ class NodeSteps:
     def _moving(self, groups: Sequence[dict[str, Any]]) -> list[bool]:
         """Return which groups had rows, on any rank."""
         # All ranks have to agree: a node that moved on one of them only would differ from then on.
-        mine = [group["name"] in self._reached for group in groups]
+        has_rows = [group["name"] in self._reached for group in groups]
         if ranks() == 1:
-            return mine
-        total = torch.tensor(mine, dtype=torch.int64, device=groups[0]["params"][0].device)
+            return has_rows
+        total = torch.tensor(has_rows, dtype=torch.int64, device=groups[0]["params"][0].device)
         dist.all_reduce(total)
         return list(map(bool, total.tolist()))
 
 
-def _check_still(groups: Sequence[dict[str, Any]]) -> None:
+def _refuse_stray_gradients(groups: Sequence[dict[str, Any]]) -> None:
     """Refuse to drop a gradient that came from something else than a row.
 
     Usually there are no gradients at all, and nothing is read. Zeros are read from the device once,
@@ -121,16 +121,16 @@ def _check_still(groups: Sequence[dict[str, Any]]) -> None:
     Raises:
         StateError: a node that had no rows has a gradient that is not zero; names the node.
     """
-    found: dict[str, Tensor] = {}
+    has_gradient: dict[str, Tensor] = {}
     for group in groups:
         gradients = [p.grad for p in group["params"] if p.grad is not None]
         if gradients:
-            found[group["name"]] = torch.stack([_is_any(t) for t in gradients]).any()
-    if not found:
+            has_gradient[group["name"]] = torch.stack([_is_any(t) for t in gradients]).any()
+    if not has_gradient:
         return
-    device = next(iter(found.values())).device
-    wrong = torch.stack([flag.to(device) for flag in found.values()]).tolist()
-    for name, is_wrong in zip(found, wrong, strict=True):
+    device = next(iter(has_gradient.values())).device
+    wrong = torch.stack([flag.to(device) for flag in has_gradient.values()]).tolist()
+    for name, is_wrong in zip(has_gradient, wrong, strict=True):
         if is_wrong:
             raise StateError(
                 f"{name}: its factors have gradients, "
@@ -160,8 +160,8 @@ def _clip(parameters: Sequence[nn.Parameter], norm: float, scale: Tensor | None)
         nn.utils.clip_grad_norm_(parameters, norm)
         return
     # The norm is that of the unscaled gradients, so they are clipped as without a scaler.
-    found = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    nn.utils.clip_grads_with_norm_(parameters, norm, found / scale.to(found.device))
+    total_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    nn.utils.clip_grads_with_norm_(parameters, norm, total_norm / scale.to(total_norm.device))
 
 
 def _check(group: dict[str, Any], factors: Factors) -> None:

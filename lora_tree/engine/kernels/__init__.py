@@ -181,26 +181,26 @@ def _tried(device: torch.device) -> bool:
     if importlib.util.find_spec("triton") is None:
         return False
 
-    def is_right() -> bool:
-        return bool(importlib.import_module(f"{__name__}.merge").is_right_on(device))
+    def is_correct() -> bool:
+        return bool(importlib.import_module(f"{__name__}.merge").is_merging_correct_on(device))
 
-    return _is_right(is_right, device, "merged switches")
+    return _is_correct(is_correct, device, "merged switches")
 
 
 @functools.cache
 def _routes_tried(device: torch.device) -> bool:
-    return _is_right(lambda: routes_right_on(device), device, "batches of several paths")
+    return _is_correct(lambda: is_routing_correct_on(device), device, "batches of several paths")
 
 
 @functools.cache
 def _logs_tried(device: torch.device) -> bool:
-    def is_right() -> bool:
+    def is_correct() -> bool:
         return bool(importlib.import_module(f"{__name__}.undo").is_exact_on(device))
 
-    return _is_right(is_right, device, "undo logs")
+    return _is_correct(is_correct, device, "undo logs")
 
 
-def _is_right(attempt: Callable[[], bool], device: torch.device, work: str) -> bool:
+def _is_correct(attempt: Callable[[], bool], device: torch.device, work: str) -> bool:
     try:
         return attempt()
     except Exception as error:
@@ -215,7 +215,7 @@ def _is_right(attempt: Callable[[], bool], device: torch.device, work: str) -> b
         return False
 
 
-def routes_right_on(device: torch.device) -> bool:
+def is_routing_correct_on(device: torch.device) -> bool:
     """Return whether a small routed sum and its gradients come out right on a device."""
     kernels = routed_kernels()
     draw = torch.Generator("cpu").manual_seed(0)
@@ -242,8 +242,8 @@ def routes_right_on(device: torch.device) -> bool:
     # A single input has kernels of its own. Its row owes what the first one owes.
     sizes, numbers = segment_numbers([(0.5, 1.0)], [0], 1)
     segments, tiling = Segments(sizes, numbers.to(device)), Tiling.of(sizes, 1, torch.bfloat16)
-    one = base[:1].clone()
-    kernels.in_place(x[:1], one, segments, table, tiling)(x[:1], one, table)
-    close &= torch.isclose(one.double(), exact[:1], rtol=2**-6, atol=0.5).all()
+    single = base[:1].clone()
+    kernels.in_place(x[:1], single, segments, table, tiling)(x[:1], single, table)
+    close &= torch.isclose(single.double(), exact[:1], rtol=2**-6, atol=0.5).all()
     close &= torch.isclose(grads.double(), wanted.flatten(), rtol=2**-6, atol=0.5).all()
     return bool(close) and torch.equal(out[1], base[1])

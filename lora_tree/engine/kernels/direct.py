@@ -93,8 +93,8 @@ def _kernel(  # type: ignore[no-untyped-def]
     for begin in range(0, entries, ENTRIES):
         node = tl.load(nodes + begin + of)
         # As in `shrink`: loads under a mask, as `expand` has them, would take 60 registers more.
-        there = tl.where(node < 0, 0, node)
-        fields = table + there * FIELDS
+        node_or_zero = tl.where(node < 0, 0, node)
+        fields = table + node_or_zero * FIELDS
         rank = tl.where(node < 0, 0, tl.load(fields + 6))
         used = r < rank
         if ALIGNED:
@@ -114,7 +114,7 @@ def _kernel(  # type: ignore[no-untyped-def]
                 0, COMPUTE, ALIGNED, PRECISION, INPUTS, RANK, ENTRIES * RANK, WIDTH, SHARES,
             )  # fmt: skip
             coefficient = tl.load(coefficients + begin + of)
-            low *= (coefficient * tl.load(scales + there))[None, :]
+            low *= (coefficient * tl.load(scales + node_or_zero))[None, :]
             # Masked, not multiplied by 0: an input may have made a number infinite.
             low = tl.where((used & (coefficient != 0.0))[None, :], low, 0.0)
             narrow, factor = low.to(COMPUTE), y.to(COMPUTE)

@@ -29,7 +29,7 @@ from .segments import Segments
 from .tiles import added, begins_early, options_for, shared_bytes, wait_for_last
 from .tiling import Tiling, entries_at_once
 
-__all__ = ["bound_expand", "expand", "expanded_plainly", "factor_of", "outputs_of", "store_sum"]
+__all__ = ["bound_expand", "expand", "factor_of", "outputs_of", "reference_expand", "store_sum"]
 
 WARPS, STAGES = 4, 1
 
@@ -85,12 +85,12 @@ def factor_of(  # type: ignore[no-untyped-def]
         lanes = factor + r * stride
         if ALIGNED:
             lanes = tl.multiple_of(lanes, [16])
-        there = lanes[:, None] + c[None, :]
+        pointers = lanes[:, None] + c[None, :]
     else:
-        there = (factor + r)[:, None] + c[None, :] * stride[:, None]
+        pointers = (factor + r)[:, None] + c[None, :] * stride[:, None]
         if ALIGNED:
-            there = tl.max_contiguous(tl.multiple_of(there, [16, 1]), [RANK, 1])
-    return tl.load(there, mask=used[:, None] & (c[None, :] < width), other=0.0)
+            pointers = tl.max_contiguous(tl.multiple_of(pointers, [16, 1]), [RANK, 1])
+    return tl.load(pointers, mask=used[:, None] & (c[None, :] < width), other=0.0)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -110,19 +110,19 @@ def _narrow(  # type: ignore[no-untyped-def]
     """Return the narrow sum of some entries' lanes, (inputs, lanes); its parts are added up."""
     if INPUTS == 1:
         part = tl.arange(0, PARTS)
-        there = (part[:, None] * entries + entry[None, :]).to(tl.int64) * room
-        there = low + there * RANK + r[None, :]
-        parts = tl.load(there, mask=(entry < end)[None, :], other=0.0).to(tl.float32)
+        lines = (part[:, None] * entries + entry[None, :]).to(tl.int64) * room
+        pointers = low + lines * RANK + r[None, :]
+        parts = tl.load(pointers, mask=(entry < end)[None, :], other=0.0).to(tl.float32)
         narrow = tl.reduce(parts, 0, added)[None, :]
     else:
-        mine = inside[:, None] & (entry < end)[None, :]
-        there = low + (entry[None, :].to(tl.int64) * room + i[:, None]) * RANK + r[None, :]
-        narrow = tl.load(there, mask=mine, other=0.0)
+        mask = inside[:, None] & (entry < end)[None, :]
+        pointers = low + (entry[None, :].to(tl.int64) * room + i[:, None]) * RANK + r[None, :]
+        narrow = tl.load(pointers, mask=mask, other=0.0)
         if PARTS > 1:
             narrow = narrow.to(tl.float32)
             for _ in tl.static_range(PARTS - 1):
-                there += entries.to(tl.int64) * room * RANK
-                narrow += tl.load(there, mask=mine, other=0.0)
+                pointers += entries.to(tl.int64) * room * RANK
+                narrow += tl.load(pointers, mask=mask, other=0.0)
     return narrow
 
 
@@ -337,7 +337,7 @@ def loop_for(device: torch.device) -> int:
     return 3 if device.type == "cuda" and shared_bytes(device) >= LARGE else 2
 
 
-def expanded_plainly(
+def reference_expand(
     low: Tensor,
     base: Tensor | None,
     segments: Segments,
@@ -349,7 +349,7 @@ def expanded_plainly(
     """Return what `expand` writes, computed with stock operations.
 
     Args:
-        low: as `shrunk_plainly` returns it.
+        low: as `reference_shrink` returns it.
         base, segments, side, tiling: as `expand` takes them.
         factors: (A, B, scale) of every node of the table.
         dtype: of the result.
@@ -369,9 +369,9 @@ def expanded_plainly(
             if not float(segments.coefficients[entry, place]):
                 continue
             row, begin = int(segments.order[first + place]), place * tokens
-            there = slice(row * tokens, (row + 1) * tokens)
-            total[there] += low[entry, begin : begin + tokens, : len(factor)] @ factor
-            adapted[there] = True
+            outputs = slice(row * tokens, (row + 1) * tokens)
+            total[outputs] += low[entry, begin : begin + tokens, : len(factor)] @ factor
+            adapted[outputs] = True
     if base is None:
         return total.to(dtype)
     return torch.where(adapted, (base.float() + total).to(dtype), base)

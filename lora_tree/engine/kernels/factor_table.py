@@ -128,10 +128,10 @@ class FactorTable:
         padded = [length + -length % 4 for length in lengths]
         # Tensors made under the caller's inference_mode could not be rewritten outside of it.
         with torch.inference_mode(False), torch.no_grad():
-            every = uploaded(numbers, device)
-            parts = torch.split(every, lengths)
+            all_numbers = uploaded(numbers, device)
+            parts = torch.split(all_numbers, lengths)
             scale_parts = torch.split(uploaded(scales, device), padded)
-        found = []
+        tables = []
         for i, factors in enumerate(sites):
             A, B, _ = factors[0]
             rank, aligned, grad_sizes = shapes[i]
@@ -145,8 +145,8 @@ class FactorTable:
                 aligned,
                 grad_sizes,
             )
-            found.append(table)
-        return found, every
+            tables.append(table)
+        return tables, all_numbers
 
 
 @lru_cache(KEPT)

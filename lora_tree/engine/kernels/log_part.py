@@ -84,9 +84,9 @@ class LogMemory:
             (bits, (tiles, room)),
         )
         sizes = [math.prod(shape) * dtype.itemsize for dtype, shape in (*zeros, *others)]
-        takes = [Slab.takes(size) for size in sizes]
-        memory = torch.empty(sum(takes), dtype=torch.uint8, device=weight.device)
-        memory[: sum(takes[: len(zeros)])].zero_()
+        padded_sizes = [Slab.padded_bytes(size) for size in sizes]
+        memory = torch.empty(sum(padded_sizes), dtype=torch.uint8, device=weight.device)
+        memory[: sum(padded_sizes[: len(zeros)])].zero_()
         slab = Slab(memory)
         states, ends, depths, codes, columns, exact = (
             slab.cut(dtype, shape) for dtype, shape in (*zeros, *others)
@@ -124,7 +124,7 @@ class LaidTerms:
         terms: of one dtype and layout, in the order of the sum; they keep the factors alive.
         slots, ratios: the ones that `merge.add_slots` makes of them.
         scale: of the last slot.
-        lie: the factors' dtype, and whether they lie transposed; None if there are no terms.
+        layout: the factors' dtype, and whether they lie transposed; None if there are no terms.
         aligned: whether all factors begin at multiples of 16 bytes, row by row.
         even: whether all ratios are 1.
     """
@@ -133,7 +133,7 @@ class LaidTerms:
     slots: tuple[int, ...]
     ratios: tuple[float, ...]
     scale: float
-    lie: tuple[torch.dtype, bool] | None
+    layout: tuple[torch.dtype, bool] | None
     aligned: bool
     even: bool
 

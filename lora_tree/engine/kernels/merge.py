@@ -45,10 +45,10 @@ __all__ = [
     "MergeLaunch",
     "add_slots",
     "is_aligned",
-    "is_right_on",
+    "is_merging_correct_on",
     "lay_out_parts",
-    "merged_plainly",
     "part_of_program",
+    "reference_merge",
 ]
 
 COLUMNS, RANKS = 128, 16
@@ -130,9 +130,9 @@ def _kernel(  # type: ignore[no-untyped-def]
         pristine = tl.multiple_of(pristine, 16)
         weight = tl.multiple_of(weight, 16)
         cols = tl.multiple_of(cols, 16)
-    mine = program - tl.load(table + low).to(tl.int32)
-    batch = mine // of_matrix
-    within = mine % of_matrix
+    own_program = program - tl.load(table + low).to(tl.int32)
+    batch = own_program // of_matrix
+    within = own_program % of_matrix
     matrix = batch.to(tl.int64) * rows * cols
     r = (within // groups) * ROWS + tl.arange(0, ROWS)
     start = (within % groups) * TILES * COLUMNS
@@ -177,10 +177,10 @@ def lay_out_parts(parts: Sequence[MergePart], *, interpreted: bool = False) -> M
         parts: `can_merge` is true for each; their pristine values are on their weights' devices.
         interpreted: it runs in Triton's interpreter, which multiplies no bf16.
     """
-    alike: dict[tuple[Any, ...], list[MergePart]] = {}
+    by_kind: dict[tuple[Any, ...], list[MergePart]] = {}
     for part in parts:
-        alike.setdefault(_kind(part), []).append(part)
-    return MergeLaunch(tuple(_call(kind, group, interpreted) for kind, group in alike.items()))
+        by_kind.setdefault(_kind(part), []).append(part)
+    return MergeLaunch(tuple(_call(kind, group, interpreted) for kind, group in by_kind.items()))
 
 
 def _call(
@@ -219,7 +219,7 @@ def _call(
     return call
 
 
-def merged_plainly(part: MergePart) -> Tensor:
+def reference_merge(part: MergePart) -> Tensor:
     """Return what a launch writes, computed with stock operations: (batch, rows, cols).
 
     The sum is in fp32 and rounded once.
@@ -230,7 +230,7 @@ def merged_plainly(part: MergePart) -> Tensor:
     return total.to(part.weight.dtype)
 
 
-def is_right_on(device: torch.device) -> bool:
+def is_merging_correct_on(device: torch.device) -> bool:
     """Return whether a small problem comes out right on a device.
 
     If so, there is a compiler, and sums are kept in fp32.
@@ -247,8 +247,8 @@ def is_right_on(device: torch.device) -> bool:
     ).run()
     # The order of an fp32 sum may move a number to its neighbour, here and there. A sum that is
     # rounded to bf16 in between moves many.
-    wrong = int((weight.cpu() != exact).sum())
-    return wrong <= exact.numel() // 1000
+    wrong_numbers = int((weight.cpu() != exact).sum())
+    return wrong_numbers <= exact.numel() // 1000
 
 
 # ---------------------------------------------------------------------- the table
@@ -303,8 +303,8 @@ def _table(parts: Sequence[MergePart], device: torch.device) -> tuple[Tensor, Te
     numbers = torch.tensor([*starts, *fields, *slots], dtype=torch.int64, device="cpu")
     pad = [0.0] * ((len(last) + len(ratios)) % 2)
     scales = torch.tensor([*last, *ratios, *pad], dtype=torch.float32, device="cpu")
-    whole = uploaded(torch.cat([numbers, scales.view(torch.int64)]), device)
-    return whole[: len(numbers)], whole[len(numbers) :].view(torch.float32), programs
+    buffer = uploaded(torch.cat([numbers, scales.view(torch.int64)]), device)
+    return buffer[: len(numbers)], buffer[len(numbers) :].view(torch.float32), programs
 
 
 def add_slots(

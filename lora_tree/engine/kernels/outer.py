@@ -24,7 +24,7 @@ from .segments import Segments
 from .tiles import larger, products
 from .tiling import Tiling, width_of
 
-__all__ = ["outer", "outer_plainly"]
+__all__ = ["outer", "reference_outer"]
 
 WARPS, STAGES = 4, 2
 
@@ -74,14 +74,14 @@ def _kernel(  # type: ignore[no-untyped-def]
             place = i // tokens
             row = group * GROUP + place
             inside = (place < GROUP) & (row < rows)
-            mine = tl.load(coefficients + entry * GROUP + place, mask=inside, other=0.0)
-            owes = mine != 0.0
+            coefficient = tl.load(coefficients + entry * GROUP + place, mask=inside, other=0.0)
+            owes = coefficient != 0.0
             if tl.reduce(owes.to(tl.int32), 0, larger) > 0:
                 narrow = tl.full((RANK, INPUTS), 0.0, tl.float32)
                 for part in range(parts):
                     at = (part * entries + entry).to(tl.int64) * room + i
-                    there = low + at[None, :] * RANK + r[:, None]
-                    narrow += tl.load(there, mask=owes[None, :], other=0.0).to(tl.float32)
+                    pointers = low + at[None, :] * RANK + r[:, None]
+                    narrow += tl.load(pointers, mask=owes[None, :], other=0.0).to(tl.float32)
                 at = tl.load(order + row, mask=inside, other=0).to(tl.int64) * tokens + i % tokens
                 y = tl.load(
                     x + at[:, None] * width + c[None, :],
@@ -144,7 +144,7 @@ def outer(
     return grads
 
 
-def outer_plainly(
+def reference_outer(
     low: Tensor,
     x: Tensor,
     segments: Segments,
@@ -155,7 +155,7 @@ def outer_plainly(
     """Return each node's gradient, computed with stock operations.
 
     Args:
-        low: as `shrunk_plainly` returns it for the other side.
+        low: as `reference_shrink` returns it for the other side.
         x, segments, side, tiling: as `outer` takes them.
         factors: (A, B, scale) of every node of the table.
     """
@@ -171,8 +171,8 @@ def outer_plainly(
             if not float(segments.coefficients[entry, place]):
                 continue
             row, begin = int(segments.order[first + place]), place * tokens
-            mine = x[row * tokens : (row + 1) * tokens].float()
+            inputs = x[row * tokens : (row + 1) * tokens].float()
             narrow = low[entry, begin : begin + tokens, : len(factors[node][0])]
-            product = narrow.mT @ mine  # (r, width)
+            product = narrow.mT @ inputs  # (r, width)
             grads[node] += product if side == 0 else product.mT
     return grads

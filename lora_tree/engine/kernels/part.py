@@ -62,11 +62,11 @@ class MergePart:
             dtypes |= {term.left.dtype, term.right.dtype}
         dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
         turned = _is_turned(terms)
-        alike = []
+        converted = []
         for term in terms:
             left, right = _laid(term.left, dtype, turned), _laid(term.right, dtype, turned)
-            alike.append(MergeTerm(left, right, term.scale))
-        return MergePart(weight, pristine, alike)
+            converted.append(MergeTerm(left, right, term.scale))
+        return MergePart(weight, pristine, converted)
 
 
 def _is_turned(terms: Sequence[MergeTerm]) -> bool:

@@ -137,15 +137,15 @@ class Relaunch:
         arguments are those of `ask`.
         """
         device = moving[0].device.index
-        found = self._compiled.get((device, plan.kind))
-        if found is not None:
-            return found, False
+        compiled = self._compiled.get((device, plan.kind))
+        if compiled is not None:
+            return compiled, False
         made = self.ask(plan, moving, lists, table)
-        found = _Compiled(
+        compiled = _Compiled(
             made.run, made.function, made.packed_metadata, device, _has_several(), _stream_of()
         )
-        self._compiled[device, plan.kind] = found
-        return found, True
+        self._compiled[device, plan.kind] = compiled
+        return compiled, True
 
 
 class BoundLaunch:

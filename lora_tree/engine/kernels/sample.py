@@ -32,9 +32,9 @@ def _kernel(table, out, NUMBER: tl.constexpr, MOST: tl.constexpr):  # type: igno
     address = tl.load(fields).to(tl.pointer_type(NUMBER))
     step = tl.load(fields + 1)
     i = tl.arange(0, MOST)
-    mine = i < tl.load(fields + 2)
-    numbers = tl.load(address + i * step, mask=mine, other=0)
-    tl.store(out + tl.load(fields + 3) + i, numbers, mask=mine)
+    mask = i < tl.load(fields + 2)
+    numbers = tl.load(address + i * step, mask=mask, other=0)
+    tl.store(out + tl.load(fields + 3) + i, numbers, mask=mask)
 
 
 def lay_out_samples(tensors: Sequence[Tensor], steps: Sequence[int]) -> Callable[[], Tensor]:

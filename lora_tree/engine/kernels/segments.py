@@ -143,13 +143,13 @@ class Segments:
         self.owed.copy_(other.owed)
         self.begins.copy_(other.begins)
         entries, nodes = other.sizes.entries, other.sizes.nodes
-        for mine, theirs in (
+        for own_list, other_list in (
             (self.nodes, other.nodes),
             (self.owners, other.owners),
             (self.coefficients, other.coefficients),
             (self.by_node, other.by_node),
         ):
-            mine[:entries].copy_(theirs)
+            own_list[:entries].copy_(other_list)
         # The entries after these are left from an earlier batch.
         self.nodes[entries:].fill_(-1)
         self.coefficients[entries:].zero_()
@@ -185,15 +185,15 @@ def segment_numbers(
     begins = [0]
     for start in range(0, len(order), group):
         members = [of_row[row] for row in order[start : start + group]]
-        found: set[int] = set()
+        group_nodes: set[int] = set()
         for kind_of_row in members:
-            found.update(owed[kind_of_row])
+            group_nodes.update(owed[kind_of_row])
         first = len(listed)
         places: dict[int, int] = {}
-        for node in sorted(found):
+        for node in sorted(group_nodes):
             places[node] = len(listed) * group
             listed.append(node)
-        spare = -len(found) % TOGETHER
+        spare = -len(group_nodes) % TOGETHER
         listed += [-1] * spare
         count = len(listed) - first
         # Most coefficients are 0: a row owes a few of the nodes that its group owes.
@@ -234,9 +234,9 @@ def segment_numbers(
         node_begins,
     ]
     integers = array("i")
-    for each, length in zip(lists, sizes.lengths, strict=True):
-        assert len(each) == length
-        integers.extend(each)
+    for numbers, length in zip(lists, sizes.lengths, strict=True):
+        assert len(numbers) == length
+        integers.extend(numbers)
         integers.extend([0] * (-length % ALIGNED))
     return sizes, torch.frombuffer(integers, dtype=torch.int32)
 

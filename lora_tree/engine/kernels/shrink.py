@@ -41,9 +41,9 @@ __all__ = [
     "BoundShrink",
     "bound_shrink",
     "of_few_inputs",
+    "reference_shrink",
     "shares_of",
     "shrink",
-    "shrunk_plainly",
     "warps_of",
     "width_at_once",
 ]
@@ -112,13 +112,13 @@ def of_few_inputs(  # type: ignore[no-untyped-def]
             other=0.0,
         )
         if SIDE == 0:
-            there = lanes[None, None, :] + k[:, :, None]
+            pointers = lanes[None, None, :] + k[:, :, None]
         else:
-            there = lanes[None, None, :] + k[:, :, None] * stride[None, None, :]
+            pointers = lanes[None, None, :] + k[:, :, None] * stride[None, None, :]
             if ALIGNED:
-                there = tl.max_contiguous(tl.multiple_of(there, [1, 1, 16]), [1, 1, RANK])
-        mine = (k[:, :, None] < width) & used[None, None, :]
-        y = tl.load(there, mask=mine, other=0.0)
+                pointers = tl.max_contiguous(tl.multiple_of(pointers, [1, 1, 16]), [1, 1, RANK])
+        mask = (k[:, :, None] < width) & used[None, None, :]
+        y = tl.load(pointers, mask=mask, other=0.0)
         total = tl.dot(x.to(COMPUTE), y.to(COMPUTE), total, input_precision=PRECISION)
     return tl.reduce(total, 0, added)
 
@@ -212,9 +212,9 @@ def _kernel(  # type: ignore[no-untyped-def]
         wait_for_last(EARLY)  # for x; the lists and the factors were there before it
         begin_next(EARLY)
         if INPUTS == 1:
-            one = x + tl.load(order + owner).to(tl.int64) * width
+            row_start = x + tl.load(order + owner).to(tl.int64) * width
             total = _of_one_input(
-                one, lanes, stride, used, begin, end, width, SIDE, ALIGNED, RANK, LANES, WIDTH
+                row_start, lanes, stride, used, begin, end, width, SIDE, ALIGNED, RANK, LANES, WIDTH
             )
         elif SHARES > 1:
             total = of_few_inputs(
@@ -362,7 +362,7 @@ def width_at_once(tile: int, lanes: int, dtype: torch.dtype) -> int:
     return step
 
 
-def shrunk_plainly(
+def reference_shrink(
     x: Tensor,
     segments: Segments,
     factors: Sequence[tuple[Tensor, Tensor, float]],
@@ -391,8 +391,8 @@ def shrunk_plainly(
             if not coefficient:
                 continue
             row = int(segments.order[first + place])
-            mine = x[row * tiling.tokens : (row + 1) * tiling.tokens].float()
+            inputs = x[row * tiling.tokens : (row + 1) * tiling.tokens].float()
             begin = place * tiling.tokens
-            there = low[entry, begin : begin + tiling.tokens, : len(factor)]
-            there.copy_(mine @ factor.mT * (coefficient * scale))
+            part = low[entry, begin : begin + tiling.tokens, : len(factor)]
+            part.copy_(inputs @ factor.mT * (coefficient * scale))
     return low

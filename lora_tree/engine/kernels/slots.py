@@ -89,8 +89,10 @@ def summed_slots(  # type: ignore[no-untyped-def]
     """Return a tile (rows, columns) of an increment in fp32, without its last slot's scale."""
     total = tl.full((ROWS, COLUMNS), 0.0, tl.float32)
     for slot in range(slots):
-        here = slot_table + slot * SLOT_FIELDS
-        x, right, stride, count = left_tile(here, batch, r, rows, FACTOR, TURNED, ALIGNED, RANKS)
+        slot_fields = slot_table + slot * SLOT_FIELDS
+        x, right, stride, count = left_tile(
+            slot_fields, batch, r, rows, FACTOR, TURNED, ALIGNED, RANKS
+        )
         y = right_tile(right, stride, count, c, cols, TURNED, False, RANKS)
         if WIDEN:
             x = x.to(tl.float32)
@@ -122,8 +124,10 @@ def left_tiles(  # type: ignore[no-untyped-def]
     counts = ()
     factors = ()
     for i in tl.static_range(SLOTS):
-        here = slot_table + i * SLOT_FIELDS
-        x, right, stride, count = left_tile(here, batch, r, rows, FACTOR, TURNED, ALIGNED, RANKS)
+        slot_fields = slot_table + i * SLOT_FIELDS
+        x, right, stride, count = left_tile(
+            slot_fields, batch, r, rows, FACTOR, TURNED, ALIGNED, RANKS
+        )
         if WIDEN:
             x = x.to(tl.float32)
         # Sums of tuples, because Triton unpacks no tuple into another.

@@ -63,9 +63,9 @@ def lay_out_terms(terms: Sequence[MergeTerm], batch: int) -> LaidTerms:
     aligned = True
     for term in terms:
         aligned = aligned and is_aligned(term.left, turned) and is_aligned(term.right, turned)
-    lie = left.dtype, turned
+    layout = left.dtype, turned
     even = all(ratio == 1.0 for ratio in ratios)
-    return LaidTerms(terms, tuple(slots), tuple(ratios), scale, lie, aligned, even)
+    return LaidTerms(terms, tuple(slots), tuple(ratios), scale, layout, aligned, even)
 
 
 class LaidLogs:
@@ -97,10 +97,10 @@ class LaidLogs:
             call(self._flags[device])
         short = [False] * len(self._order)
         for device, flags in self._flags.items():
-            found = flags.tolist()
-            if any(found):
+            flag_values = flags.tolist()
+            if any(flag_values):
                 self._flags[device] = self._no_flags(device)
-            for i, flag in zip(self._order, found, strict=True):
+            for i, flag in zip(self._order, flag_values, strict=True):
                 short[i] = short[i] or bool(flag)
         return short
 
@@ -115,16 +115,16 @@ def lay_out_logs(parts: Sequence[LogPart], *, interpreted: bool = False) -> Laid
         parts: in each, old and new terms have the same layout.
         interpreted: it runs in Triton's interpreter, which multiplies no bf16.
     """
-    alike: dict[_Kind, list[int]] = {}
+    by_kind: dict[_Kind, list[int]] = {}
     for i, part in enumerate(parts):
-        alike.setdefault(_Kind.of(part), []).append(i)
+        by_kind.setdefault(_Kind.of(part), []).append(i)
     # All memory is allocated before the first launch, so that running out of it changes nothing.
     calls = []
     order: list[int] = []
-    for kind, group in alike.items():
+    for kind, group in by_kind.items():
         calls.append(_call(kind, [parts[i] for i in group], len(order), interpreted))
         order += group
-    return LaidLogs(calls, order, [kind.device for kind in alike])
+    return LaidLogs(calls, order, [kind.device for kind in by_kind])
 
 
 def rewrite(parts: Sequence[LogPart], *, interpreted: bool = False) -> list[bool]:
@@ -153,9 +153,9 @@ class _Kind(NamedTuple):
     def of(part: LogPart) -> _Kind:
         weight, old, new = part.weight, part.old, part.new
         _, rows, cols = weight.shape
-        lie = old.lie or new.lie
-        assert lie is not None
-        factor, turned = lie
+        layout = old.layout or new.layout
+        assert layout is not None
+        factor, turned = layout
         slots = max(len(old.ratios), len(new.ratios))
         return _Kind(
             device=weight.device,

@@ -113,16 +113,16 @@ def rewrite_logged(  # type: ignore[no-untyped-def]
     groups = (cols + TILES * COLUMNS - 1) // (TILES * COLUMNS)
     down = (rows + ROWS - 1) // ROWS
     across = (cols + COLUMNS - 1) // COLUMNS
-    mine = program - tl.load(table + low).to(tl.int32)
-    batch = mine // (groups * down)
-    row_tile = (mine % (groups * down)) // groups
+    own_program = program - tl.load(table + low).to(tl.int32)
+    batch = own_program // (groups * down)
+    row_tile = (own_program % (groups * down)) // groups
     stride = cols // EACH
     matrix = batch.to(tl.int64) * rows * stride
     code_stride = (cols + 31) // 32 * (8 // EACH)
     code_matrix = batch.to(tl.int64) * rows * code_stride
     line = tl.arange(0, ROWS)
     r = row_tile * ROWS + line
-    start = (mine % groups) * TILES * COLUMNS
+    start = (own_program % groups) * TILES * COLUMNS
     if HAS_OLD:
         old_lefts = left_tiles(
             slot_table, ratios, batch, r, rows,
@@ -159,14 +159,14 @@ def rewrite_logged(  # type: ignore[no-untyped-def]
             inside_codes = (r[:, None] < rows) & (code_lane[None, :] < code_stride)
             after = tl.load(at, mask=inside, other=0, eviction_policy=POLICY)
         # A tile in another state is computed like the others, and not written.
-        is_mine = tl.load(states + tile) == old_state
+        is_in_old_state = tl.load(states + tile) == old_state
         own = after.to(tl.int32)
         if HAS_OLD:
             if FULL:
                 packed = tl.load(code_at, eviction_policy=POLICY)
             else:
                 packed = tl.load(code_at, mask=inside_codes, other=0, eviction_policy=POLICY)
-            depth = tl.where(is_mine, tl.load(depths + tile), 0)
+            depth = tl.where(is_in_old_state, tl.load(depths + tile), 0)
             # The first exceptions are loaded while the increment is computed, and the places of the
             # next tile's exceptions before that tile begins: waiting for either would take as long
             # as a tile.
@@ -232,9 +232,9 @@ def rewrite_logged(  # type: ignore[no-untyped-def]
                 four |= four >> 8
             # When all threads have counted, every one has read the old lists, and they may be
             # written over.
-            found = tl.reduce(counts, 0, added)
+            exception_count = tl.reduce(counts, 0, added)
             deepest = tl.reduce(counts, 0, greatest)
-            if is_mine & (found <= room):
+            if is_in_old_state & (exception_count <= room):
                 tl.store(at, written.to(LANE), mask=inside, eviction_policy=POLICY)
                 packed = (four ^ ONES).to(CODES)
                 tl.store(code_at, packed, mask=inside_codes, eviction_policy=POLICY)
@@ -253,8 +253,8 @@ def rewrite_logged(  # type: ignore[no-untyped-def]
                             others = tl.where(others > least[:, None], others, NONE)
                             more = tl.minimum(more, others)
                         least = tl.reduce(more, 1, smallest)
-            elif is_mine:
+            elif is_in_old_state:
                 tl.store(flags + first_flag + low, 1)
-        elif is_mine:
+        elif is_in_old_state:
             tl.store(at, own.to(LANE), mask=inside, eviction_policy=POLICY)
             tl.store(states + tile, new_state)

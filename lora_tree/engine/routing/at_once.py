@@ -89,7 +89,7 @@ class AllPathsForm(SumForm):
 
     def _add(self, out: Tensor, x: Tensor) -> Tensor:
         low, B = self._low(x)
-        if self._rows.whole:
+        if self._rows.is_whole:
             wide = torch.baddbmm(_by_part(out, B), low.to(out.dtype), B.to(out.dtype))
             return wide.view(out.shape)
         return self._rows.added(out, torch.bmm(low, B.to(low.dtype)), spare=False)
@@ -97,7 +97,7 @@ class AllPathsForm(SumForm):
     def _add_in_place(self, out: Tensor, x: Tensor) -> Tensor:
         low, B = self._low(x)
         # `_by_part` copies a tensor that is not contiguous, and the sum would go into the copy.
-        if self._rows.whole and out.is_contiguous():
+        if self._rows.is_whole and out.is_contiguous():
             _by_part(out, B).baddbmm_(low.to(out.dtype), B.to(out.dtype))
             return out
         return self._rows.added(out, torch.bmm(low, B.to(low.dtype)), spare=True)
@@ -111,13 +111,13 @@ class _NodeLayer:
         rows: their rows, one node's after the other's.
         ends: the offset in ``rows`` at which each node's rows end.
         factors: returns (nodes, R, in) and (nodes, R, out).
-        each: the rows' coefficients; None: all are 1.
+        coefficients: the rows' coefficients; None: all are 1.
     """
 
     rows: RowSubset
     ends: Tensor
     factors: Callable[[], tuple[Tensor, Tensor]]
-    each: Tensor | None
+    coefficients: Tensor | None
 
 
 class GroupedForm(SumForm):
@@ -148,10 +148,10 @@ class GroupedForm(SumForm):
         counts = []
         alone = []
         for node in nodes:
-            mine, each = owed.batch.by_node[node]
-            rows += mine
-            coefficients += each
-            counts.append(len(mine))
+            node_rows, node_coefficients = owed.batch.by_node[node]
+            rows += node_rows
+            coefficients += node_coefficients
+            counts.append(len(node_rows))
             alone.append([float(i == node) for i in range(len(owed.values))])
         ends = torch.tensor(list(accumulate(counts)), dtype=torch.int32, device="cpu")
         multiple = STRIDE_BYTES // owed.dtype.itemsize
@@ -171,8 +171,8 @@ class GroupedForm(SumForm):
             offsets = layer.ends * inputs
             A, B = (factor.to(x.dtype) for factor in layer.factors())
             low = product(taken.reshape(-1, taken.shape[-1]), A.mT, offs=offsets)
-            if layer.each is not None:
-                by_row = low.view(len(layer.rows), -1) * layer.each.to(low.dtype)[:, None]
+            if layer.coefficients is not None:
+                by_row = low.view(len(layer.rows), -1) * layer.coefficients.to(low.dtype)[:, None]
                 low = by_row.view(low.shape)
             out = layer.rows.added(out, product(low, B, offs=offsets), spare=spare)
         return out
@@ -195,15 +195,15 @@ class MatrixForm(SumForm):
             column += [i] * value.rank
         coefficients = owed.batch.coefficients(owed.batch.adapted)[:, column]  # (rows, Σr)
         coefficients = coefficients.repeat(1, math.prod(owed.values[0].shape[:-2]))
-        self._mine = uploaded(coefficients != 0, owed.device)
+        self._is_owed = uploaded(coefficients != 0, owed.device)
         plain = bool(((coefficients == 0) | (coefficients == 1)).all())
         self._coefficients = None if plain else owed.numbers(coefficients)
 
     def _low(self, x: Tensor, value: LowRank) -> Tensor:
         low = self._down(self._rows.of(x), value, None)
         # Masked, not multiplied by zero: another path's product may be infinite.
-        mine = self.site.along_channels(self._mine, low.ndim)
-        low = torch.where(mine, low, low.new_zeros(()))
+        is_owed = self.site.along_channels(self._is_owed, low.ndim)
+        low = torch.where(is_owed, low, low.new_zeros(()))
         if self._coefficients is None:
             return low
         return low * self.site.along_channels(self._coefficients.to(low.dtype), low.ndim)
@@ -211,7 +211,7 @@ class MatrixForm(SumForm):
     def _add(self, out: Tensor, x: Tensor, *, spare: bool = False) -> Tensor:
         value = self._value()
         low = self._low(x, value)
-        if self._rows.whole:
+        if self._rows.is_whole:
             return self.site.onto(out, low, value.B.to(low.dtype), scale=1.0, spare=spare)
         return self._rows.added(out, self._up(low, value.B), spare=spare)
 

@@ -57,7 +57,7 @@ class PlanTables:
         self._last, self._places = last, places
         self._blocks: list[_SentTables] = []
         self._at: dict[tuple[str, bool, torch.device], FactorTable | None] = {}
-        self._found: dict[Hashable, Any] = {}
+        self._cached: dict[Hashable, Any] = {}
 
     def at(
         self, site: str, values: Sequence[LowRank], device: torch.device, *, live: bool
@@ -133,10 +133,10 @@ class PlanTables:
         A batch has many nodes and a model many sites, so a result that depends on the plan alone is
         found once for the plan, and not once for each batch.
         """
-        if key not in self._found:
-            self._found[key] = find()
-        found: T = self._found[key]
-        return found
+        if key not in self._cached:
+            self._cached[key] = find()
+        value: T = self._cached[key]
+        return value
 
     def now(self, site: str, values: Sequence[LowRank], device: torch.device) -> FactorTable | None:
         """Return the table of values that train, where they are now."""

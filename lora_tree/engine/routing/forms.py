@@ -23,7 +23,7 @@ from .owed import Owed
 from .segmented import SegmentedForm
 from .sum_form import SumForm
 
-__all__ = ["FORMS", "Strategy", "SumForm", "check_strategy", "form_for", "way_of"]
+__all__ = ["FORMS", "Strategy", "SumForm", "check_strategy", "first_suitable_form", "form_for"]
 
 Strategy: TypeAlias = Literal["auto", "nodes", "paths", "grouped", "matrix", "segmented"]
 """A form for all sites of a batch, or ``auto``, which chooses one for each site."""
@@ -72,22 +72,22 @@ def form_for(owed: Owed, tokens: int, *, trains: bool) -> type[SumForm]:
         trains: whether any factor of the batch trains.
     """
     if routes(owed.device):
-        return way_of("segmented", owed, tokens)
+        return first_suitable_form("segmented", owed, tokens)
     # Few products are faster if autograd records them, and in narrow dtypes, in which each product
     # is a call of oneDNN that takes 20 µs.
     wide = product_dtype(owed.dtype, owed.device) in (torch.float32, torch.float64)
     if owed.device.type != "cpu" or trains or not wide:
-        return way_of("paths", owed, tokens)
+        return first_suitable_form("paths", owed, tokens)
     if not owed.site.is_product:
         return NodesForm
-    way = way_of("paths", owed, tokens)
+    form_kind = first_suitable_form("paths", owed, tokens)
     inputs = tokens * len(owed.batch.adapted) / len(owed.batch.by_kind)
-    return NodesForm if way is EachPathForm and inputs < FEW else way
+    return NodesForm if form_kind is EachPathForm and inputs < FEW else form_kind
 
 
-def way_of(strategy: str, owed: Owed, tokens: int) -> type[SumForm]:
+def first_suitable_form(strategy: str, owed: Owed, tokens: int) -> type[SumForm]:
     """Return the first class of a form that suits what is owed."""
-    for way in FORMS[strategy]:
-        if way.suits(owed, tokens):
-            return way
+    for form_kind in FORMS[strategy]:
+        if form_kind.suits(owed, tokens):
+            return form_kind
     raise AssertionError(f"the last way of {strategy} suits everything")

@@ -30,12 +30,13 @@ class _Product:
     Args:
         rows: its rows.
         value: returns its increment, made again at each call if its factors train.
-        each: the rows' coefficients; None: they are in the value's scale, the same for all rows.
+        coefficients: the rows' coefficients; None: they are in the value's scale, the same for all
+            rows.
     """
 
     rows: RowSubset
     value: Callable[[], LowRank]
-    each: Tensor | None = None
+    coefficients: Tensor | None = None
 
 
 class _InTurn(SumForm):
@@ -61,7 +62,7 @@ class _InTurn(SumForm):
         # The products write their rows one after the other, those of one row in the sum's order.
         for product in self._products:
             value = product.value()
-            low = self._down(product.rows.of(x), value, product.each)
+            low = self._down(product.rows.of(x), value, product.coefficients)
             if product.rows.slice is None:
                 delta = self._up(low, value.B).to(out.dtype)
                 out.index_add_(0, product.rows.index, delta, alpha=value.scale)
@@ -85,9 +86,9 @@ class _InTurn(SumForm):
         for products, rows in self._layers:
             deltas = []
             taken = torch.split(rows.of(x), [len(product.rows) for product in products])
-            for product, mine in zip(products, taken, strict=True):
+            for product, node_input in zip(products, taken, strict=True):
                 value = product.value()
-                delta = self._up(self._down(mine, value, product.each), value.B)
+                delta = self._up(self._down(node_input, value, product.coefficients), value.B)
                 deltas.append(delta if value.scale == 1.0 else delta * value.scale)
             out = rows.added(out, torch.cat(deltas), spare=False)
         return out
@@ -116,13 +117,13 @@ class NodesForm(_InTurn):
         owed = self.owed
         products = []
         for value, (rows, coefficients) in zip(self._values, owed.batch.by_node, strict=True):
-            each, made = None, value
+            row_coefficients, made = None, value
             # One coefficient for all rows goes into the scale, and costs nothing in a forward.
             if len(set(coefficients)) == 1:
                 made = partial(_scaled, value, coefficients[0])
             else:
-                each = owed.numbers(coefficients)
-            products.append(_Product(owed.rows(rows), made, each))
+                row_coefficients = owed.numbers(coefficients)
+            products.append(_Product(owed.rows(rows), made, row_coefficients))
         return products
 
     @cached_property
@@ -136,20 +137,20 @@ class NodesForm(_InTurn):
         rows, parts = self._rows, self._parts(x.dtype)
         # In the batch's own order every run is a view of the input and of the output.
         taken = rows.of(x)
-        mine = out.contiguous() if rows.whole else out.index_select(0, rows.index)
-        tokens = mine.numel() // (len(rows) * mine.shape[-1])
-        wide, target = taken.reshape(-1, taken.shape[-1]), mine.view(-1, mine.shape[-1])
+        own_rows = out.contiguous() if rows.is_whole else out.index_select(0, rows.index)
+        tokens = own_rows.numel() // (len(rows) * own_rows.shape[-1])
+        wide, target = taken.reshape(-1, taken.shape[-1]), own_rows.view(-1, own_rows.shape[-1])
         for (start, end), A, B, scale in parts:
-            here = wide[start * tokens : end * tokens]
-            there = target[start * tokens : end * tokens]
-            low = torch.mm(here, A)
-            if low.dtype == there.dtype == B.dtype:
-                there.addmm_(low, B, alpha=scale)
+            run_input = wide[start * tokens : end * tokens]
+            run_output = target[start * tokens : end * tokens]
+            low = torch.mm(run_input, A)
+            if low.dtype == run_output.dtype == B.dtype:
+                run_output.addmm_(low, B, alpha=scale)
             else:  # autocast made the product narrower than its factors
-                self._add_onto(there, low, B.mT, scale)
-        if not rows.whole:
-            return out.index_copy_(0, rows.index, mine)
-        return out if mine is out else out.copy_(mine)
+                self._add_onto(run_output, low, B.mT, scale)
+        if not rows.is_whole:
+            return out.index_copy_(0, rows.index, own_rows)
+        return out if own_rows is out else out.copy_(own_rows)
 
     def _parts(self, dtype: torch.dtype) -> list[_Part]:
         """Return the products over runs of rows, with factors in a dtype."""
@@ -178,7 +179,7 @@ class EachPathForm(_InTurn):
             if owed.site.is_product and not owed.live:
                 # The batched product over all paths (`AllPathsForm`) reads the same memory.
                 value = owed.path_stacks.value(path)
-                self._values.append(partial(_same, value))
+                self._values.append(partial(_identity, value))
             else:
                 self._values.append(owed.held(owed.stacking(coefficients)))
 
@@ -190,7 +191,7 @@ class EachPathForm(_InTurn):
         return products
 
 
-def _same(value: LowRank) -> LowRank:
+def _identity(value: LowRank) -> LowRank:
     return value
 
 

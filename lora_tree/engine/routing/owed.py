@@ -35,7 +35,7 @@ class RowSubset:
 
     def __init__(self, rows: Sequence[int], batch: Batch, device: torch.device) -> None:
         self.rows = tuple(rows)
-        self.whole = self.rows == tuple(range(len(batch)))
+        self.is_whole = self.rows == tuple(range(len(batch)))
         """True: these are all rows of the batch, in order."""
         self.slice: slice | None = None
         """Their slice, if they lie side by side and in order."""
@@ -50,7 +50,7 @@ class RowSubset:
 
     def of(self, x: Tensor) -> Tensor:
         """Return these rows of ``x``; a view if they lie side by side and need no gradient."""
-        if self.whole:
+        if self.is_whole:
             return x
         if self.slice is None or x.requires_grad:
             return x.index_select(0, self.index)
@@ -70,7 +70,7 @@ class RowSubset:
         delta = delta.reshape(len(self.rows), *out.shape[1:]).to(out.dtype)
         if not spare:
             return out.index_add(0, self.index, delta)
-        if self.whole:
+        if self.is_whole:
             return out.add_(delta)
         return out.index_add_(0, self.index, delta)
 

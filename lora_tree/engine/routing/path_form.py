@@ -75,14 +75,14 @@ def read_in_place(drafts: Iterable[Draft], tables: PlanTables) -> None:
         drafts: side paths of one plan; a draft whose factors the kernels cover gets its form.
         tables: of the plan.
     """
-    found: dict[torch.device, list[Draft]] = {}
+    by_device: dict[torch.device, list[Draft]] = {}
     for draft in drafts:
         biased = any(value.bias is not None for value in draft.frozen)
         if draft.frozen and not biased and routes(draft.device):
-            found.setdefault(draft.device, []).append(draft)
-    for device, mine in found.items():
-        tables.lay_out({draft.site.name: draft.frozen for draft in mine}, device)
-        for draft in mine:
+            by_device.setdefault(draft.device, []).append(draft)
+    for device, on_device in by_device.items():
+        tables.lay_out({draft.site.name: draft.frozen for draft in on_device}, device)
+        for draft in on_device:
             count = len(draft.frozen)
             batch = tables.once(("one row", count), partial(one_row, [1.0] * count))
             owed = Owed(

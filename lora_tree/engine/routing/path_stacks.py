@@ -63,21 +63,21 @@ class PathStacks:
         """
         ranks = []
         for coefficients in sums:
-            mine = [v.A.shape[-2] for v, c in zip(values, coefficients, strict=True) if c]
-            ranks.append(sum(mine))
+            own_ranks = [v.A.shape[-2] for v, c in zip(values, coefficients, strict=True) if c]
+            ranks.append(sum(own_ranks))
         paths, most = len(ranks), max(ranks)
         out, into = values[0].shape[-2:]
-        down_bytes = Slab.takes(paths * most * into * dtype.itemsize)
-        up_bytes = Slab.takes(paths * most * out * dtype.itemsize)
+        down_bytes = Slab.padded_bytes(paths * most * into * dtype.itemsize)
+        up_bytes = Slab.padded_bytes(paths * most * out * dtype.itemsize)
         slab = Slab(lend(down_bytes + up_bytes, device))
         A = slab.cut(dtype, (paths, most, into))
         B = slab.cut(dtype, (paths, out, most))
-        there = [_moved(value, dtype, device) for value in values]
-        zeros = there[0].A.new_zeros(())
+        moved_values = [_moved(value, dtype, device) for value in values]
+        zeros = moved_values[0].A.new_zeros(())
         downs: list[Tensor] = []
         for path, (rank, coefficients) in enumerate(zip(ranks, sums, strict=True)):
             ups: list[Tensor] = []
-            for value, coefficient in zip(there, coefficients, strict=True):
+            for value, coefficient in zip(moved_values, coefficients, strict=True):
                 if not coefficient:
                     continue
                 scale = value.scale * coefficient

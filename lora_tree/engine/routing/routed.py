@@ -28,7 +28,7 @@ from ..sidepaths.ground import grounds_of
 from ..sidepaths.shares import Share
 from ..sidepaths.side import Draft, GroundedSide, Manner, PathSide, Side, side_device, side_dtype
 from .factor_tables import PlanTables
-from .forms import Strategy, SumForm, form_for, way_of
+from .forms import Strategy, SumForm, first_suitable_form, form_for
 from .owed import Owed
 from .path_form import OneRowForm, one_row
 from .row_grounds import RowGrounds
@@ -70,9 +70,9 @@ class Route:
         self._trains = placed.trains
         self.manner, self.mark = manner, mark
         # Terms do not depend on the rows, so the first batch of a plan lists them for all.
-        asked = manner.dtype
-        key = "terms", placed.dtypes, asked
-        self._known = tables.once(key, partial(_known_terms, plan, asked))
+        requested_dtype = manner.dtype
+        key = "terms", placed.dtypes, requested_dtype
+        self._known = tables.once(key, partial(_known_terms, plan, requested_dtype))
         # The ledger counts the bytes until the token is collected. It is not the route itself,
         # because forms hold the token through `_charge` and may outlive the route. If they held the
         # route, it would never be collected.
@@ -101,26 +101,26 @@ class Route:
         is_uniform: dict[int, bool] = {}
         """Id of a tuple of nodes → whether all rows owe them the same; for sites without overrides.
         """
-        found = []
+        mixed_sites = []
         for name, site in self.plan.sites.items():
             grounds = self.grounds.get(name)
             if grounds is not None:
                 if not (grounds.is_uniform and self._grounded_batch(name).is_uniform):
-                    found.append(site)
+                    mixed_sites.append(site)
                 continue
             nodes = self._known[name].nodes
-            alike = is_uniform.get(id(nodes))
-            if alike is None:
-                alike = is_uniform[id(nodes)] = self._batch(nodes).is_uniform
-            if not alike:
-                found.append(site)
-        return found
+            has_uniform_rows = is_uniform.get(id(nodes))
+            if has_uniform_rows is None:
+                has_uniform_rows = is_uniform[id(nodes)] = self._batch(nodes).is_uniform
+            if not has_uniform_rows:
+                mixed_sites.append(site)
+        return mixed_sites
 
     @cached_property
     def uniform(self) -> dict[str, Side]:
         """Site → its one side path, at sites where all rows owe the same."""
         mixed = {site.name for site in self.mixed}
-        found: dict[str, Side] = {}
+        sides: dict[str, Side] = {}
         for name, site in self.plan.sites.items():
             if name in mixed:
                 continue
@@ -138,11 +138,11 @@ class Route:
             if draft.stacks:
                 self._charge(draft.nbytes)  # before it is made: there may be no room
             with exact_mode(draft.device):
-                found[name] = PathSide(draft, self.manner)
+                sides[name] = PathSide(draft, self.manner)
             ground = self.grounds[name].only if name in self.grounds else None
             if ground is not None:
-                found[name] = GroundedSide(ground, found[name])
-        return found
+                sides[name] = GroundedSide(ground, sides[name])
+        return sides
 
     def _read_in_place(self, draft: Draft, coefficients: tuple[float, ...]) -> None:
         """Let kernels read the factors of a site where all rows owe the same, through the plan's
@@ -300,26 +300,26 @@ class Route:
     def _form(self, owed: Owed, tokens: int) -> SumForm:
         """Return the form that adds up what is owed, laid out when it is first needed."""
         key = id(owed), tokens
-        found = self._forms.get(key)
-        if found is None:
-            way = self._way(owed, tokens)
-            laid_out = id(owed), way  # the same for any number of tokens
-            found = self._forms.get(laid_out)
-            if found is None:
-                if way.lays_out:
+        form = self._forms.get(key)
+        if form is None:
+            form_kind = self._form_kind(owed, tokens)
+            laid_out = id(owed), form_kind  # the same for any number of tokens
+            form = self._forms.get(laid_out)
+            if form is None:
+                if form_kind.lays_out:
                     with exact_mode(owed.device):
-                        found = way(owed)
+                        form = form_kind(owed)
                 else:  # entering the mode takes longer than making such a form
-                    found = way(owed)
-                self._forms[laid_out] = found
-            self._forms[key] = found
-        return found
+                    form = form_kind(owed)
+                self._forms[laid_out] = form
+            self._forms[key] = form
+        return form
 
-    def _way(self, owed: Owed, tokens: int) -> type[SumForm]:
+    def _form_kind(self, owed: Owed, tokens: int) -> type[SumForm]:
         """Return the kind of form that was asked for, or that ``auto`` chooses."""
         if self.strategy == "auto":
             return form_for(owed, tokens, trains=self._trains)
-        return way_of(self.strategy, owed, tokens)
+        return first_suitable_form(self.strategy, owed, tokens)
 
 
 @dataclass(frozen=True, eq=False)
@@ -337,19 +337,19 @@ class _KnownTerms:
     dtype: torch.dtype
 
     @staticmethod
-    def of(site: Site, terms: Sequence[Term], asked: torch.dtype | None) -> _KnownTerms:
-        """Return some terms of a site; ``asked`` as for `side_dtype`."""
+    def of(site: Site, terms: Sequence[Term], requested_dtype: torch.dtype | None) -> _KnownTerms:
+        """Return some terms of a site; ``requested_dtype`` as for `side_dtype`."""
         values = [term.value for term in terms]
         nodes = tuple([term.node for term in terms])
-        return _KnownTerms(nodes, values, side_dtype(site.weight, values, asked))
+        return _KnownTerms(nodes, values, side_dtype(site.weight, values, requested_dtype))
 
 
-def _known_terms(plan: Plan, asked: torch.dtype | None) -> dict[str, _KnownTerms]:
+def _known_terms(plan: Plan, requested_dtype: torch.dtype | None) -> dict[str, _KnownTerms]:
     """Return site → all its terms."""
     found: dict[str, _KnownTerms] = {}
     nodes: dict[tuple[str, ...], tuple[str, ...]] = {}
     for name, terms in plan.terms.items():
-        known = _KnownTerms.of(plan.sites[name], terms, asked)
+        known = _KnownTerms.of(plan.sites[name], terms, requested_dtype)
         found[name] = replace(known, nodes=nodes.setdefault(known.nodes, known.nodes))
     return found
 

@@ -52,9 +52,9 @@ class RowGrounds:
         self.without: list[frozenset[str]] = []
         """Kind of the batch → the nodes whose increments its rows lose here."""
         for kind, lineages in enumerate(batch.lineages):
-            stands = self._standing(kind, lineages, held)
-            number.append(float(stacks.setdefault(stands, len(stacks))))
-            self.without.append(self._dropped(stands, terms))
+            effective = self._standing(kind, lineages, held)
+            number.append(float(stacks.setdefault(effective, len(stacks))))
+            self.without.append(self._dropped(effective, terms))
         self._stacks = list(stacks)
         of_kind = [(each,) for each in number]
         self._rows = Batch(("ground",), tuple(of_kind), batch.of_row)
@@ -88,11 +88,11 @@ class RowGrounds:
         for members, (number,) in rows.by_kind:
             ground = self._ground(int(number))
             assert ground is not None, "rows over the base's own are left out"
-            mine = RowSubset(members, rows, out.device)
-            made = ground.applied(mine.of(out), mine.of(x))
-            if mine.whole:
+            subset = RowSubset(members, rows, out.device)
+            made = ground.applied(subset.of(out), subset.of(x))
+            if subset.is_whole:
                 return made
-            out = out.index_copy(0, mine.index, made.to(out.dtype))
+            out = out.index_copy(0, subset.index, made.to(out.dtype))
         return out
 
     def _ground(self, number: int) -> Ground | None:
@@ -109,19 +109,19 @@ class RowGrounds:
         held: dict[str, dict[str, OverrideTerm]],
     ) -> OverrideTerms:
         values = {}
-        for node, mine in held.items():
-            values[node] = {attribute: term.value for attribute, term in mine.items()}
+        for node, node_overrides in held.items():
+            values[node] = {attribute: term.value for attribute, term in node_overrides.items()}
         try:
-            stands = standing(lineages, values)
+            effective = standing(lineages, values)
         except LoraTreeError as error:
             row = self._batch.of_row.index(kind)
             raise error.within(f"row {row}: {self._site.name}") from error
-        found: list[OverrideTerm] = []
-        for attribute in sorted(stands):
-            found += [held[node][attribute] for node, _ in stands[attribute]]
-        return tuple(found)
+        override_terms: list[OverrideTerm] = []
+        for attribute in sorted(effective):
+            override_terms += [held[node][attribute] for node, _ in effective[attribute]]
+        return tuple(override_terms)
 
-    def _dropped(self, stands: OverrideTerms, terms: Terms) -> frozenset[str]:
+    def _dropped(self, effective: OverrideTerms, terms: Terms) -> frozenset[str]:
         """Return the nodes whose increments these overrides drop.
 
         Raises:
@@ -129,7 +129,7 @@ class RowGrounds:
         """
         dropped = set()
         for term in terms:
-            for override in stands:
+            for override in effective:
                 if not override.node.startswith(f"{tree_node(term.node)}/"):
                     continue
                 is_bias = override.attribute == self._site.bias_name

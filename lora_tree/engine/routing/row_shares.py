@@ -27,31 +27,31 @@ def share_of(owed: Owed) -> Callable[[], Share]:
     batch = owed.batch
     rows = range(len(batch))
     value = owed.held(owed.stacking([1.0] * len(owed.values)))
-    each = batch.coefficients(rows)  # (rows, nodes)
+    coefficients = batch.coefficients(rows)  # (rows, nodes)
     column: list[int] = []
-    for i, one in enumerate(owed.values):
-        column += [i] * one.rank
-    wide = each[:, column]  # (rows, Σr)
+    for i, node_value in enumerate(owed.values):
+        column += [i] * node_value.rank
+    wide = coefficients[:, column]  # (rows, Σr)
     is_plain = bool(((wide == 0) | (wide == 1)).all())
     owes = None
     if len(batch.adapted) < len(batch):
-        owes = uploaded((each != 0).any(1, keepdim=True), owed.device)
-    mine = uploaded(wide != 0, owed.device)
-    table = RowTable(mine, None if is_plain else owed.numbers(wide), owes, None)
+        owes = uploaded((coefficients != 0).any(1, keepdim=True), owed.device)
+    is_owed = uploaded(wide != 0, owed.device)
+    table = RowTable(is_owed, None if is_plain else owed.numbers(wide), owes, None)
 
     def share() -> Share:
-        return Share(value(), owed.live, replace(table, bias=_row_bias(owed, each)))
+        return Share(value(), owed.live, replace(table, bias=_row_bias(owed, coefficients)))
 
     return share
 
 
-def _row_bias(owed: Owed, each: Tensor) -> Tensor | None:
+def _row_bias(owed: Owed, coefficients: Tensor) -> Tensor | None:
     """Return (rows, out), the biases that `lora_bias` trained, for each row."""
     total = None
     for i, value in enumerate(owed.values):
         if value.bias is None:
             continue
         bias = value.bias.to(device=owed.device, dtype=owed.dtype)
-        mine = owed.numbers(each[:, i] * value.scale)[:, None] * bias
-        total = mine if total is None else total + mine
+        node_bias = owed.numbers(coefficients[:, i] * value.scale)[:, None] * bias
+        total = node_bias if total is None else total + node_bias
     return total

@@ -167,11 +167,11 @@ class _Routed(torch.autograd.Function):
             kernels.expand(narrow, None, to_input, segments, table, 0, tiling)
         to_factors: list[Tensor | None] = [None] * len(factors)
         for side, (narrow_sum, wide) in enumerate(((narrow, x), (low, grad))):
-            mine = factors[side::2]
-            if any(factor.requires_grad for factor in mine):
+            side_factors = factors[side::2]
+            if any(factor.requires_grad for factor in side_factors):
                 grads = kernels.outer(narrow_sum, wide, segments, table, side, tiling)
-                parts = torch.split(grads, [factor.numel() for factor in mine])
-                for i, (factor, part) in enumerate(zip(mine, parts, strict=True)):
+                parts = torch.split(grads, [factor.numel() for factor in side_factors])
+                for i, (factor, part) in enumerate(zip(side_factors, parts, strict=True)):
                     to_factors[2 * i + side] = part.view(factor.shape)
         return grad, to_input, None, None, None, *to_factors
 

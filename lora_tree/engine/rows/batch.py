@@ -142,9 +142,9 @@ class Batch:
                 in_order.append((node, digest))
         places = {column: place for place, column in enumerate(in_order)}
         kinds = []
-        for each in owed:
+        for by_column in owed:
             kind = [0.0] * len(in_order)
-            for column, coefficient in each.items():
+            for column, coefficient in by_column.items():
                 kind[places[column]] = coefficient
             kinds.append(tuple(kind))
         batch = _distinct(_labels([node for node, _ in in_order]), kinds, of_row, lineages)
@@ -325,11 +325,14 @@ class Batch:
             device: where the lists are read.
         """
         key = tokens, compute, device
-        found = self._tiled.get(key)
-        if found is None:
+        segments_and_tiling = self._tiled.get(key)
+        if segments_and_tiling is None:
             segments = self.segments(group_of(tokens, len(self)), device)
-            found = self._tiled[key] = segments, Tiling.of(segments.sizes, tokens, compute)
-        return found
+            segments_and_tiling = self._tiled[key] = (
+                segments,
+                Tiling.of(segments.sizes, tokens, compute),
+            )
+        return segments_and_tiling
 
     @cached_property
     def _tiled(self) -> dict[tuple[int, torch.dtype, torch.device], tuple[Segments, Tiling]]:
@@ -375,9 +378,11 @@ def _distinct(
 ) -> Batch:
     """Return a batch that has only the kinds that rows use, each once."""
     kinds: dict[tuple[Kind, Lineages], int] = {}
-    mine = []
+    new_of_row = []
     for kind in of_row:
         key = owed[kind], lineages[kind] if lineages else ()
-        mine.append(kinds.setdefault(key, len(kinds)))
-    told = tuple([paths for _, paths in kinds]) if lineages else ()
-    return Batch(nodes, tuple([each for each, _ in kinds]), tuple(mine), lineages=told)
+        new_of_row.append(kinds.setdefault(key, len(kinds)))
+    distinct_lineages = tuple([paths for _, paths in kinds]) if lineages else ()
+    return Batch(
+        nodes, tuple([kind for kind, _ in kinds]), tuple(new_of_row), lineages=distinct_lineages
+    )

@@ -34,9 +34,9 @@ __all__ = [
     "BatchAxis",
     "Place",
     "SeenSites",
+    "has_rows_first",
     "in_a_list_of_lists",
-    "lies_by_rows",
-    "not_by_rows",
+    "rows_not_first_error",
 ]
 
 DECLARE = (
@@ -145,7 +145,8 @@ class BatchAxis:
             first = first if first is not None else x
         if first is not None:
             raise BaseMismatch(
-                f"the base was given {tuple(first.shape)}, and the route is for {self._told()}",
+                f"the base was given {tuple(first.shape)}, and the route is for "
+                f"{self._row_count_text()}",
                 "give route one path for every row",
                 DECLARE,
             )
@@ -207,7 +208,7 @@ class BatchAxis:
         if not self.is_length(length) or out.shape[:1] != x.shape[:1]:
             raise BaseMismatch(
                 f"{site.name}: its input is {tuple(x.shape)}, and the first axis should be "
-                f"{self._told()}",
+                f"{self._row_count_text()}",
                 "inputs that are packed, time first or cut into windows can't be routed: activate "
                 "one path at a time",
                 DECLARE,
@@ -265,7 +266,7 @@ class BatchAxis:
                 "adapters, or activate one path at a time",
             )
 
-    def _told(self) -> str:
+    def _row_count_text(self) -> str:
         """Return the number of rows for a message, with the factors that make it up."""
         declared = self.rows * self.repeat * self.tile
         text = plural(declared, "row")
@@ -282,7 +283,7 @@ def in_a_list_of_lists(name: str) -> bool:
     return len(numbers) > 1
 
 
-def lies_by_rows(site: Place, x: Tensor, out: Tensor, length: int, *, batch_first: bool) -> bool:
+def has_rows_first(site: Place, x: Tensor, out: Tensor, length: int, *, batch_first: bool) -> bool:
     """Return whether an input's first axis is the rows, by its shape alone, so that it can be
     traced.
 
@@ -302,7 +303,7 @@ def lies_by_rows(site: Place, x: Tensor, out: Tensor, length: int, *, batch_firs
     return length not in others and not tokens_sent_here
 
 
-def not_by_rows(site: Place, x: Tensor, length: int) -> BaseMismatch:
+def rows_not_first_error(site: Place, x: Tensor, length: int) -> BaseMismatch:
     """Return the error for an input whose first axis is not known to be the rows."""
     return BaseMismatch(
         f"{site.name}: its input is {tuple(x.shape)}, and the first axis should be "

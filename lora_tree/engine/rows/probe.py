@@ -66,7 +66,7 @@ def _fake(of: Any, rows: int, least: int) -> Any:
         more = int(of.ndim >= least and of.shape[0] == rows)
         return torch.empty((of.shape[0] + more, *of.shape[1:]), dtype=of.dtype, device=of.device)
     if type(of) in (list, tuple):
-        return type(of)(_fake(each, rows, least) for each in of)
+        return type(of)(_fake(item, rows, least) for item in of)
     if isinstance(of, dict):
         made = copy.copy(of)  # of its own class: transformers' inputs are dicts with attributes
         for key, value in of.items():

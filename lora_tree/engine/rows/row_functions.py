@@ -51,12 +51,12 @@ def followed(layouts: Layouts, func: Any, args: Args, kwargs: Kwargs, out: Any) 
     name = function_name(func)
     made: Made = ()
     x = args[0] if args else None
-    mine = layouts.get(x) if isinstance(x, Tensor) else None
+    input_layout = layouts.get(x) if isinstance(x, Tensor) else None
     if is_pointwise(name):
         made = [(out, _of_operands(layouts, (*args, *kwargs.values()), out))]
-    elif mine is not None and name in _RULES:
-        made = _RULES[name](mine, args, kwargs, out)
-    elif mine is None or not _writes(name):
+    elif input_layout is not None and name in _RULES:
+        made = _RULES[name](input_layout, args, kwargs, out)
+    elif input_layout is None or not _writes(name):
         return
     else:
         made = [(args[0], None)]
@@ -94,16 +94,16 @@ def is_pointwise(name: str) -> bool:
 
 def _of_operands(layouts: Layouts, operands: Args, out: Any) -> RowLayout | None:
     """Return the layout of a pointwise result: the layout shared by all operands that have one."""
-    found = None
+    common = None
     for x in operands:
         layout = layouts.get(x) if isinstance(x, Tensor) else None
         if layout is None:
             continue
-        mine = _keep(layout, x, out)
-        if mine is None or (found is not None and not mine.like(found)):
+        kept_layout = _keep(layout, x, out)
+        if kept_layout is None or (common is not None and not kept_layout.like(common)):
             return None
-        found = mine
-    return found
+        common = kept_layout
+    return common
 
 
 def _keep(layout: RowLayout, x: Tensor, out: Any) -> RowLayout | None:
@@ -173,7 +173,7 @@ def _pieces(layout: RowLayout, args: Args, kwargs: Kwargs, out: Any) -> Made:
     x = args[0]
     dim = kwargs.get("dim", args[2] if len(args) > 2 else 0) % x.ndim
     if dim == x.ndim - 1:
-        return _alone(layout, args, kwargs, out)
+        return _along_last_axis(layout, args, kwargs, out)
     made: list[tuple[Tensor, RowLayout | None]] = []
     start = 0
     for piece in out:
@@ -183,7 +183,7 @@ def _pieces(layout: RowLayout, args: Args, kwargs: Kwargs, out: Any) -> Made:
     return made
 
 
-def _alone(layout: RowLayout, args: Args, kwargs: Kwargs, out: Any) -> Made:
+def _along_last_axis(layout: RowLayout, args: Args, kwargs: Kwargs, out: Any) -> Made:
     """Return the layouts for a function that mixes numbers along the last axis only; nothing if
     that has the rows.
     """
@@ -192,7 +192,7 @@ def _alone(layout: RowLayout, args: Args, kwargs: Kwargs, out: Any) -> Made:
 
 def _normed(layout: RowLayout, args: Args, kwargs: Kwargs, out: Any) -> Made:
     shape = kwargs.get("normalized_shape", args[1] if len(args) > 1 else ())
-    return _alone(layout, args, kwargs, out) if len(shape) == 1 else []
+    return _along_last_axis(layout, args, kwargs, out) if len(shape) == 1 else []
 
 
 def _of_last_axis(at: int, default: int | None = -1) -> Rule:
@@ -209,7 +209,7 @@ def _of_last_axis(at: int, default: int | None = -1) -> Rule:
             (dim,) = dim
         if not isinstance(dim, int) or dim % args[0].ndim != args[0].ndim - 1:
             return []
-        return _alone(layout, args, kwargs, out)
+        return _along_last_axis(layout, args, kwargs, out)
 
     return rule
 
@@ -218,7 +218,7 @@ def _times_matrix(layout: RowLayout, args: Args, kwargs: Kwargs, out: Any) -> Ma
     x, matrix = args[:2]
     # A matrix with more axes is a batch of matrices, and a product with a vector is a sum over
     # tokens or features: these have no rule.
-    return _alone(layout, args, kwargs, out) if matrix.ndim == 2 and x.ndim > 1 else []
+    return _along_last_axis(layout, args, kwargs, out) if matrix.ndim == 2 and x.ndim > 1 else []
 
 
 _RULES: dict[str, Rule] = {

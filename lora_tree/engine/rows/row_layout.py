@@ -100,26 +100,26 @@ class RowLayout:
     def rows(self, axis: int, device: torch.device) -> Tensor:
         """Return (the axis' length,) int64: the row of every position on the axis of the rows."""
         before = after = 1
-        found = torch.empty(0, dtype=torch.int64, device=device)
+        row_index = torch.empty(0, dtype=torch.int64, device=device)
         is_behind = False
         for part in self.axes[axis]:
             if part.is_rows:
                 is_behind = True
-                found = part.index if part.index is not None else _count(part.size, device)
+                row_index = part.index if part.index is not None else _count(part.size, device)
             elif is_behind:
                 after *= part.size
             else:
                 before *= part.size
         if after > 1:
-            found = found.repeat_interleave(after)
-        return found.repeat(before) if before > 1 else found
+            row_index = row_index.repeat_interleave(after)
+        return row_index.repeat(before) if before > 1 else row_index
 
     def like(self, other: RowLayout) -> bool:
         """Return whether two layouts have the rows at the same places, the last axis apart."""
-        mine, theirs = _joined(self.axes[:-1]), _joined(other.axes[:-1])
-        if len(mine) != len(theirs):
+        own_axes, other_axes = _joined(self.axes[:-1]), _joined(other.axes[:-1])
+        if len(own_axes) != len(other_axes):
             return False
-        for a, b in zip(mine, theirs, strict=True):
+        for a, b in zip(own_axes, other_axes, strict=True):
             if len(a) != len(b) or not all(x.same(y) for x, y in zip(a, b, strict=True)):
                 return False
         return True
@@ -225,7 +225,7 @@ def _joined(axes: Sequence[Axis]) -> list[list[AxisPart]]:
     """Return the parts of axes; adjacent parts that are not rows are multiplied into one, and those
     of size 1 are left out.
     """
-    found = []
+    joined_axes = []
     for axis in axes:
         parts: list[AxisPart] = []
         for part in axis:
@@ -235,8 +235,8 @@ def _joined(axes: Sequence[Axis]) -> list[list[AxisPart]]:
                 parts[-1] = replace(parts[-1], size=parts[-1].size * part.size)
             else:
                 parts.append(part)
-        found.append(parts)
-    return found
+        joined_axes.append(parts)
+    return joined_axes
 
 
 def axis_order(name: str, ndim: int, given: Sequence[Any]) -> list[int]:
@@ -256,6 +256,6 @@ def axis_order(name: str, ndim: int, given: Sequence[Any]) -> list[int]:
     if name == "permute":
         axes = given[0] if len(given) == 1 and isinstance(given[0], Sequence) else given
         return [axis % ndim for axis in axes]
-    one, two = (axis % ndim for axis in (given or (-2, -1)))
-    order[one], order[two] = two, one
+    first, second = (axis % ndim for axis in (given or (-2, -1)))
+    order[first], order[second] = second, first
     return order

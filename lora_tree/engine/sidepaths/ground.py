@@ -38,11 +38,11 @@ class Ground:
 
     def __init__(self, site: Site, overrides: OverrideTerms) -> None:
         self._site = site
-        self._whole: dict[str, Override] = {}
+        self._full_overrides: dict[str, Override] = {}
         self._rows: list[Override] = []
         for override in overrides:
             if override.value.rows is None:
-                self._whole[override.attribute] = override.value
+                self._full_overrides[override.attribute] = override.value
             else:
                 self._rows.append(override.value)
         # A frozen override is cast and moved to the base's tensor once, one that trains at every
@@ -57,7 +57,7 @@ class Ground:
     def nbytes(self) -> int:
         """The bytes of overrides that were copied, because their dtype or device was another."""
         total = 0
-        for override in (*self._whole.values(), *self._rows):
+        for override in (*self._full_overrides.values(), *self._rows):
             laid = self._laid.get(id(override))
             if laid is not None and laid.data_ptr() != override.values.data_ptr():
                 total += laid.numel() * laid.element_size()
@@ -71,12 +71,14 @@ class Ground:
             x: its input.
         """
         site = self._site
-        whole = {name: self._now(name, override) for name, override in self._whole.items()}
-        if whole:
-            module: Any = twin(site.module, whole)
+        tensors = {
+            name: self._now(name, override) for name, override in self._full_overrides.items()
+        }
+        if tensors:
+            module: Any = twin(site.module, tensors)
             # The class's forward: one that was put on the object belongs to the base's module.
             out = type(module).forward(module, x)
-        bias = whole.get(site.bias_name, site.bias)
+        bias = tensors.get(site.bias_name, site.bias)
         for override in self._rows:
             rows = override.index(out.device)
             out = site.with_rows(out, x, rows, self._now(site.weight_name, override), bias)
@@ -134,7 +136,7 @@ def check_grounds(plan: Plan) -> None:
             )
         for other, terms in plan.terms.items():
             # The twin's forward is not the one that is watched.
-            if terms and plan.sites[other].read_in and plan.sites[other].module is site.module:
+            if terms and plan.sites[other].reader_names and plan.sites[other].module is site.module:
                 raise MergedOnly(
                     f"{overrides[0].node}: {name}: an override can't run beside the weights while "
                     f"{terms[0].node} changes {other}, which the same module reads itself",

@@ -228,15 +228,15 @@ class _Replaced:
     def put_back(self) -> None:
         """Give the module its own forward back."""
         self.hook.remove()
-        mine = vars(self.reader.module)
+        attributes = vars(self.reader.module)
         # Other code may have replaced our forward since, and call it from its own. So ours stays
         # usable: without the reader in `_sites` it passes every call on.
-        if mine.get("forward") is not self.forward:
+        if attributes.get("forward") is not self.forward:
             return
         if self.own is None:
-            del mine["forward"]
+            del attributes["forward"]
         else:
-            mine["forward"] = self.own
+            attributes["forward"] = self.own
 
 
 def _first_tensor(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:

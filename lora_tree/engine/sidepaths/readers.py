@@ -57,10 +57,10 @@ def readers_of(base: nn.Module, sites: Collection[Site], is_routed: bool) -> Rea
         is_routed: rows go by different paths, so that they have to be followed into modules of
             experts.
     """
-    read_in = {site: site.read_in for site in sites}
+    reader_names = {site: site.reader_names for site in sites}
     watched: dict[str, list[Site]] = {}
     called: set[str] = set()
-    for site, names in read_in.items():
+    for site, names in reader_names.items():
         if not names:
             called.add(site.name)
         if is_routed and not names:
@@ -68,10 +68,10 @@ def readers_of(base: nn.Module, sites: Collection[Site], is_routed: bool) -> Rea
             names = () if around is None else (around,)
         for name in names:
             watched[name] = []
-    for site, names in read_in.items():
+    for site, names in reader_names.items():
         for name, read in watched.items() if names else ():
             # A forward may run within another; the outer one then watches for both.
-            if any(is_around(name, each) for each in names):
+            if any(is_around(name, reader) for reader in names):
                 read.append(site)
     return Readers(watched, frozenset(called))
 

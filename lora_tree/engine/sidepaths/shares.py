@@ -21,13 +21,13 @@ class RowTable:
     """The debts of a batch's rows to the ranks of a value.
 
     Args:
-        mine: (rows, Σr) bool, which ranks a row owes anything.
+        is_owed: (rows, Σr) bool, which ranks a row owes anything.
         coefficients: (rows, Σr); None: all are 0 or 1.
         owes: (rows, 1) bool, which rows owe anything; None: all do.
         bias: (rows, out), the biases of the nodes that a row owes; None: no node has one.
     """
 
-    mine: Tensor
+    is_owed: Tensor
     coefficients: Tensor | None
     owes: Tensor | None
     bias: Tensor | None

@@ -300,12 +300,12 @@ def raise_for_copy(module: nn.Module, name: str) -> None:
     )
 
 
-def side_kinds(plan: Plan, asked: torch.dtype | None) -> dict[str, SideKind]:
+def side_kinds(plan: Plan, requested_dtype: torch.dtype | None) -> dict[str, SideKind]:
     """Return site → the dtype and the device that its side path computes in.
 
     Args:
         plan: its sites and terms.
-        asked: the dtype asked for; None: the widest of the factors' and the weight's own.
+        requested_dtype: the caller's; None: the widest of the factors' and the weight's own.
 
     Raises:
         MergedOnly: a site does not run when its module is called; says which and why.
@@ -319,23 +319,23 @@ def side_kinds(plan: Plan, asked: torch.dtype | None) -> dict[str, SideKind]:
     kinds = {}
     for weight, (name, terms) in zip(weights, plan.terms.items(), strict=True):
         values = [term.value for term in terms]
-        kinds[name] = side_dtype(weight, values, asked), side_device(weight, values)
+        kinds[name] = side_dtype(weight, values, requested_dtype), side_device(weight, values)
     return kinds
 
 
 def side_dtype(
-    weight: Tensor | None, values: Sequence[LowRank], asked: torch.dtype | None
+    weight: Tensor | None, values: Sequence[LowRank], requested_dtype: torch.dtype | None
 ) -> torch.dtype:
-    """Return the dtype that a site's side path computes in: the one asked for, or the widest of the
+    """Return the dtype that a site's side path computes in: the requested one, or the widest of the
     factors' and the weight's own.
 
     Args:
         weight: the site's; its dtype does not count if it is quantised.
         values: the increments at the site.
-        asked: the dtype asked for, if one was.
+        requested_dtype: the caller's; None: the widest.
     """
-    if asked is not None:
-        return asked
+    if requested_dtype is not None:
+        return requested_dtype
     if not values:  # an override alone, which is in the weight's own dtype
         return torch.float32 if weight is None else weight.dtype
     dtype = values[0].A.dtype

@@ -110,12 +110,12 @@ class _TokenRows:
         may be infinite.
         """
         rank = low.shape[self.features]
-        mine = self._at(_filled_up(table.mine, rank), low.ndim, self.low_axis)
-        low = torch.where(mine, low, low.new_zeros(()))
+        is_owed = self._at(_filled_up(table.is_owed, rank), low.ndim, self.low_axis)
+        low = torch.where(is_owed, low, low.new_zeros(()))
         if table.coefficients is None:
             return low
-        each = self._at(_filled_up(table.coefficients, rank), low.ndim, self.low_axis)
-        return low * each.to(low.dtype)
+        coefficients = self._at(_filled_up(table.coefficients, rank), low.ndim, self.low_axis)
+        return low * coefficients.to(low.dtype)
 
     def place(self, numbers: Tensor, ndim: int) -> Tensor:
         """Return each token's row of a (rows, features or 1) table, in a shape that broadcasts with

@@ -63,7 +63,7 @@ class UncalledSites:
             ran = {_child(parent, name) for name in sites if name in self.called}
             silent = [name for name in sites if _child(parent, name) not in ran]
             if silent:
-                raise self._never_ran(silent, type(module).__name__)
+                raise self._never_ran_error(silent, type(module).__name__)
             # All of them ran once: the watch over this parent is over. torch allows a hook to
             # remove itself while it runs.
             handle = self._handles.pop(parent, None)
@@ -72,7 +72,7 @@ class UncalledSites:
 
         return Hook(parent_ran)
 
-    def _never_ran(self, silent: Sequence[str], parent: str) -> MergedOnly:
+    def _never_ran_error(self, silent: Sequence[str], parent: str) -> MergedOnly:
         # The usual cause: a head that multiplies with the embedding's weight. The module to adapt
         # is then the other one.
         tied = []

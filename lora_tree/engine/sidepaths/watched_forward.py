@@ -101,9 +101,9 @@ class WatchedForward(TorchFunctionMode):
             return func(*args, **kwargs)
         if func is torch.einsum and len(args) == 2 and isinstance(args[1], Sequence):
             args = (args[0], *args[1])
-        found = self._weights(args, kwargs)
-        if found:
-            return self._with_weight(func, args, kwargs, found)
+        views = self._weights(args, kwargs)
+        if views:
+            return self._with_weight(func, args, kwargs, views)
         out = func(*args, **kwargs)
         if self.layouts:
             followed(self.layouts, func, args, kwargs, out)
@@ -112,7 +112,7 @@ class WatchedForward(TorchFunctionMode):
     # ------------------------------------------------------------------ a function of a weight
     def _weights(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[Any, WeightView]:
         """Return the arguments that are weights, or were made of one, by place or keyword."""
-        found: dict[Any, WeightView] = {}
+        views: dict[Any, WeightView] = {}
         for at, value in (*enumerate(args), *kwargs.items()):
             for tensor in value if isinstance(value, (list, tuple)) else (value,):
                 if not isinstance(tensor, Tensor):
@@ -123,20 +123,20 @@ class WatchedForward(TorchFunctionMode):
                     if site.weight is tensor:
                         view = WeightView(site)
                 if view is not None:
-                    found[at] = view
-        return found
+                    views[at] = view
+        return views
 
     def _with_weight(
         self,
         func: Any,
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
-        found: Mapping[Any, WeightView],
+        views: Mapping[Any, WeightView],
     ) -> Any:
         if func is F.multi_head_attention_forward:
             return self._attend(args, kwargs)
         name = function_name(func)
-        (at, view), *others = found.items()
+        (at, view), *others = views.items()
         if not others and isinstance(at, int) and multiplies(name):
             product = product_of(name, func, at, args, kwargs)
             if product is not None:
@@ -149,8 +149,8 @@ class WatchedForward(TorchFunctionMode):
             made = views_of(view, name, args[0], [*args[1:], *kwargs.values()], out)
         if made is None:
             self._refuse(view.site, func)
-        for tensor, each in made:
-            self._views[tensor] = each
+        for tensor, new_view in made:
+            self._views[tensor] = new_view
         return out
 
     def _multiply(

@@ -160,29 +160,34 @@ def _einsum(func: Any, at: int, args: Sequence[Any], kwargs: Mapping[str, Any]) 
     letters = inputs.split(",")
     if not arrow or "." in inputs or len(letters) != 2 or len(operands) != 2:
         return None
-    x, theirs, mine = operands[2 - at], letters[2 - at], letters[at - 1]
-    batch, row, column = mine[:-2], mine[-2], mine[-1]
+    x, input_letters, weight_letters = operands[2 - at], letters[2 - at], letters[at - 1]
+    batch, row, column = weight_letters[:-2], weight_letters[-2], weight_letters[-1]
     rank = next(c for c in "rRzZqQ" if c not in equation)
     of_left, of_right = batch + row + rank, batch + rank + column
     # The axis that is summed over decides which factor comes first.
-    one, two = operator.attrgetter("right"), operator.attrgetter("left")
+    down_factor, up_factor = operator.attrgetter("right"), operator.attrgetter("left")
     summed, first, second = column, of_right, of_left
-    if row in theirs and row not in out:
-        summed, first, second, one, two = row, of_left, of_right, two, one
-    elif column not in theirs or column in out:
+    if row in input_letters and row not in out:
+        summed, first, second = row, of_left, of_right
+        down_factor, up_factor = up_factor, down_factor
+    elif column not in input_letters or column in out:
         return None
-    low = "".join(dict.fromkeys(theirs.replace(summed, "") + batch)) + rank
+    low = "".join(dict.fromkeys(input_letters.replace(summed, "") + batch)) + rank
 
     def moved(axis: int) -> tuple[int, int] | None:
-        letter = theirs[axis]
+        letter = input_letters[axis]
         if letter not in low or letter not in out:
             return None
         return low.index(letter) - len(low), out.index(letter) - len(out)
 
     return WeightProduct(
         x,
-        down=lambda x, factors: torch.einsum(f"{theirs},{first}->{low}", x, one(factors)),
-        up=lambda narrow, factors: torch.einsum(f"{low},{second}->{out}", narrow, two(factors)),
+        down=lambda x, factors: torch.einsum(
+            f"{input_letters},{first}->{low}", x, down_factor(factors)
+        ),
+        up=lambda narrow, factors: torch.einsum(
+            f"{low},{second}->{out}", narrow, up_factor(factors)
+        ),
         moved=moved,
         keeps_axes=False,
     )

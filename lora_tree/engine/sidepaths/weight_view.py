@@ -158,7 +158,7 @@ def _rows_step(rows: slice) -> Step:
 
 def _pieces(view: WeightView, weight: Tensor, name: str, given: Given, out: Any) -> Made:
     """Return the pieces of `chunk`, `split` or `unbind`, which are successive on one axis."""
-    found = []
+    piece_views = []
     start = 0
     for piece in out:
         if piece.ndim < weight.ndim:  # unbind, or a loop over the experts
@@ -171,8 +171,8 @@ def _pieces(view: WeightView, weight: Tensor, name: str, given: Given, out: Any)
             start += next((p for p, w in zip(piece.shape, weight.shape, strict=True) if p != w), 0)
         if made is None:
             return None
-        found += made
-    return found
+        piece_views += made
+    return piece_views
 
 
 def _cut(view: WeightView, weight: Tensor, piece: Tensor, start: int) -> Made:

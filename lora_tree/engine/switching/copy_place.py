@@ -22,7 +22,14 @@ from torch import Tensor
 
 from ...budget import format_bytes
 
-__all__ = ["Copies", "CopyPlace", "copies_beside", "copy_on_host", "goes_beside", "is_apart"]
+__all__ = [
+    "Copies",
+    "CopyPlace",
+    "can_copy_on_device",
+    "copies_on_device",
+    "copy_on_host",
+    "has_own_memory",
+]
 
 CopyPlace: TypeAlias = Literal["auto", "device", "log", "host", "none"]
 
@@ -35,7 +42,8 @@ class Copies:
     """The copies of the base's own weights: the bytes in each place.
 
     Args:
-        asked: what `attach` was told: ``auto``, ``device``, ``log``, ``host`` or ``none``.
+        requested: the argument ``pristine`` of `attach`: ``auto``, ``device``, ``log``, ``host`` or
+            ``none``.
         device_bytes: bytes of copies beside the weights, on a device that has memory of its own.
         host_bytes: bytes of copies in host memory.
         log_bytes: bytes of undo logs, which are beside the weights.
@@ -44,7 +52,7 @@ class Copies:
     'host'
     """
 
-    asked: CopyPlace
+    requested: CopyPlace
     device_bytes: int = 0
     host_bytes: int = 0
     log_bytes: int = 0
@@ -63,7 +71,7 @@ class Copies:
         return self.device_bytes + self.host_bytes + self.log_bytes
 
 
-def goes_beside(place: CopyPlace, parameters: Sequence[Tensor]) -> bool:
+def can_copy_on_device(place: CopyPlace, parameters: Sequence[Tensor]) -> bool:
     """Return whether the copies of some weights go to the weights' own devices."""
     if place in ("host", "log", "none"):
         return False
@@ -71,13 +79,13 @@ def goes_beside(place: CopyPlace, parameters: Sequence[Tensor]) -> bool:
     for parameter in parameters:
         nbytes = parameter.numel() * parameter.element_size()
         taken[parameter.device] = taken.get(parameter.device, 0) + nbytes
-    cards = [device for device in taken if is_apart(device)]
+    cards = [device for device in taken if has_own_memory(device)]
     if place == "device":
         return bool(cards)
     return bool(cards) and all(taken[device] <= _room_bytes(device) for device in cards)
 
 
-def copies_beside(parameters: Sequence[Tensor]) -> list[Tensor] | None:
+def copies_on_device(parameters: Sequence[Tensor]) -> list[Tensor] | None:
     """Return copies where the parameters are; None, with a warning, if not all of them fit."""
     try:
         return [_copy(parameter, parameter.device) for parameter in parameters]
@@ -102,7 +110,7 @@ def copy_on_host(parameter: Tensor) -> Tensor:
     return _copy(parameter, torch.device("cpu"))
 
 
-def is_apart(device: torch.device) -> bool:
+def has_own_memory(device: torch.device) -> bool:
     """Return whether a device has memory of its own, and says how much of it is free."""
     return device.type == "cuda"
 

@@ -108,18 +108,19 @@ def part_of(
     rows = site.rows(target)
     if rows.data_ptr() != target.data_ptr():
         return None  # not laid out row by row
-    found: list[MergeTerm] = []
-    own = False
+    merge_terms: list[MergeTerm] = []
+    is_copied = False
     for value, coefficient in terms:
-        here = value.to(device=target.device)
-        own = own or here is not value  # then the copy lives as long as the caller holds it
-        left, right = site.sides_of(here)
-        found.append(MergeTerm(left, right, value.scale * coefficient))
+        moved = value.to(device=target.device)
+        # A copy lives as long as the caller holds it.
+        is_copied = is_copied or moved is not value
+        left, right = site.sides_of(moved)
+        merge_terms.append(MergeTerm(left, right, value.scale * coefficient))
     # A copy in host memory is sent into the weight first, and the kernel reads it there.
     pristine = rows if source.device != target.device else site.rows(source)
-    if not can_merge(rows, pristine, found):
+    if not can_merge(rows, pristine, merge_terms):
         return None
-    part = MergePart.of(rows, pristine, found)
-    for before, after in zip(found, part.terms, strict=True):
-        own = own or before.left is not after.left or before.right is not after.right
-    return part, own
+    part = MergePart.of(rows, pristine, merge_terms)
+    for before, after in zip(merge_terms, part.terms, strict=True):
+        is_copied = is_copied or before.left is not after.left or before.right is not after.right
+    return part, is_copied

@@ -137,7 +137,7 @@ class Mergeable:
         names: dict[tuple[int, str], str] = {}
         unknown: list[tuple[Site, str, str]] = []
         for name, terms in plan.terms.items():
-            site, node = plan.sites[name], plan.someone(name)
+            site, node = plan.sites[name], plan.first_node(name)
             for term in terms:
                 site.check_mode(term.value, merged=True, node=term.node)
             replacing = plan.overrides.get(name)
@@ -176,9 +176,9 @@ class Mergeable:
             start, end = _span(getattr(site.module, attribute))
             own = id(site.module), attribute
             shared = []
-            alike = _replaced_alike(plan, site, attribute)
+            replaced = _equally_replaced(plan, site, attribute)
             for first, last, module, (name, leaf) in spans:
-                is_other = (module, leaf) != own and (module, leaf) not in alike
+                is_other = (module, leaf) != own and (module, leaf) not in replaced
                 if first < end and last > start and is_other:
                     shared.append(f"{name}.{leaf}")
             if shared:
@@ -191,7 +191,7 @@ class Mergeable:
                     "or leave the module out of the adapter",
                 )
             # The next plan is checked again: its overrides of the other modules may differ.
-            if not alike:
+            if not replaced:
                 self._untied.add((site.name, attribute))
 
 
@@ -212,31 +212,33 @@ def _written(plan: Plan, name: str) -> list[str]:
     return found
 
 
-def _replaced_alike(plan: Plan, site: Site, attribute: str) -> set[tuple[int, str]]:
+def _equally_replaced(plan: Plan, site: Site, attribute: str) -> set[tuple[int, str]]:
     """Return the tensors, (id of module, name), that a plan replaces as it does this one.
 
     Nothing is added to any of them. PEFT gives the trained rows of an embedding to a tied head too.
     """
     if plan.terms[site.name]:
         return set()
-    mine = _replacing(plan, site.name, attribute)
-    found: set[tuple[int, str]] = set()
+    own_terms = _replacing(plan, site.name, attribute)
+    replaced: set[tuple[int, str]] = set()
     for name, overrides in plan.overrides.items():
         for override in overrides:
-            theirs = _replacing(plan, name, override.attribute)
-            if name != site.name and not plan.terms[name] and _are_alike(mine, theirs):
-                found.add((id(plan.sites[name].module), override.attribute))
-    return found
+            other_terms = _replacing(plan, name, override.attribute)
+            if name != site.name and not plan.terms[name] and _are_equal(own_terms, other_terms):
+                replaced.add((id(plan.sites[name].module), override.attribute))
+    return replaced
 
 
 def _replacing(plan: Plan, name: str, attribute: str) -> list[OverrideTerm]:
-    return [each for each in plan.overrides.get(name, ()) if each.attribute == attribute]
+    return [
+        override for override in plan.overrides.get(name, ()) if override.attribute == attribute
+    ]
 
 
-def _are_alike(mine: Sequence[OverrideTerm], theirs: Sequence[OverrideTerm]) -> bool:
-    if len(mine) != len(theirs) or not mine:
+def _are_equal(own_terms: Sequence[OverrideTerm], other_terms: Sequence[OverrideTerm]) -> bool:
+    if len(own_terms) != len(other_terms) or not own_terms:
         return False
-    for one, other in zip(mine, theirs, strict=True):
+    for one, other in zip(own_terms, other_terms, strict=True):
         x, y = one.value, other.value
         if x.rows != y.rows or x.values.shape != y.values.shape:
             return False
@@ -261,7 +263,7 @@ def _refuse_training(plan: Plan, owned: Sequence[str]) -> None:
     """Raise for the first node of a plan that trains."""
     for name, terms in plan.terms.items():
         training = [term.node for term in terms if term.trains]
-        training += [each.node for each in plan.overrides.get(name, ()) if each.trains]
+        training += [override.node for override in plan.overrides.get(name, ()) if override.trains]
         for node in training:
             freeze = "adapter.with_tensors(torch.Tensor.detach)"
             if node in owned:
@@ -289,7 +291,7 @@ def _addresses(base: nn.Module) -> list[int]:
         if module._modules and module not in around:
             around.add(module)
             modules += module._modules.values()
-    found: list[int] = []
+    addresses: list[int] = []
     for tensor in tensors:
         if tensor is None:
             continue
@@ -297,8 +299,8 @@ def _addresses(base: nn.Module) -> list[int]:
             address = tensor.data_ptr()
         except (RuntimeError, ValueError):
             continue  # it has no memory yet, or several pieces of it
-        found.append(address)
-    return found
+        addresses.append(address)
+    return addresses
 
 
 def _spans(base: nn.Module) -> Iterator[tuple[int, int, int, tuple[str, str]]]:

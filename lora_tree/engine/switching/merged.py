@@ -85,7 +85,7 @@ class MergedWeights:
         if not (plan.terms or self.plan.terms):
             return
         switch = self._switches.between(self.plan, plan)
-        if not switch.all.each and not after_failure:
+        if not switch.all.site_writes and not after_failure:
             # The same terms at every site, under another plan: nothing to write, nothing to note.
             self.plan = plan
             return
@@ -107,7 +107,7 @@ class MergedWeights:
             try:
                 if known is not None:
                     # The device waits for the host until here.
-                    begun += switch.all.each
+                    begun += switch.all.site_writes
                     known.launch.run()
                     increment_version(_weights(switch.all))
                 else:
@@ -167,11 +167,11 @@ class MergedWeights:
             return []
         if self.plan.ways.dtypes(self._base) is not None:
             return []
-        found = []
+        weight_names = []
         for site in self.plan.sites.values():
             if not site.is_in(self._base):
-                found.append(f"{site.module_name}.{site.weight_name}")
-        return found
+                weight_names.append(f"{site.module_name}.{site.weight_name}")
+        return weight_names
 
     def _launch_of(self, plan: Plan, switch: Switch) -> KeptLaunch | None:
         """Return the launch that makes a whole switch; None if none was kept, or if the switch
@@ -180,7 +180,7 @@ class MergedWeights:
         # Where no kernel runs, no plan has a launch.
         if plan not in self._launches.plans or self.pristine.has_logged:
             return None
-        if switch.bare.each or not switch.merged.is_plain:
+        if switch.bare.site_writes or not switch.merged.is_plain:
             return None
         known = self._launches.find(plan, switch.merged.names, self.pristine.number)
         if known is None or not known.is_whole:
@@ -211,16 +211,16 @@ class MergedWeights:
         """
         if self._in_place:
             # A site that becomes the base's own takes a sum there as well.
-            bare, merged = Writes(()), Writes((*bare.each, *merged.each))
+            bare, merged = Writes(()), Writes((*bare.site_writes, *merged.site_writes))
         if launched:
             bare = self._write_logs(bare, sources, begun, done, plan)
-        self._write_each(bare, sources, begun, done)
+        self._write_one_by_one(bare, sources, begun, done)
         if launched:
             merged = self._write_logs(merged, sources, begun, done, plan)
             merged = self._launch(merged, sources, launched, begun, done, plan)
-        self._write_each(merged, sources, begun, done)
+        self._write_one_by_one(merged, sources, begun, done)
 
-    def _write_each(
+    def _write_one_by_one(
         self,
         writes: Writes,
         sources: Mapping[tuple[int, str], Source],
@@ -228,7 +228,7 @@ class MergedWeights:
         done: list[SiteWrite],
     ) -> None:
         """Write some sites one after the other, with stock operations."""
-        for write in writes.each:
+        for write in writes.site_writes:
             begun.append(write)
             for name in write.tensors:
                 self._write_now(write, name, sources)
@@ -246,10 +246,10 @@ class MergedWeights:
         if not self.pristine.has_logged:
             return writes
         others: list[SiteWrite] = []
-        mine: list[SiteWrite] = []
+        log_writes: list[SiteWrite] = []
         logged: list[LogWrite] = []
         laid = self._laid.of(plan)
-        for write in writes.each:
+        for write in writes.site_writes:
             name = write.site.weight_name
             log = sources.get((id(write.site.module), name))
             if name not in write.tensors or not isinstance(log, TileLog):
@@ -257,17 +257,17 @@ class MergedWeights:
                 continue
             target = _target(write, name)
             logged.append(LogWrite.of(log, target, write.new, laid.terms))
-            mine.append(write)
-        begun += mine
+            log_writes.append(write)
+        begun += log_writes
         write_logs(logged, self._scratch, laid)
         if logged:
             # Autograd does not see a kernel's write: a backward that saved a weight must be told.
-            increment_version([each.weight for each in logged])
-        for write in mine:
+            increment_version([logged_write.weight for logged_write in logged])
+        for write in log_writes:
             for name in write.tensors:
                 if name != write.site.weight_name:
                     self._write_now(write, name, sources)
-        done += mine
+        done += log_writes
         return Writes(tuple(others))
 
     def _launch(
@@ -287,11 +287,11 @@ class MergedWeights:
             known = self._launches.find(plan, writes.names, self.pristine.number)
         parts: dict[str, MergePart] = {}
         targets: list[Tensor] = []
-        mine: list[SiteWrite] = []
+        launched_writes: list[SiteWrite] = []
         others: list[SiteWrite] = []
         keeps = plan is not None
         is_whole = True
-        for write in writes.each:
+        for write in writes.site_writes:
             site, weight = write.site, write.site.weight_name
             # No kernel writes an override; a weight without increments is a copy.
             if not write.new or weight not in write.tensors:
@@ -305,19 +305,19 @@ class MergedWeights:
             if known is None:
                 # An override is written into the weight first, and the launch reads it there.
                 read = target if ground else source
-                found = part_of(site, target, read, self._terms(write))
-                if found is None:
+                part_and_copied = part_of(site, target, read, self._terms(write))
+                if part_and_copied is None:
                     others.append(write)
                     continue
-                parts[site.name] = found[0]
+                parts[site.name], is_copied = part_and_copied
                 # Factors that had to be copied for the launch live as long as this switch.
-                keeps = keeps and not found[1]
+                keeps = keeps and not is_copied
             elif site.name not in known.covered:
                 others.append(write)
                 continue
             begun.append(write)
             if ground:
-                _lay_ground(ground, target, source)
+                _write_overrides(ground, target, source)
             elif source.device != target.device:
                 target.copy_(source, non_blocking=True)  # the launch reads it there
                 is_whole = False
@@ -325,7 +325,7 @@ class MergedWeights:
                 if name != weight:  # no kernel writes a bias
                     self._write_now(write, name, sources)
             targets.append(target)
-            mine.append(write)
+            launched_writes.append(write)
         if not targets:
             return Writes(tuple(others))
         if known is None:
@@ -341,7 +341,7 @@ class MergedWeights:
         known.launch.run()
         # Autograd does not see a kernel's write: a backward that saved this weight must be told.
         increment_version(targets)
-        done += mine
+        done += launched_writes
         return Writes(tuple(others))
 
     def _write_now(
@@ -350,12 +350,12 @@ class MergedWeights:
         """Write a site's weight or bias with stock operations, on its device."""
         target, source = _target(write, name), sources[id(write.site.module), name]
         if isinstance(source, UndoLog):
-            here = [term.scaled.to(device=target.device) for term in write.new]
-            source.write(target, here, self._scratch)
+            increments = [term.scaled.to(device=target.device) for term in write.new]
+            source.write(target, increments, self._scratch)
             return
         ground = _ground(write, name)
         if ground:
-            _lay_ground(ground, target, source)
+            _write_overrides(ground, target, source)
             source = target
         if name not in (write.site.weight_name, write.site.bias_name):
             # A tensor that takes no increment is its override, or the base's own.
@@ -391,7 +391,7 @@ class MergedWeights:
 def _in_place(switch: Switch) -> Mapping[tuple[int, str], Source]:
     """Return what each tensor is computed from where no copies are kept: itself."""
     sources: dict[tuple[int, str], Source] = {}
-    for write in switch.all.each:
+    for write in switch.all.site_writes:
         for name in write.tensors:
             sources[id(write.site.module), name] = _target(write, name).detach()
     return sources
@@ -406,7 +406,7 @@ def _target(write: SiteWrite, name: str) -> Tensor:
 def _weights(writes: Writes) -> list[Tensor]:
     """Return the weights of some writes' sites, as the modules show them now."""
     found: list[Tensor] = []
-    for write in writes.each:
+    for write in writes.site_writes:
         # Nearly always a parameter, and getattr is slow on modules.
         weight = write.site.module._parameters.get(write.site.weight_name)
         found.append(_target(write, write.site.weight_name) if weight is None else weight)
@@ -420,7 +420,7 @@ def _ground(write: SiteWrite, name: str) -> OverrideTerms:
     return tuple([override for override in write.instead if override.attribute == name])
 
 
-def _lay_ground(ground: OverrideTerms, target: Tensor, source: Tensor) -> None:
+def _write_overrides(ground: OverrideTerms, target: Tensor, source: Tensor) -> None:
     """Write the overrides of a tensor into it; terms are added to that.
 
     They are rounded to its dtype, as the base's own numbers were when it was loaded.

@@ -24,10 +24,10 @@ from ..kernels import logs
 from .copy_place import (
     Copies,
     CopyPlace,
-    copies_beside,
+    can_copy_on_device,
+    copies_on_device,
     copy_on_host,
-    goes_beside,
-    is_apart,
+    has_own_memory,
 )
 from .switches import Switch, Writes
 from .tile_log import TileLog
@@ -184,17 +184,17 @@ class Pristine:
         begun = self._begun.get(switch)
         if begun is None:
             self._keep(switch.all)
-            begun = self._begun[switch] = self._found(switch)
+            begun = self._begun[switch] = self._copies_for(switch)
         # Nothing fails any more until the first write.
         for kept, merged in begun.copies:
             kept.merged = merged
         return begun.sources
 
-    def _found(self, switch: Switch) -> _Begun:
+    def _copies_for(self, switch: Switch) -> _Begun:
         copies: list[tuple[_PristineCopy, bool]] = []
         sources: dict[tuple[int, str], Source] = {}
         for writes, merged in ((switch.bare, False), (switch.merged, True)):
-            for write in writes.each:
+            for write in writes.site_writes:
                 for attribute in write.tensors:
                     key = id(write.site.module), attribute
                     copies.append((self._kept[key], merged))
@@ -204,7 +204,7 @@ class Pristine:
     def _keep(self, writes: Writes) -> None:
         missing: list[WatchedWeight] = []
         can_be_logged: dict[WatchedWeight, Site] = {}
-        for write in writes.each:
+        for write in writes.site_writes:
             for attribute in write.tensors:
                 kept = self._kept.get((id(write.site.module), attribute))
                 if kept is None:
@@ -218,20 +218,22 @@ class Pristine:
                     self._copied(kept)
         if not missing:
             return
-        on_device = goes_beside(self._place, [weight.parameter for weight in missing])
+        on_device = can_copy_on_device(self._place, [weight.parameter for weight in missing])
         if not on_device:
             missing = self._without_logged(missing, can_be_logged)
         parameters = [weight.parameter for weight in missing]
         # All copies are made before the first is kept, so that an error leaves none behind.
-        copies = copies_beside(parameters) if on_device else None
+        copies = copies_on_device(parameters) if on_device else None
         if copies is None:
             if on_device:
                 missing = self._without_logged(missing, can_be_logged)
             on_device = False
             copies = [copy_on_host(weight.parameter) for weight in missing]
         for weight, copy in zip(missing, copies, strict=True):
-            beside = on_device and is_apart(weight.parameter.device)
-            self._kept[id(weight.module), weight.attribute] = _PristineCopy(weight, copy, beside)
+            is_on_device = on_device and has_own_memory(weight.parameter.device)
+            self._kept[id(weight.module), weight.attribute] = _PristineCopy(
+                weight, copy, is_on_device
+            )
         self._changed()
         # The watch has to know the new weights before they are written.
         self.look()
@@ -243,8 +245,8 @@ class Pristine:
         others = []
         for weight in missing:
             site, has_kernel = can_be_logged.get(weight), logs(weight.parameter.device)
-            asked = self._place == "log" or (self._place == "auto" and has_kernel)
-            if site is None or not asked:
+            wants_log = self._place == "log" or (self._place == "auto" and has_kernel)
+            if site is None or not wants_log:
                 others.append(weight)
                 continue
             make = TileLog if has_kernel else UndoLog
@@ -343,15 +345,15 @@ class Pristine:
     @property
     def copies(self) -> Copies:
         """The place and the size of the copies."""
-        beside = on_host = logged = 0
+        on_device = on_host = logged = 0
         for kept in self._kept.values():
             if isinstance(kept.copy, UndoLog):
                 logged += kept.nbytes
             elif kept.on_device:
-                beside += kept.nbytes
+                on_device += kept.nbytes
             else:
                 on_host += kept.nbytes
-        return Copies(self._place, device_bytes=beside, host_bytes=on_host, log_bytes=logged)
+        return Copies(self._place, device_bytes=on_device, host_bytes=on_host, log_bytes=logged)
 
     @property
     def nbytes(self) -> int:

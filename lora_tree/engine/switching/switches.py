@@ -68,27 +68,27 @@ class SiteWrite(NamedTuple):
 class Writes:
     """Some writes, in order."""
 
-    each: tuple[SiteWrite, ...]
+    site_writes: tuple[SiteWrite, ...]
 
     @cached_property
     def names(self) -> tuple[str, ...]:
         """The names of their sites."""
-        return tuple([write.site.name for write in self.each])
+        return tuple([write.site.name for write in self.site_writes])
 
     @cached_property
     def is_plain(self) -> bool:
         """True: each of them writes increments to its weight, and nothing else."""
-        return all(write.is_plain for write in self.each)
+        return all(write.is_plain for write in self.site_writes)
 
     def undone(self) -> Writes:
         """Return the writes that take these back."""
-        return Writes(tuple([write.undone() for write in self.each]))
+        return Writes(tuple([write.undone() for write in self.site_writes]))
 
     def apart(self) -> tuple[Writes, Writes]:
         """Return those that make a site the base's own, and the others."""
         bare: list[SiteWrite] = []
         merged: list[SiteWrite] = []
-        for write in self.each:
+        for write in self.site_writes:
             (merged if write.is_merged else bare).append(write)
         return Writes(tuple(bare)), Writes(tuple(merged))
 
@@ -112,7 +112,7 @@ class Switch:
         """All writes. Sites that become bare come first: the new plan may write the same weight
         under another name.
         """
-        return Writes((*self.bare.each, *self.merged.each))
+        return Writes((*self.bare.site_writes, *self.merged.site_writes))
 
     def undone(self) -> Switch:
         """Return the switch that takes this one back."""

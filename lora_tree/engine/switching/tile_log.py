@@ -95,13 +95,13 @@ class TileLog(UndoLog):
         return found.to(weight.device)
 
     # ------------------------------------------------------------------ for `write_logs`
-    def lie(self) -> object:
-        """Return the layout of the weight's terms (`LaidTerms.lie`); None if there are none."""
+    def layout(self) -> object:
+        """Return the layout of the weight's terms (`LaidTerms.layout`); None if there are none."""
         for terms in self._states.values():
-            return terms.lie
+            return terms.layout
         return None
 
-    def come_home(self, weight: Tensor, scratch: Scratch) -> None:
+    def restore_moved(self, weight: Tensor, scratch: Scratch) -> None:
         """Take the terms out of a weight that was moved to another device. They are computed on the
         device where they were put in, so that their bits are the same.
         """
@@ -128,11 +128,11 @@ class TileLog(UndoLog):
         """
         new = write.laid
         assert new is not None
-        assert new.lie is not None
+        assert new.layout is not None
         rows = self.site.rows(write.weight)
         memory = self._memory
         if memory is None:
-            memory = LogMemory.of(rows, log_height(new.lie[0]), share=share)
+            memory = LogMemory.of(rows, log_height(new.layout[0]), share=share)
         ((state, old),) = self._states.items() or [(BARE, NO_TERMS)]
         # States alternate between two numbers, so that a launch between two plans can be run again.
         after = 2 if state == 1 else 1
@@ -204,8 +204,8 @@ class LogWrite:
         values = [term.scaled for term in terms]
         laid, is_copied = _laid(log, weight, values)
         if laid is None:
-            here = [value.to(device=weight.device) for value in values]
-            return LogWrite(log, weight, here, None)
+            moved = [value.to(device=weight.device) for value in values]
+            return LogWrite(log, weight, moved, None)
         # Factors that were copied live only as long as they are merged.
         if not is_copied:
             known[where] = laid
@@ -222,10 +222,10 @@ def _laid(log: TileLog, weight: Tensor, values: Sequence[LowRank]) -> tuple[Laid
     if not logs(weight.device):
         return None, False
     alone = [unshared(value) for value in values]
-    found = part_of(log.site, weight, weight, [(value, 1.0) for value in alone])
-    if found is None:
+    part_and_copied = part_of(log.site, weight, weight, [(value, 1.0) for value in alone])
+    if part_and_copied is None:
         return None, False
-    part, is_copied = found
+    part, is_copied = part_and_copied
     for before, after in zip(values, alone, strict=True):
         is_copied = is_copied or before is not after
     return lay_terms(part.terms, len(part.weight)), is_copied
@@ -353,9 +353,9 @@ def write_logs(writes: Sequence[LogWrite], scratch: Scratch, plan: LaidPlan | No
     known = None if plan is None else plan.find(writes)
     if known is not None:
         pending, share = known.run(writes), SHARE // GROWTH
-        _take_out(pending)
+        _restore_weights(pending)
     else:
-        pending, share = _made_ready(writes, scratch), SHARE
+        pending, share = _prepare_writes(writes, scratch), SHARE
     while pending:
         parts = [write.log.part_in(write, share) for write in pending]
         launch = log_launch(parts)
@@ -367,11 +367,11 @@ def write_logs(writes: Sequence[LogWrite], scratch: Scratch, plan: LaidPlan | No
                 again.append(write)
             else:
                 write.log.settled(part.states[1])
-        _take_out(again)
+        _restore_weights(again)
         pending, share = again, max(share // GROWTH, 1)
 
 
-def _made_ready(writes: Sequence[LogWrite], scratch: Scratch) -> list[LogWrite]:
+def _prepare_writes(writes: Sequence[LogWrite], scratch: Scratch) -> list[LogWrite]:
     """Prepare weights for a kernel that puts new terms in; write those that it does not cover, and
     return the other writes.
     """
@@ -380,7 +380,7 @@ def _made_ready(writes: Sequence[LogWrite], scratch: Scratch) -> list[LogWrite]:
     out: list[LogWrite] = []
     for write in writes:
         log, new = write.log, write.laid
-        log.come_home(write.weight, scratch)
+        log.restore_moved(write.weight, scratch)
         if not log.is_bare:
             log.write_stock(write.weight, (), scratch)
         if new is None or not new.terms:
@@ -391,15 +391,15 @@ def _made_ready(writes: Sequence[LogWrite], scratch: Scratch) -> list[LogWrite]:
         pending.append(write)
         # A kernel takes old and new terms of one layout only. Old terms of another one are taken
         # out first.
-        if log.is_cut_off or log.lie() not in (None, new.lie):
+        if log.is_cut_off or log.layout() not in (None, new.layout):
             out.append(write)
-    _take_out(out)
+    _restore_weights(out)
     for write in stock:
         write.log.write_stock(write.weight, write.values, scratch)
     return pending
 
 
-def _take_out(writes: Sequence[LogWrite]) -> None:
+def _restore_weights(writes: Sequence[LogWrite]) -> None:
     """Bring weights back to their own numbers, and drop the memory of their logs."""
     # A weight that was cut off has two parts, each for the tiles in one state.
     for turn in range(2):

@@ -115,7 +115,7 @@ class UndoLog:
             scratch: buffers.
         """
         if weight.device != self._device:
-            self._come_home(weight, scratch)
+            self._restore_moved(weight, scratch)
         rows = self.site.rows(weight)
         olds: dict[int, _Sides] = {}
         values = [unshared(value) for value in values]
@@ -166,7 +166,7 @@ class UndoLog:
             delta = _delta(sides, batch, part)
         return _decoded(block, delta, known)
 
-    def _come_home(self, weight: Tensor, scratch: Scratch) -> None:
+    def _restore_moved(self, weight: Tensor, scratch: Scratch) -> None:
         """Bring a weight that was moved to another device back to its own numbers.
 
         Another device computes an increment with other bits, so it is taken out where it was put

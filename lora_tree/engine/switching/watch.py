@@ -89,8 +89,8 @@ class Watch:
         found = [weight for weight in weights if not weight.is_untouched()]
         rest = weights
         if found:
-            gone = set(found)
-            rest = [weight for weight in weights if weight not in gone]
+            touched = set(found)
+            rest = [weight for weight in weights if weight not in touched]
         # Last, because it waits for the device; weights that are known to be touched are left out.
         if rest and self._last is not None:
             found += self._sampled(rest).differing(self._last)
@@ -98,7 +98,7 @@ class Watch:
 
     def _sampled(self, weights: Sequence[WatchedWeight]) -> _Samples:
         now = _Samples(weights, self._last)
-        if self._last is None or not now.lie_as(self._last):
+        if self._last is None or not now.has_same_layout(self._last):
             self.moves += 1
         return now
 
@@ -128,7 +128,7 @@ class _Samples:
         self._groups: list[_SampleGroup] = groups
         self._buffers: list[Tensor] = [group.take() for group in self._groups]
 
-    def lie_as(self, before: _Samples) -> bool:
+    def has_same_layout(self, before: _Samples) -> bool:
         """Return whether these are samples of the same weights in the same places."""
         return self._groups is before._groups
 
@@ -136,7 +136,7 @@ class _Samples:
         """Return the weights whose samples have changed; those that were not sampled
         before, too.
         """
-        if self.lie_as(before) and all(map(torch.equal, self._buffers, before._buffers)):
+        if self.has_same_layout(before) and all(map(torch.equal, self._buffers, before._buffers)):
             return []  # the host waited once for each buffer
         now, then = self._by_weight(), before._by_weight()
         return [weight for weight, sample in now.items() if not _same(sample, then.get(weight))]
@@ -191,15 +191,15 @@ def _grouped(weights: Sequence[WatchedWeight]) -> list[_SampleGroup]:
         kind = weight.parameter.device, weight.parameter.dtype
         by_kind.setdefault(kind, []).append(weight)
     groups = []
-    for (device, dtype), alike in by_kind.items():
-        tensors = [weight.parameter for weight in alike]
+    for (device, dtype), group in by_kind.items():
+        tensors = [weight.parameter for weight in group]
         # The step is odd, because an even one might sample only the first column of a matrix.
         steps = [max(tensor.numel() // SAMPLES, 1) | 1 for tensor in tensors]
         lengths = [-(-t.numel() // step) for t, step in zip(tensors, steps, strict=True)]
         plain = all(tensor.is_contiguous() and tensor.numel() for tensor in tensors)
         launched = plain and dtype.itemsize in (2, 4) and usable(device)
         sampler = sample_launch(tensors, steps) if launched else None
-        groups.append(_SampleGroup(alike, steps, lengths, sampler))
+        groups.append(_SampleGroup(group, steps, lengths, sampler))
     return groups
 
 

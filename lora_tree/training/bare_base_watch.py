@@ -19,13 +19,13 @@ from torch.utils.hooks import RemovableHandle
 from ..callers import caller_in
 from ..errors import StateError
 
-__all__ = ["Handed"]
+__all__ = ["BareBaseWatch"]
 
 TRAINERS = ("transformers.trainer",)
 """Modules whose training loops look for the parameters of the model they were given."""
 
 
-class Handed:
+class BareBaseWatch:
     """A hook that looks at the callers of the base once, at the first forward with gradients on.
 
     Args:
@@ -38,7 +38,7 @@ class Handed:
         self._handle: RemovableHandle | None = None
 
     @property
-    def looks(self) -> bool:
+    def is_watching(self) -> bool:
         """True if it will look at the next forward."""
         return self._handle is not None
 

@@ -147,10 +147,10 @@ def _clear_abandoned(place: Path) -> None:
     Raises:
         FolderError: the folder around can't be read.
     """
-    mine = re.compile(re.escape(f".{place.name}") + _STAGE)
+    own_stage = re.compile(re.escape(f".{place.name}") + _STAGE)
     with disk.named("look into it", place.parent):
-        stages = [name for name in os.listdir(place.parent) if mine.match(name)]
-        claims.clear(place.parent, mine)
+        stages = [name for name in os.listdir(place.parent) if own_stage.match(name)]
+        claims.clear(place.parent, own_stage)
     for name in stages:
         # One that can't be locked or removed is in no writer's way. The next writer tries again.
         with suppress(OSError, LoraTreeError):
