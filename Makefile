@@ -46,7 +46,7 @@ $(STAMP): pyproject.toml constraints.txt | $(PY)
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: $(STAMP)  ## train, switch, export and compare on the standard library (under 5 minutes)
+demo: $(STAMP)  ## train, switch, export and compare on the standard library (about 5 minutes)
 	OMP_WAIT_POLICY=$(OMP_WAIT_POLICY) $(PY) -m lora_tree.cli demo $(ARGS)
 
 test: $(STAMP)  ## the test suite (under 10 minutes on 2 cores)
