@@ -71,7 +71,7 @@ def test_a_joint_step_on_a_gpu_has_the_aims_of_the_document() -> None:
     aims = aims_of(JOINT)
     assert aims == [4.0, 3.0, 2.4]
     assert "and micro-batches at 1.3 × four small steps" in PAGE
-    size = replace(SMALL, hidden=32, layers=1, repeats=1)
+    size = replace(SMALL, hidden=32, layers=1)
     tables = training.joint(size, torch.float32, torch.device("cpu"), for_gpu=True)[:3]
     told = [{ratio.what: ratio.bound for ratio in table.ratios} for table in tables]
     assert [each["PEFT / ours"] for each in told] == aims
@@ -81,7 +81,7 @@ def test_a_joint_step_on_a_gpu_has_the_aims_of_the_document() -> None:
 
 
 def test_a_joint_step_on_a_cpu_has_its_own_aims() -> None:
-    size = replace(SMALL, hidden=32, layers=1, repeats=1)
+    size = replace(SMALL, hidden=32, layers=1)
     tables = training.joint(size, torch.float32, torch.device("cpu"))[:3]
     assert [[ratio.bound for ratio in table.ratios] for table in tables] == [[1.5], [1.0], [1.0]]
     assert aims_of(r"\[a training step of 8 leaves with 1 row each, PEFT / ours\]") == [1.5]
