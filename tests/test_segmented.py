@@ -370,9 +370,9 @@ def test_sites_of_one_shape_share_the_launches_of_a_batch(
     launched: list[str], modules: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[object] = []
-    make = modules["in_place"]._made
+    make = modules["in_place"]._bind
     monkeypatch.setattr(
-        modules["in_place"], "_made", lambda *args: made.append(args) or make(*args)
+        modules["in_place"], "_bind", lambda *args: made.append(args) or make(*args)
     )
     torch.manual_seed(0)
     base = nn.Sequential(*[nn.Linear(20, 20) for _ in range(4)]).requires_grad_(False)

@@ -48,11 +48,11 @@ def bound_in_place(
     key = "in place", x.dtype, out.dtype, tiling, table.kind
     found: _Run | None = segments.plans.get(key)
     if found is None:
-        found = segments.plans[key] = _made(x, out, segments, table, tiling)
+        found = segments.plans[key] = _bind(x, out, segments, table, tiling)
     return found
 
 
-def _made(x: Tensor, out: Tensor, segments: Segments, table: FactorTable, tiling: Tiling) -> _Run:
+def _bind(x: Tensor, out: Tensor, segments: Segments, table: FactorTable, tiling: Tiling) -> _Run:
     pair = _Pair(x, out, segments, table, tiling)
     if not is_direct(segments, table, tiling):
         return pair

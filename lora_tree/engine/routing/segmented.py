@@ -57,8 +57,8 @@ class SegmentedForm(SumForm):
         """Return the form for another batch of the same nodes.
 
         It costs a copy of a dictionary, so that a new batch does not decide, site by site, what the
-        batches before it have decided. `owed` stays that of the first batch: what this class reads
-        of it is the same for all, but for biases, with which no form has a copy.
+        batches before it have decided. `owed` stays that of the first batch. Nothing that is read
+        of it depends on the batch, unless there are biases, and a form with biases is not copied.
         """
         assert not self.owed.live
         assert not self._biased
@@ -91,7 +91,7 @@ class SegmentedForm(SumForm):
 
     def _add_in_place(self, out: Tensor, x: Tensor) -> Tensor:
         out, x = out.contiguous(), x.contiguous()
-        self._add_at_once(self._size(out, x), out, x)
+        self._launch(self._size(out, x), out, x)
         return out
 
     def _size(self, out: Tensor, x: Tensor) -> _Size:
@@ -99,7 +99,7 @@ class SegmentedForm(SumForm):
         compute = route_dtype(self.owed.dtype, x.dtype, self._kind)
         return compute, x.dtype, out.dtype, x.numel(), out.get_device()
 
-    def _add_at_once(self, size: _Size, out: Tensor, x: Tensor) -> None:
+    def _launch(self, size: _Size, out: Tensor, x: Tensor) -> None:
         """Add the sum to ``out`` in place, by the launches of the last call if it had this size.
 
         Most forwards have inputs of the size of the last one, and finding the launches takes the
