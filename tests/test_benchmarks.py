@@ -137,6 +137,7 @@ def test_systems_are_compared_at_equal_parameters_and_at_equal_rank_on_a_path() 
             assert sum(rank.get(node, 0) for node in tree.lineage(leaf)) == system.on_path
 
 
+@slow
 def test_a_comparison_trains_every_system_on_the_same_rows_and_tells_every_table() -> None:
     leaves, outcomes = compare.compare(compare.SMALL)
     told = compare.markdown(leaves, outcomes)

@@ -22,7 +22,7 @@ import shell as processes
 import torch
 import transformers
 from oracle import random_adapter, shapes_of
-from sampling import sampled, slow
+from sampling import slow
 from shell import Shell, answer
 from zoo import listing
 
@@ -948,6 +948,7 @@ lora_tree.cli.main()
 """
 
 
+@slow
 @pytest.mark.skipif(os.name != "posix", reason="sends signals")
 @pytest.mark.parametrize(
     ("how", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["interrupt", "terminate"]
@@ -970,10 +971,11 @@ def test_wrong_usage_exits_with_2(shell: Shell) -> None:
     assert "shwo" in err
 
 
+@slow
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
 @pytest.mark.parametrize(
     ("how", "code"),
-    sampled([(signal.SIGINT, 130), (signal.SIGTERM, 143)], [(signal.SIGINT, 130)]),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143)],
     ids=["interrupt", "terminate"],
 )
 def test_a_demo_that_is_ended_leaves_nothing(tmp_path: Path, how: int, code: int) -> None:

@@ -925,6 +925,7 @@ def test_ten_thousand_nodes_are_far_below_the_limits() -> None:
     assert len(yamlfile.read_spec(text, "tree.yaml")[0].tree) == 10_000
 
 
+@slow
 def test_a_tree_yaml_of_keys_alone_is_refused_where_they_are_too_many() -> None:
     text = b"version: 1\n" + b"".join(b"k%d:\n" % i for i in range(150_000))
     assert len(text) < limits.YAML_BYTES

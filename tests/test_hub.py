@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from loopback_hub import GUEST, LoopbackHub, environment, running_hub, talking_to
+from sampling import slow
 from shell import Shell, answer, command
 from zoo import CONFIG, WEIGHTS, adapter, listing, nested, opened, value, write
 
@@ -649,6 +650,7 @@ def test_the_commands_say_what_they_did(
     assert err.startswith("error: org/nothing: no such repository")
 
 
+@slow
 def test_the_environment_of_huggingface_hub_counts(
     hub: LoopbackHub, zoo: Path, tmp_path: Path
 ) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from sampling import sampled
 from test_kernels import Experts, bits, forest, kernel, made, merging, same
 from torch import Tensor, nn
 
@@ -115,7 +116,9 @@ def test_a_foreign_change_to_a_merged_base_is_noticed_though_launches_are_kept(
     assert model.active == "a/c"
 
 
-@pytest.mark.parametrize("deed", FOREIGN, ids=[deed.__name__ for deed in FOREIGN])
+@pytest.mark.parametrize(
+    "deed", sampled(FOREIGN, [write_in_place, cast]), ids=[deed.__name__ for deed in FOREIGN]
+)
 def test_a_foreign_change_to_a_bare_base_is_what_kept_launches_give_way_to(
     merging: list[int], deed: Callable[[Any], None]
 ) -> None:

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from forked import Forked
 from safetensors.torch import load_file, save_file
-from sampling import sampled
+from sampling import slow
 
 import lora_tree as lt
 from lora_tree.cli import main
@@ -1124,9 +1124,8 @@ def test_another_yaml_of_the_folder_is_trained_as_the_tree_that_it_is(
     assert f"lora-tree lock --accept-stale {other}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "how", sampled([signal.SIGKILL, signal.SIGINT, signal.SIGTERM], [signal.SIGKILL])
-)
+@slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_a_run_that_is_killed_goes_on_to_the_same_tree(
     tmp_path: Path, zoo: Path, rows: Path, how: signal.Signals, capsys: pytest.CaptureFixture[str]
 ) -> None:

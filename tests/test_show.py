@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 
 import pytest
 import zoo as trees
-from sampling import sampled
+from sampling import sampled, slow
 
 import lora_tree as lt
 from lora_tree.cli import main
@@ -203,6 +203,7 @@ def test_what_must_be_seen_is_drawn_however_deep_it_lies() -> None:
 
 
 # ---------------------------------------------------------------------- a terminal
+@slow
 @pytest.mark.skipif(sys.platform == "win32", reason="opens a pseudo-terminal")
 def test_ten_thousand_nodes_stay_usable(tmp_path: Path) -> None:
     head = ["version: 1", "base: org/model", "defaults: {r: 4, target_modules: [q_proj]}", "tree:"]

@@ -20,6 +20,7 @@ import pytest
 import torch
 from forked import Forked
 from front import LoRARequest, adapter, folder_of, front_end, served_zoo, waits
+from sampling import slow
 from zoo import opened
 
 import lora_tree as lt
@@ -203,6 +204,7 @@ def test_what_running_requests_read_is_not_taken_away(zoo: Path, tmp_path: Path)
     assert not long_ago.folder.exists()
 
 
+@slow
 def test_a_process_that_ended_holds_nothing(zoo: Path, tmp_path: Path) -> None:
     assert Forked(MANY, zoo, tmp_path / "cache").end()[0] == 0
     assert len([name for name in locks_of(tmp_path) if name.endswith(".held")]) == 1
