@@ -119,7 +119,7 @@ test-gpu: $(STAMP)  ## the laws on CUDA (under 5 minutes; skipped in one line wi
 VERSIONED := tests/test_versions.py tests/test_merged_checkpoint.py tests/test_prepared.py \
 	tests/test_cli.py
 TRAINER   := tests/test_trainer.py -k 'by_itself or every_path or best_checkpoint or bf16'
-ON_OTHERS := -n $(WORKERS) --dist worksteal -q -o filterwarnings=default $(ARGS)
+ON_OTHERS := -n $(WORKERS) --dist worksteal -q -m 'not slow' -o filterwarnings=default $(ARGS)
 LOWEST_TRAIN := 5.23.0
 INSTALL   := -m pip install --quiet --disable-pip-version-check
 
