@@ -1,4 +1,4 @@
-"""What `make test` leaves to `make test-slow`.
+"""Mark the tests that `make test` leaves to `make test-slow`.
 
 Some laws are tried at every point, in every form, with thousands of random examples, or by several
 processes that train. `make test` tries a sample of them; the rest is marked ``slow``.

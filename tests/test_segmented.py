@@ -395,6 +395,25 @@ def test_sites_of_one_shape_share_the_launches_of_a_batch(
     assert launched == ["shrink", "expand"] * 8
 
 
+@pytest.mark.parametrize("after", [torch.float64, torch.bfloat16], ids=str)
+def test_a_base_that_is_cast_takes_the_forms_of_its_new_dtype(
+    launched: list[str], after: torch.dtype
+) -> None:
+    x = torch.randn(len(ROWS), 2, 20).to(after)
+    outputs = []
+    for before in (torch.float32, after):
+        base = net(torch.float32)
+        model = lt.attach(forest(), base)
+        with torch.no_grad():
+            base.to(before)
+            with model.route(ROWS, batch_first=True):
+                base(x.to(before))
+            base.to(after)
+            with model.route(ROWS[::-1], batch_first=True):
+                outputs.append(base(x))
+    assert torch.equal(*outputs), "the same bits, whatever was routed before the cast"
+
+
 def nothing(*args: Any) -> Any:
     return torch.empty(0)
 

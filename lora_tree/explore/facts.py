@@ -90,7 +90,9 @@ class ExploreFacts:
         """Return the facts as plain data, for JSON; numbers that are not finite become None."""
         reasons = {problem.node: problem for problem in reversed(self.problems) if problem.node}
         nodes = [self._node(line, reasons.get(line.path)) for line in self.lines]
-        norms = {path: [_rounded(number) for number in row] for path, row in self.norms.items()}
+        norms = {}
+        for path, row in self.norms.items():
+            norms[path] = [_rounded(number) for number in row]
         problems = []
         for problem in self.problems:
             problems.append({"node": problem.node, "kind": problem.kind, "text": problem.text})

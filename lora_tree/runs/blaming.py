@@ -293,7 +293,10 @@ def _measured(
     try:
         for group in _groups(rows, len(blends), batch):
             reference: Tensor | None = None
-            pairs = [(place, at) for at in range(len(blends)) for place in range(len(group))]
+            # All rows at the first blend, then all at the next.
+            pairs = []
+            for at in range(len(blends)):
+                pairs += [(place, at) for place in range(len(group))]
             for first in range(0, len(pairs), batch):
                 chunk = pairs[first : first + batch]
                 inputs, labels = inputs_of(model, [group[place] for place, _ in chunk])

@@ -17,6 +17,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ...lowrank import LowRank
+from ...sites import Site
 from ..kernels import routes
 from ..rows.batch import Batch
 from ..sidepaths.side import Draft, recorded
@@ -24,7 +26,7 @@ from .factor_tables import PlanTables
 from .owed import Owed
 from .segmented import NARROW, SegmentedForm
 
-__all__ = ["OneRowForm", "one_row", "read_in_place"]
+__all__ = ["OneRowForm", "one_row", "one_row_owed", "read_in_place"]
 
 
 class OneRowForm(SegmentedForm):
@@ -68,6 +70,29 @@ def one_row(coefficients: Sequence[float]) -> Batch:
     return Batch(nodes, (tuple(coefficients),), (0,))
 
 
+def one_row_owed(
+    site: Site,
+    values: Sequence[LowRank],
+    dtype: torch.dtype,
+    device: torch.device,
+    tables: PlanTables,
+    batch: Batch | None = None,
+) -> Owed:
+    """Return what one row owes at a site to frozen values, which are not laid out.
+
+    Args:
+        site: the site.
+        values: in the order of the sum.
+        dtype, device: as `Owed` takes them.
+        tables: of the plan.
+        batch: of one row; None: it owes each of the values once.
+    """
+    if batch is None:
+        count = len(values)
+        batch = tables.once(("one row", count), partial(one_row, [1.0] * count))
+    return Owed(site, values, batch, dtype, device, tables=tables, trains=False)
+
+
 def read_in_place(drafts: Iterable[Draft], tables: PlanTables) -> None:
     """Let kernels read the frozen factors of those side paths that they cover.
 
@@ -83,16 +108,6 @@ def read_in_place(drafts: Iterable[Draft], tables: PlanTables) -> None:
     for device, on_device in by_device.items():
         tables.lay_out({draft.site.name: draft.frozen for draft in on_device}, device)
         for draft in on_device:
-            count = len(draft.frozen)
-            batch = tables.once(("one row", count), partial(one_row, [1.0] * count))
-            owed = Owed(
-                draft.site,
-                draft.frozen,
-                batch,
-                draft.dtype,
-                device,
-                tables=tables,
-                trains=False,
-            )
+            owed = one_row_owed(draft.site, draft.frozen, draft.dtype, device, tables)
             if OneRowForm.suits(owed, 1):
                 draft.reads_by(OneRowForm(owed))

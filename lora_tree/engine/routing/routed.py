@@ -30,7 +30,7 @@ from ..sidepaths.side import Draft, GroundedSide, Manner, PathSide, Side, side_d
 from .factor_tables import PlanTables
 from .forms import Strategy, SumForm, first_suitable_form, form_for
 from .owed import Owed
-from .path_form import OneRowForm, one_row
+from .path_form import OneRowForm, one_row, one_row_owed
 from .row_grounds import RowGrounds
 from .row_shares import share_of
 from .segmented import SegmentedForm
@@ -73,6 +73,10 @@ class Route:
         requested_dtype = manner.dtype
         key = "terms", placed.dtypes, requested_dtype
         self._known = tables.once(key, partial(_known_terms, plan, requested_dtype))
+        # Like the terms, these hold for the dtypes that the base has now: it may be cast later.
+        self._forms_of_plan: dict[tuple[str, torch.device], SegmentedForm | None] = tables.once(
+            ("forms", placed.dtypes, requested_dtype, strategy), dict
+        )
         # The ledger counts the bytes until the token is collected. It is not the route itself,
         # because forms hold the token through `_charge` and may outlive the route. If they held the
         # route, it would never be collected.
@@ -149,20 +153,22 @@ class Route:
         table.
         """
         name = draft.site.name
-        # The draft's factors are the plan's only where nothing trains and nothing is overridden.
-        if self._trains or name in self.grounds or name in self.plan.biased:
-            return
-        if not routes(draft.device):
+        if not self._may_read_in_place(name, draft.device):
             return
         batch = self._rows.get(coefficients)
         if batch is None:
             batch = self._rows[coefficients] = one_row(coefficients)
         values = self._known[name].values
-        owed = Owed(
-            draft.site, values, batch, draft.dtype, draft.device, tables=self._tables, trains=False
-        )
+        owed = one_row_owed(draft.site, values, draft.dtype, draft.device, self._tables, batch)
         if OneRowForm.suits(owed, 1):
             draft.reads_by(OneRowForm(owed))
+
+    def _may_read_in_place(self, name: str, device: torch.device) -> bool:
+        """Return whether kernels may read a site's factors through the plan's table."""
+        # A site's factors are the plan's only where nothing trains and nothing is overridden.
+        if self._trains or name in self.grounds or name in self.plan.biased:
+            return False
+        return routes(device)
 
     def _terms(self, name: str) -> Terms:
         """Return the increments at a site, without those that no row owes because of overrides."""
@@ -184,32 +190,23 @@ class Route:
             tokens: the number of inputs of a row.
             device: of the site's output.
         """
-        in_kernels = self._in_kernels(site, device)
-        if in_kernels is not None:
-            return [in_kernels.over(self._batch(self._known[site.name].nodes, spread))]
+        if self._may_read_in_place(site.name, device):
+            form = self._form_of_plan(site, device)
+            if form is not None:
+                return [form.over(self._batch(self._known[site.name].nodes, spread))]
         return [self._form(owed, tokens) for owed in self._owed_at(site, spread, device)]
 
-    def _in_kernels(self, site: Site, device: torch.device) -> SegmentedForm | None:
+    def _form_of_plan(self, site: Site, device: torch.device) -> SegmentedForm | None:
         """Return the form in which kernels add up a site's sum for any batch of the plan; None if
-        the form has to be chosen for this batch.
+        the form has to be chosen for each batch.
         """
-        if self._trains or self.strategy not in ("auto", "segmented"):
-            return None
-        if site.name in self.grounds or site.name in self.plan.biased:
-            return None
-        find = partial(self._find_in_kernels, site, device)
-        return self._tables.once(("in kernels", site.name, device, self.manner.dtype), find)
-
-    def _find_in_kernels(self, site: Site, device: torch.device) -> SegmentedForm | None:
-        if not routes(device):
-            return None
-        known = self._known[site.name]
-        # The plan keeps the form, and with it this batch: one that belongs to no route.
-        batch = one_row([1.0] * len(known.values))
-        owed = Owed(
-            site, known.values, batch, known.dtype, device, tables=self._tables, trains=False
-        )
-        return SegmentedForm(owed) if SegmentedForm.suits(owed, 1) else None
+        key = site.name, device
+        if key not in self._forms_of_plan:
+            known = self._known[site.name]
+            owed = one_row_owed(site, known.values, known.dtype, device, self._tables)
+            is_segmented = self._form_kind(owed, 1) is SegmentedForm
+            self._forms_of_plan[key] = SegmentedForm(owed) if is_segmented else None
+        return self._forms_of_plan[key]
 
     def shares(self, site: Site, spread: Spread, device: torch.device) -> list[Share]:
         """Return the shares that are added at a site to tokens whose rows are known: that of frozen
