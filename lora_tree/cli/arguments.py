@@ -17,9 +17,11 @@ from .console import keep_quiet, stdout_is_json
 __all__ = [
     "AsJson",
     "Base",
+    "BatchSize",
     "Data",
     "Folder",
     "Length",
+    "MeasuredBeta",
     "Nodes",
     "On",
     "Quiet",
@@ -146,5 +148,10 @@ WeightText = Annotated[
         help="Factor on its increments: a number, or '*.down_proj=0.5,default=1'.",
         metavar="WEIGHT",
     ),
+]
+BatchSize = Annotated[int, typer.Option(min=1, help="Run this many rows at once.")]
+MeasuredBeta = Annotated[
+    float,
+    typer.Option(help="DPO's beta, for rows with chosen and rejected; the one of their training."),
 ]
 Length = Annotated[int, typer.Option(min=2, help="Cut each row after this many tokens.")]

@@ -12,7 +12,7 @@ from ...errors import plural
 from ...folder import load, versions_beside
 from ...runs import Bisection, bisect
 from ...training.diverged import BASE_LABEL
-from ..arguments import AsJson, Base, Data, Folder, Length, Quiet, TrustRemoteCode
+from ..arguments import AsJson, Base, BatchSize, Data, Folder, Length, Quiet, TrustRemoteCode
 from ..console import out, print_json
 from ..open_measured import open_measured
 
@@ -28,7 +28,7 @@ def bisect_steps(
         bool, typer.Option("--versions", help="Compare the node's versions, not its ancestors.")
     ] = False,
     base: Base = None,
-    batch: Annotated[int, typer.Option(min=1, help="Run this many rows at once.")] = 32,
+    batch: BatchSize = 32,
     max_length: Length = 1024,
     trust_remote_code: TrustRemoteCode = False,
     quiet: Quiet = False,

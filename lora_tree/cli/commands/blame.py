@@ -12,7 +12,7 @@ from rich.text import Text
 from ...errors import plural
 from ...folder import load
 from ...runs import Blame, blame
-from ..arguments import AsJson, Base, Data, Folder, Length, Quiet, TrustRemoteCode
+from ..arguments import AsJson, Base, BatchSize, Data, Folder, Length, Quiet, TrustRemoteCode
 from ..console import out, print_json
 from ..open_measured import open_measured
 
@@ -44,7 +44,7 @@ def blame_parts(
         list[str] | None, typer.Option(help="Examine only parts of this node; repeat it.")
     ] = None,
     base: Base = None,
-    batch: Annotated[int, typer.Option(min=1, help="Run this many rows at once.")] = 32,
+    batch: BatchSize = 32,
     max_length: Length = 1024,
     most: Annotated[int, typer.Option(min=1, help="Parts to list, the largest first.")] = 20,
     trust_remote_code: TrustRemoteCode = False,

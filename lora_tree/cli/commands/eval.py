@@ -19,9 +19,11 @@ from ...tree import AdapterTree
 from ..arguments import (
     AsJson,
     Base,
+    BatchSize,
     Data,
     Folder,
     Length,
+    MeasuredBeta,
     On,
     Quiet,
     SkipBroken,
@@ -49,13 +51,8 @@ def evaluation(
     on: On = None,
     data: Data,
     base: Base = None,
-    batch: Annotated[int, typer.Option(min=1, help="Run this many rows at once.")] = 8,
-    beta: Annotated[
-        float,
-        typer.Option(
-            help="DPO's beta, for rows with chosen and rejected; the one of their training."
-        ),
-    ] = 0.1,
+    batch: BatchSize = 8,
+    beta: MeasuredBeta = 0.1,
     max_length: Length = 1024,
     picture: Annotated[
         Path | None, typer.Option(help="Write a heat map into this file, as SVG.", metavar="FILE")

@@ -14,7 +14,16 @@ from ...errors import SpecError, printable
 from ...folder import load
 from ...runs import Comparison, SliceLosses, compare_trees, promote, promotion_note
 from ...tree import AdapterTree
-from ..arguments import AsJson, Base, Folder, Length, Quiet, TrustRemoteCode
+from ..arguments import (
+    AsJson,
+    Base,
+    BatchSize,
+    Folder,
+    Length,
+    MeasuredBeta,
+    Quiet,
+    TrustRemoteCode,
+)
 from ..command_notes import command_note
 from ..console import err, out, print_json
 from ..open_base import open_model, open_tokenizer
@@ -59,13 +68,8 @@ def promotion(
         ),
     ] = None,
     base: Base = None,
-    batch: Annotated[int, typer.Option(min=1, help="Run this many rows at once.")] = 8,
-    beta: Annotated[
-        float,
-        typer.Option(
-            help="DPO's beta, for rows with chosen and rejected; the one of their training."
-        ),
-    ] = 0.1,
+    batch: BatchSize = 8,
+    beta: MeasuredBeta = 0.1,
     max_length: Length = 1024,
     trust_remote_code: TrustRemoteCode = False,
     quiet: Quiet = False,

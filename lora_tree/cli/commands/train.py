@@ -13,7 +13,7 @@ from ...folder import load
 from ...model import attach
 from ...provenance import data_files
 from ...runs import Run, Settings
-from ..arguments import AsJson, Base, Data, Folder, Length, Nodes, Quiet, TrustRemoteCode
+from ..arguments import AsJson, Base, BatchSize, Data, Folder, Length, Nodes, Quiet, TrustRemoteCode
 from ..command_notes import command_note
 from ..open_base import open_model, open_tokenizer
 from ..open_rows import open_rows
@@ -61,7 +61,7 @@ def train(
         Path | None, typer.Option(help="Keep checkpoints here; in FOLDER/.training without it.")
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Take this many steps of the optimiser.")] = 200,
-    batch: Annotated[int, typer.Option(min=1, help="Run this many rows at once.")] = 8,
+    batch: BatchSize = 8,
     accumulate: Annotated[
         int, typer.Option(min=1, help="Accumulate the gradients of this many batches for a step.")
     ] = 1,
