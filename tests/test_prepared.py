@@ -256,6 +256,23 @@ def test_a_base_compiled_beside_its_weights_is_not_run_as_another_one_was() -> N
         assert torch.equal(torch.compile(base, backend="eager")(x), wanted)
 
 
+@pytest.mark.usefixtures("blind_to_hooks")
+@pytest.mark.parametrize("first", ["this base", "another base"])
+def test_a_compiled_base_is_refused_after_compiled_code_was_dropped(first: str) -> None:
+    x = torch.randn(2, 3, 8).double()
+    other, _ = small()
+    base, tree = small()
+    model = lt.attach(tree, base)
+    compiled = torch.compile(base, backend="eager")
+    with torch.no_grad():
+        compiled(x)
+        if first == "another base":
+            # Its guard on hooks drops all that was compiled, and torch counts from 0 again.
+            lt.attach(tree, other).activate("n0", mode="unmerged")
+        with pytest.raises(StateError, match="compiled"):
+            model.activate("n0", mode="unmerged")
+
+
 def test_prepare_comes_once_before_anything_is_active_and_before_compiling() -> None:
     base, tree = small()
     model = lt.attach(tree, base)

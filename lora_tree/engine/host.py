@@ -66,13 +66,6 @@ class CompileWatch:
                 "or attach first, model.prepare(max_rank=…), and then torch.compile(base)",
             )
 
-    def has_compiled_wrapper(self, base: nn.Module) -> bool:
-        """Return whether ``base`` has got a compiled wrapper since the last search found none."""
-        frames = compiled_frames()
-        if frames is not None and frames == self._frames:
-            return False
-        return self._find_wrapper(base, frames)
-
     def _find_wrapper(self, base: nn.Module, frames: int | None) -> bool:
         for holder in gc.get_referrers(base):
             # The wrapper's `_modules`, by the name that torch gives to a wrapped module.

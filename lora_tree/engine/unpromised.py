@@ -55,6 +55,9 @@ __all__ = [
 
 autograd: Any = torch._C._autograd
 
+# Frames whose code `guard_on_hooks` has dropped: torch sets its own count back to 0 then.
+_dropped_frames = 0
+
 
 def grouped_product() -> Callable[..., Tensor] | None:
     """Return `torch.nn.functional.grouped_mm`; None if this torch has none."""
@@ -156,7 +159,7 @@ def compiled_frames() -> int | None:
     if compiler is None:
         return 0
     count: int | None = getattr(compiler, "FRAME_COUNTER", None)
-    return count
+    return None if count is None else _dropped_frames + count
 
 
 def guard_on_hooks(*, wanted: bool = False) -> None:
@@ -182,7 +185,12 @@ def guard_on_hooks(*, wanted: bool = False) -> None:
     entry: Any = getattr(config, "_config", {}).get("skip_nnmodule_hook_guards")
     if entry is not None:
         entry.default = False
-    if compiled_frames() != 0:
+    frames = compiled_frames()
+    if frames != 0:
+        # A base may have been compiled since the last search for wrappers: the count that says so
+        # has to go on from here.
+        global _dropped_frames
+        _dropped_frames = frames or 0
         torch._dynamo.reset()
 
 
