@@ -18,7 +18,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import compress, pairwise
+from itertools import accumulate, compress, pairwise
 from typing import Any
 
 import torch
@@ -26,7 +26,14 @@ from torch import Tensor
 
 from .pointers import Pointers
 
-__all__ = ["TOGETHER", "SegmentSizes", "Segments", "room_for", "segment_numbers"]
+__all__ = [
+    "TOGETHER",
+    "SegmentSizes",
+    "Segments",
+    "owed_places",
+    "room_for",
+    "segment_numbers",
+]
 
 TOGETHER = 4
 """The number of entries of a group is a multiple of this."""
@@ -156,11 +163,19 @@ class Segments:
         self.node_begins[: nodes + 1].copy_(other.node_begins)
 
 
+def owed_places(kinds: Sequence[Sequence[float]]) -> tuple[tuple[int, ...], ...]:
+    """Return, for each kind of row, the places of the nodes that it owes: those whose coefficient
+    is not 0, usually few of them.
+    """
+    return tuple([tuple(compress(range(len(kind)), kind)) for kind in kinds])
+
+
 def segment_numbers(
     kinds: Sequence[Sequence[float]],
     of_row: Sequence[int],
     group: int,
     *,
+    owing: Sequence[tuple[int, ...]] | None = None,
     entries: int = 0,
     nodes: int = 0,
 ) -> tuple[SegmentSizes, Tensor]:
@@ -170,38 +185,36 @@ def segment_numbers(
         kinds: for each kind of row, its coefficient of every node.
         of_row: row → the index of its kind.
         group: the number of rows in a group.
+        owing: the `owed_places` of the kinds, if the caller has them.
         entries: the least number of entries to make room for.
         nodes: the least number of nodes of the table.
     """
-    # The nodes that a kind owes: those whose coefficient is not 0. Nodes come in depth-first order,
-    # so kinds sorted by them lie beside those with which they share the most ancestors.
-    owed: list[list[int]] = []
-    for kind in kinds:
-        owed.append(list(compress(range(len(kind)), kind)))
-    order = sorted(range(len(of_row)), key=lambda row: owed[of_row[row]])
+    owing = owed_places(kinds) if owing is None else owing
+    # Nodes come in depth-first order, so rows sorted by the nodes that they owe lie beside those
+    # with which they share the most ancestors.
+    order = sorted(range(len(of_row)), key=[owing[kind] for kind in of_row].__getitem__)
     listed: list[int] = []
     owners: list[int] = []
-    coefficients: list[float] = []
+    coefficients = array("f")
     begins = [0]
     for start in range(0, len(order), group):
         members = [of_row[row] for row in order[start : start + group]]
-        group_nodes: set[int] = set()
-        for kind_of_row in members:
-            group_nodes.update(owed[kind_of_row])
         first = len(listed)
-        places: dict[int, int] = {}
-        for node in sorted(group_nodes):
-            places[node] = len(listed) * group
-            listed.append(node)
-        spare = -len(group_nodes) % TOGETHER
-        listed += [-1] * spare
+        if group == 1:
+            listed += owing[members[0]]
+        else:
+            listed += sorted(set().union(*[owing[kind] for kind in members]))
+        # Node → the place of its first coefficient.
+        firsts = range(first * group, len(listed) * group, group)
+        places = dict(zip(listed[first:], firsts, strict=True))
+        listed += [-1] * (-len(listed) % TOGETHER)
         count = len(listed) - first
         # Most coefficients are 0: a row owes a few of the nodes that its group owes.
-        coefficients += [0.0] * (count * group)
-        for i, kind_of_row in enumerate(members):
-            kind = kinds[kind_of_row]
-            for node in owed[kind_of_row]:
-                coefficients[places[node] + i] = kind[node]
+        _append_zeros(coefficients, count * group)
+        for i, kind in enumerate(members):
+            numbers = kinds[kind]
+            for node in owing[kind]:
+                coefficients[places[node] + i] = numbers[node]
         owners += [len(begins) - 1] * count
         begins.append(len(listed))
     room = max(entries, len(listed), 1)
@@ -211,34 +224,37 @@ def segment_numbers(
         # Other batches may be written over this one, so a group may get as many entries as any can.
         largest = max(largest, entries // (len(begins) - 1))
     sizes = SegmentSizes(len(of_row), group, room, max(nodes, len(kinds[0])), largest)
-    spare = sizes.entries - len(listed)
-    with_node = [entry for entry, node in enumerate(listed) if node >= 0]
-    by_node = sorted(with_node, key=listed.__getitem__)
-    counts = [0] * sizes.nodes
-    for entry in with_node:
-        counts[listed[entry]] += 1
-    node_begins = [0]
-    for count in counts:
-        node_begins.append(node_begins[-1] + count)
-    adapted = [int(bool(owed[of_row[row]])) for row in order]
-    floats = array("i", array("f", coefficients).tobytes())
-    floats.extend([0] * (spare * group))
+    spare = room - len(listed)
+    listed += [-1] * spare
+    owners += [0] * spare
+    _append_zeros(coefficients, spare * group)
+    # The entries without a node come first in this order.
+    unused = listed.count(-1)
+    by_node = sorted(range(room), key=listed.__getitem__)[unused:]
+    # At node + 1, so that the sums are the places where the nodes begin.
+    counts = [0] * (sizes.nodes + 1)
+    for entry in by_node:
+        counts[listed[entry] + 1] += 1
     lists: list[Sequence[int]] = [
         order,
-        adapted,
+        [int(bool(owing[of_row[row]])) for row in order],
         begins,
-        [*listed, *[-1] * spare],
-        [*owners, *[0] * spare],
-        floats,
-        [*by_node, *[0] * (room - len(by_node))],
-        node_begins,
+        listed,
+        owners,
+        array("i", coefficients.tobytes()),
+        by_node + [0] * unused,
+        list(accumulate(counts)),
     ]
     integers = array("i")
-    for numbers, length in zip(lists, sizes.lengths, strict=True):
-        assert len(numbers) == length
-        integers.extend(numbers)
+    for numbers_of_list, length in zip(lists, sizes.lengths, strict=True):
+        assert len(numbers_of_list) == length
+        integers.extend(numbers_of_list)
         integers.extend([0] * (-length % ALIGNED))
     return sizes, torch.frombuffer(integers, dtype=torch.int32)
+
+
+def _append_zeros(numbers: array[float], count: int) -> None:
+    numbers.frombytes(bytes(numbers.itemsize * count))
 
 
 def room_for(rows: int, group: int, depth: int) -> int:
