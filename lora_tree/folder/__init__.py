@@ -6,15 +6,16 @@ deciding    seen, ownership, treeyaml, keeping → decide → changes  it writes
 writing     writer, archive, carry → commit                        it decides nothing
 the past    history: the earlier versions of nodes; archive: their files
 the runs    run_records: reads the records of training; run_store: writes and removes them
-the verbs   saving, alone, relock → api, checking, versions, cleaning; edge installs them where
-            the values look for files
+the verbs   saving, alone, api, relock → locking, checking, versions, cleaning; edge installs them
+            where the values look for files
 """
 
-from .api import SkippedWarning, StaleWarning, load, lock, relock, survey
+from .api import SkippedWarning, StaleWarning, load, survey
 from .checking import check, moved_branches, notes
 from .cleaning import Freed, gc
 from .edge import FolderStorage
 from .history import Version
+from .locking import lock, relock
 from .problem import Problem
 from .run_records import NodeMetric, NodeOutcome, PathMetric, RunRecord, run_records
 from .saving import HistoryWarning

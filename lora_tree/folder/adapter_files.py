@@ -7,12 +7,13 @@ from pathlib import Path
 from ..adapter import Adapter
 from ..errors import FormatError
 from ..formats import peft
+from ..formats.peft import FILES
 from ..formats.recognise import recognise
 from ..formats.single import read_single
 from ..storage import Allocate, Witness
 from ..system.reading import Inside
 from .bounds import no_folder
-from .scan import FILES, Files
+from .scan import Files
 
 __all__ = ["check_named", "read_files"]
 

@@ -1,4 +1,4 @@
-"""The verbs of a folder: open it as a tree, and lock its present files.
+"""Load a folder as a tree, whole or without the nodes that can't be used.
 
 zoo/tree.yaml                        optional: base, defaults, weights, adapters that live elsewhere
 zoo/tree.lock                        written by save and lock
@@ -14,20 +14,15 @@ import warnings
 from collections.abc import Collection
 from pathlib import Path
 
-from ..errors import FolderError, LoraTreeWarning, StaleError, listing
+from ..errors import LoraTreeWarning, StaleError, listing
 from ..tree import AdapterTree, Node
-from .alone import finish_nodes
-from .changes import Changes, NewFile
-from .commit import writing
-from .lockfile import render_lock
 from .nodes import node_of
-from .opening import Opened, inspect, unusable
+from .opening import Opened, inspect, refuse_no_tree, unusable
 from .problem import HARMLESS, Problem, raise_any
-from .relock import Relocked, relocked
 from .seen import Seen, remember
 from .tree_place import TreePlace, place_of
 
-__all__ = ["SkippedWarning", "StaleWarning", "load", "lock", "relock", "survey"]
+__all__ = ["SkippedWarning", "StaleWarning", "load", "survey"]
 
 
 _MOST_LISTED = 20
@@ -81,7 +76,7 @@ def load(
         skipped = unusable(opened)
     else:
         raise_any(opened.problems, *_accept(opened), after=_go_on(opened))
-    _refuse_no_tree(opened)
+    refuse_no_tree(opened)
     if skipped:
         reasons: list[str] = []
         for text in list(skipped.values())[:_MOST_LISTED]:
@@ -174,7 +169,7 @@ def survey(
     """
     opened = inspect(place_of(path), outside=outside)
     raise_any([problem for problem in opened.problems if not problem.node])
-    _refuse_no_tree(opened)
+    refuse_no_tree(opened)
     problems = [problem for problem in opened.problems if problem.node]
     present: dict[str, Node] = {}
     for node in opened.entries:  # parents first
@@ -187,48 +182,3 @@ def survey(
     home = Path(opened.place.yaml_file)
     tree = AdapterTree.from_nodes(present.values(), base=opened.base_name, home=home)
     return tree, problems
-
-
-def lock(path: str | os.PathLike[str], *, accept_stale: bool = False) -> None:
-    """Accept the present files of a tree: write a new tree.lock.
-
-    Every file that the old lock does not vouch for is read whole first. The record of what a node
-    was trained on follows its content, so a folder that was moved on the disk keeps it. A node with
-    new content counts as trained on its present lineage.
-
-    Args:
-        path: the folder, or a YAML file in it.
-        accept_stale: count every other node as trained on its present lineage, too.
-
-    Raises:
-        SpecError, FolderError: as `load`, or the folder can't be written.
-        FormatError: as `load`, or a file is broken: cut short, a Git LFS pointer, a header that
-            does not fit.
-    """
-    relock(path, accept_stale=accept_stale)
-
-
-def relock(path: str | os.PathLike[str], *, accept_stale: bool = False) -> Relocked:
-    """Lock as `lock` does, and return the files that only the new lock accepts."""
-    place = place_of(path)
-    with writing(Path(place.folder)) as transaction:
-        # A lock clears what cut-off saves left, in the nodes' folders as well: `check` says so. It
-        # does that before `inspect`, which then finds every file at its own place.
-        finish_nodes(place.folder)
-        opened = inspect(place, repin=True)
-        raise_any(opened.problems, but=("stale", "unlocked", "leftover"))
-        _refuse_no_tree(opened)
-        result = relocked(opened, accept_stale=accept_stale)
-        data = render_lock(result.lock)
-        if data != opened.lock_bytes:
-            transaction.apply(Changes((NewFile.of(place.lock, data),)))
-    return result
-
-
-def _refuse_no_tree(opened: Opened) -> None:
-    if opened.is_empty:
-        raise FolderError(
-            f"{opened.place.folder}: no tree: no tree.yaml, "
-            "and no folder below with an adapter_config.json",
-            "give the folder that holds the folders of the adapters",
-        )

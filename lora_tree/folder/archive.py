@@ -21,11 +21,11 @@ from pathlib import Path
 
 from ..errors import LoraTreeError, SpecError
 from ..formats.limits import LOCK_BYTES
+from ..formats.peft import FILES
 from ..system.reading import is_folder
 from . import disk
 from .changes import Archived
 from .history import HISTORY, LOG_NAME, parse_history
-from .scan import FILES
 
 __all__ = [
     "archive",

@@ -15,12 +15,13 @@ import posixpath
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
+from ..formats.peft import FILES
 from ..formats.recognise import DIFFUSERS_WEIGHTS, MLX_WEIGHTS
 from ..spec import TreeSpec
 from .bounds import is_in_folders
 from .lockfile import TreeLock
 from .opening import Opened
-from .scan import FILES, SINGLE
+from .scan import SINGLE
 from .training_steps import step_of
 from .tree_place import TreePlace
 from .yamlfile import walk

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
+from ..formats.peft import FILES
 from ..tree import Node
 from .disk import Stamp
 from .lockfile import BaseLock, HubLock, TreeLock, render_lock
-from .scan import FILES
 from .trained import Trained, lineage_locks, node_lock, training_locks
 
 __all__ = ["Archived", "Changes", "KeptAdapter", "NewFile", "NewLock", "Origin", "stamps_of"]

@@ -26,7 +26,7 @@ from pathlib import Path
 from ..adapter import Adapter
 from ..errors import FolderError, LoraTreeError
 from ..formats import peft
-from ..formats.peft import CONFIG, WEIGHTS
+from ..formats.peft import CONFIG, FILES, WEIGHTS
 from ..provenance import SaveNote
 from ..tree import AdapterTree, Node
 from . import disk
@@ -38,7 +38,7 @@ from .keeping import Keeping
 from .lockfile import content
 from .opening import Opened
 from .ownership import Ownership
-from .scan import FILES, Files
+from .scan import Files
 from .seen import Seen, yaml_sha256
 from .source import FolderSource
 from .trained import TOP, Lineage, Trained, stale_text, trained

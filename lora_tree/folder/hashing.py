@@ -24,12 +24,11 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from ..formats.peft import CONFIG, WEIGHTS
+from ..formats.peft import CONFIG, FILES, WEIGHTS
 from ..system.processors import ENOUGH, processors
 from . import disk
 from .lockfile import content
 from .pieces import LARGE, PieceHash, threads_for
-from .scan import FILES
 
 __all__ = ["ContentHash", "by_pieces", "weights_digest"]
 

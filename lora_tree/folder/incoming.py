@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import FolderError, listing
+from ..formats.peft import FILES
 from . import disk
 from .alone import finish_nodes
 from .atomic_folders import new_folder
@@ -24,7 +25,6 @@ from .changes import Changes, NewFile
 from .commit import writing
 from .hub_origin import HubOrigin, write_origin
 from .opening import inspect
-from .scan import FILES
 from .tree_place import TreePlace
 
 __all__ = ["Arrival", "arrive", "planned"]

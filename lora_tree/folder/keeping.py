@@ -9,14 +9,13 @@ differs  → the node has a new version: the old one goes into the log, and its 
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 from ..formats.limits import LOCK_BYTES
-from ..provenance import Made, SaveNote, seen_from
+from ..provenance import Made, SaveNote, seen_from, utc_now
 from ..tree import AdapterTree
 from ..weights import Weight
 from . import disk
@@ -36,12 +35,7 @@ from .opening import Opened
 from .resolve import FolderNode
 from .trained import trained
 
-__all__ = ["Keeping", "present_version", "read_history", "utc_now"]
-
-
-def utc_now() -> str:
-    """Return the time as locks and logs note it, like ``2026-11-26T19:17:26Z``."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+__all__ = ["Keeping", "present_version", "read_history"]
 
 
 def read_history(opened: Opened) -> History:

@@ -28,7 +28,7 @@ from .trained import TOP, Lineages, Trained, stale_text, trained
 from .tree_place import YAML, TreePlace
 from .yamlfile import Located, read_spec
 
-__all__ = ["Opened", "base_at_hand", "inspect", "named_bases", "unusable"]
+__all__ = ["Opened", "base_at_hand", "inspect", "named_bases", "refuse_no_tree", "unusable"]
 
 _TRIES = 50
 
@@ -320,3 +320,17 @@ def unusable(opened: Opened) -> dict[str, str]:
             if reason is not None:
                 reasons[path] = f"{path}: {reason}"
     return reasons
+
+
+def refuse_no_tree(opened: Opened) -> None:
+    """Refuse a folder in which nothing says that it is a tree.
+
+    Raises:
+        FolderError: it has neither a tree.yaml nor an adapter.
+    """
+    if opened.is_empty:
+        raise FolderError(
+            f"{opened.place.folder}: no tree: no tree.yaml, "
+            "and no folder below with an adapter_config.json",
+            "give the folder that holds the folders of the adapters",
+        )

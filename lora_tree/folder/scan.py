@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import TypeAlias
 
 from ..errors import LoraTreeError
-from ..formats.peft import CONFIG, WEIGHTS
+from ..formats.peft import CONFIG, FILES, WEIGHTS
 from ..formats.peft_read import PICKLE
 from ..formats.recognise import DIFFUSERS_WEIGHTS, MLX_WEIGHTS
 from ..node_names import MAX_DEPTH
@@ -24,9 +24,8 @@ from .disk import Stamp
 from .pending import Pending, pending
 from .record import HIDDEN
 
-__all__ = ["FILES", "SINGLE", "Files", "Scan", "find_files", "scan"]
+__all__ = ["SINGLE", "Files", "Scan", "find_files", "scan"]
 
-FILES = (CONFIG, WEIGHTS)
 SINGLE = ".safetensors"
 _NAMES = frozenset((CONFIG, WEIGHTS, PICKLE))
 # A user may name a home folder or a whole disk by mistake. The limit ends such a scan with a

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..formats.peft import FILES
 from ..spec import TreeSpec
 from ..tree import AdapterTree
 from ..weights import plain_weight
@@ -19,7 +20,7 @@ from .changes import KeptAdapter
 from .disk import Stamp
 from .opening import Opened
 from .resolve import resolve
-from .scan import FILES, Files, Scan
+from .scan import Files, Scan
 from .training_steps import is_step
 
 __all__ = ["YamlNeeds"]

@@ -20,7 +20,6 @@ from typing import Any
 
 from ..errors import FolderError
 from ..folder import disk
-from ..folder.keeping import utc_now
 from ..folder.run_records import (
     RUN_ABOUT,
     RUN_LOCK,
@@ -33,6 +32,7 @@ from ..folder.run_records import (
 from ..folder.run_store import append_metrics, cut_after, resumed_or_new_run, write_about
 from ..folder.tree_place import place_of
 from ..formats import strict_json
+from ..provenance import utc_now
 from ..system import locks
 
 __all__ = ["Recorder"]
