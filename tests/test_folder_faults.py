@@ -23,12 +23,32 @@ from zoo import adapter, all_are_there, listing, opened, tree, value
 
 import lora_tree as lt
 from lora_tree.errors import FolderError, LoraTreeError
-from lora_tree.folder import archive, atomic_folders, carry, commit, disk, opening, record, writer
+from lora_tree.folder import (
+    archive,
+    atomic_folders,
+    carry_out,
+    commit,
+    disk,
+    opening,
+    record,
+    writer,
+)
 from lora_tree.folder.changes import Changes, NewFile
 from lora_tree.folder.pending import Pending
 from lora_tree.system import claims, durable, locks, reading
 
-MODULES = (disk, archive, carry, commit, record, atomic_folders, locks, claims, durable, reading)
+MODULES = (
+    disk,
+    archive,
+    carry_out,
+    commit,
+    record,
+    atomic_folders,
+    locks,
+    claims,
+    durable,
+    reading,
+)
 WATCHED = ("open", "write", "fsync", "rename", "link", "unlink", "mkdir", "rmdir")
 
 
@@ -431,7 +451,7 @@ def test_a_file_carried_to_its_place_between_two_looks_is_found_there(
             moved.append(path)
             decided = record.read_record(folder)
             assert decided is not None
-            carry.carry_out(folder, decided)
+            carry_out.carry_out(folder, decided)
         return there
 
     source = opened(folder)["fr"].source

@@ -25,7 +25,7 @@ import lora_tree as lt
 from lora_tree.cli import main
 from lora_tree.errors import FolderError, LoraTreeError, PathError, SpecError, TreeError
 from lora_tree.folder import archive, disk
-from lora_tree.folder.history import (
+from lora_tree.folder.history_log import (
     HISTORY,
     History,
     Version,

@@ -2,19 +2,19 @@
 
 reading     disk, bounds, lockfile, yamlfile; record → pending → scan → resolve
             source, bases → opening → nodes
-deciding    seen, ownership, treeyaml, keeping → decide → changes  it writes nothing
-writing     writer, archive, carry → commit                        it decides nothing
-the past    history: the earlier versions of nodes; archive: their files
+deciding    last_seen, ownership, yaml_needs, history_change → decide → changes  it writes nothing
+writing     writer, archive, carry_out → commit                          it decides nothing
+the past    history_log: the earlier versions of nodes; archive: their files
 the runs    run_records: reads the records of training; run_store: writes and removes them
-the verbs   saving, alone, api, relock → locking, checking, versions, cleaning; edge installs them
-            where the values look for files
+the verbs   loading, saving, single_adapter, relocked → locking, checking, versions, cleaning;
+            folder_storage installs them where the values look for files
 """
 
-from .api import SkippedWarning, StaleWarning, load, survey
 from .checking import check, moved_branches, notes
 from .cleaning import Freed, gc
-from .edge import FolderStorage
-from .history import Version
+from .folder_storage import FolderStorage
+from .history_log import Version
+from .loading import SkippedWarning, StaleWarning, load, survey
 from .locking import lock, relock
 from .problem import Problem
 from .run_records import NodeMetric, NodeOutcome, PathMetric, RunRecord, run_records

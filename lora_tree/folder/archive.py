@@ -25,7 +25,7 @@ from ..formats.peft import FILES
 from ..system.reading import is_folder
 from . import disk
 from .changes import Archived
-from .history import HISTORY, LOG_NAME, parse_history
+from .history_log import HISTORY, LOG_NAME, parse_history
 
 __all__ = [
     "archive",

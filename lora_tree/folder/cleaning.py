@@ -8,12 +8,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..tree import AdapterTree
-from .api import load
 from .archive import archived, contents_of_other_trees, place_in_archive
 from .changes import Changes, NewFile
 from .commit import writing
-from .history import history_place, render_history
-from .keeping import read_history
+from .history_change import read_history
+from .history_log import history_place, render_history
+from .loading import load
 from .opening import Opened, inspect
 from .run_records import runs_folder
 from .run_store import RUNS_KEPT, bytes_of_run, drop_runs, spare_runs

@@ -6,8 +6,8 @@
     .versions/<content>/         what the save replaces, put there before the decision (`archive`)
 
 Until the record has its name nothing has happened; from then on everything has. Readers that find a
-record look through it (`pending`). The next writer carries out what a killed one left (`carry`),
-and sweeps up stages without a record. When all is done none of these files remain.
+record look through it (`pending`). The next writer carries out what a killed one left
+(`carry_out`), and sweeps up stages without a record. When all is done none of these files remain.
 
 Law: what can be refused is refused before the first byte is staged.
 """
@@ -24,7 +24,7 @@ from ..errors import FolderError, LoraTreeError
 from ..system.reading import is_folder
 from . import disk
 from .archive import archive, forget, forget_unnamed
-from .carry import carry_out, sweep
+from .carry_out import carry_out, sweep
 from .changes import Changes, NewFile
 from .disk import Stamp
 from .pending import leftovers

@@ -34,15 +34,15 @@ from .bases import base_lock, local_base
 from .changes import Changes, KeptAdapter, NewFile, NewLock, Origin
 from .examine import Examined, adds_nothing, check_numbers, examine
 from .hashing import ContentHash, by_pieces, weights_digest
-from .keeping import Keeping
+from .history_change import HistoryChange
+from .last_seen import Seen, yaml_sha256
 from .lockfile import content
 from .opening import Opened
 from .ownership import Ownership
 from .scan import Files
-from .seen import Seen, yaml_sha256
 from .source import FolderSource
 from .trained import TOP, Lineage, Trained, stale_text, trained
-from .treeyaml import YamlNeeds
+from .yaml_needs import YamlNeeds
 from .yamlfile import render_yaml
 
 __all__ = ["decide"]
@@ -87,22 +87,22 @@ def decide(
     yaml = _new_yaml(needs, draft.rights)
     if yaml is not None:
         draft.files.append(yaml)
-    keeping = Keeping(tree, opened, draft.kept, note or SaveNote())
-    log = keeping.log()
+    history = HistoryChange(tree, opened, draft.kept, note or SaveNote())
+    log = history.log()
     if log is not None:
         draft.files.append(log)
-    lock = _new_lock(draft, needs.spelled_base(), yaml, keeping)
+    lock = _new_lock(draft, needs.spelled_base(), yaml, history)
     # The lock lists the times of new files. If there are none, its bytes are known by now.
     same_lock = not draft.files and lock.to_bytes({}) == opened.lock_bytes
     return Changes(
         tuple(draft.files),
         frozenset(deletes),
-        keeping.archives(),
-        keeping.forgets(),
+        history.archives(),
+        history.forgets(),
         None if same_lock else lock,
         draft.kept,
         _nodes_after(draft, lock),
-        tuple(keeping.nodes_over_budget),
+        tuple(history.nodes_over_budget),
     )
 
 
@@ -341,7 +341,7 @@ def _new_yaml(needs: YamlNeeds, rights: Ownership) -> NewFile | None:
 
 
 def _new_lock(
-    draft: _Decisions, spelled_base: str | None, yaml: NewFile | None, keeping: Keeping
+    draft: _Decisions, spelled_base: str | None, yaml: NewFile | None, history: HistoryChange
 ) -> NewLock:
     tree, opened = draft.tree, draft.opened
     before = [opened.lock.base] if opened.lock else []
@@ -351,7 +351,7 @@ def _new_lock(
     trained_on: dict[str, Trained] = {}
     for path, kept in draft.kept.items():
         on = kept.trained or Trained(lineages[_parent(path)], base, kept.untrained)
-        trained_on[path] = replace(on, made=keeping.made(path))
+        trained_on[path] = replace(on, made=history.made(path))
     return NewLock(opened.place.lock, base, _yaml_hash(opened, yaml), draft.kept, trained_on)
 
 

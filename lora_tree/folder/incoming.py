@@ -18,13 +18,13 @@ from pathlib import Path
 from ..errors import FolderError, listing
 from ..formats.peft import FILES
 from . import disk
-from .alone import finish_nodes
 from .atomic_folders import new_folder
-from .belonging import PLACE, belongings
 from .changes import Changes, NewFile
 from .commit import writing
 from .hub_origin import HubOrigin, write_origin
 from .opening import inspect
+from .single_adapter import finish_nodes
+from .tree_files import PLACE, files_of_tree
 from .tree_place import TreePlace
 
 __all__ = ["Arrival", "arrive", "planned"]
@@ -147,7 +147,7 @@ def _own_places(folder: Path) -> list[str]:
     """Return the places of the tree's files that are in a folder now."""
     if not os.path.isdir(folder):
         return []
-    return list(belongings(inspect(TreePlace(str(folder)))).files)
+    return list(files_of_tree(inspect(TreePlace(str(folder)))).files)
 
 
 def _set_times(folder: Path, times: Mapping[str, int]) -> None:

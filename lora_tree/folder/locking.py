@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from .alone import finish_nodes
 from .changes import Changes, NewFile
 from .commit import writing
 from .lockfile import render_lock
 from .opening import inspect, refuse_no_tree
 from .problem import raise_any
-from .relock import Relocked, relocked
+from .relocked import Relocked, relocked
+from .single_adapter import finish_nodes
 from .tree_place import place_of
 
 __all__ = ["lock", "relock"]

@@ -30,12 +30,12 @@ from ..formats.limits import CONFIG_BYTES
 from ..formats.peft import CONFIG, WEIGHTS
 from . import disk
 from .bases import local_base
-from .belonging import PLACE, belongings
 from .hashing import by_pieces, weights_digest
+from .last_seen import yaml_sha256
 from .lockfile import BaseLock, FileLock, TreeLock, content, lineage, render_lock
 from .opening import Opened, named_bases
-from .relock import relocked
-from .seen import yaml_sha256
+from .relocked import relocked
+from .tree_files import PLACE, files_of_tree
 
 __all__ = ["Outgoing", "outgoing", "portable_base"]
 
@@ -68,7 +68,7 @@ def outgoing(opened: Opened, *, base_name: str | None = None) -> Outgoing:
         FolderError: an adapter lies outside of the folder.
         SpecError: the base is a folder of this machine, and no portable name was given.
     """
-    own = belongings(opened)
+    own = files_of_tree(opened)
     if own.outside:
         node, folder = next(iter(own.outside.items()))
         raise FolderError(

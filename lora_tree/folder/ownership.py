@@ -19,10 +19,10 @@ from ..errors import FolderError, listing
 from ..tree import AdapterTree, Node
 from .changes import KeptAdapter
 from .examine import hashed
+from .last_seen import Seen, yaml_sha256
 from .lockfile import FileLock
 from .opening import Opened
 from .scan import Files
-from .seen import Seen, yaml_sha256
 from .training_steps import step_of
 
 __all__ = ["Ownership"]

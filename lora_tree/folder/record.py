@@ -29,7 +29,7 @@ from ..node_names import check_path
 from ..spec import StrictModel, check_format
 from ..spec_errors import describe_invalid
 from . import disk
-from .history import HISTORY, LOG_NAME
+from .history_log import HISTORY, LOG_NAME
 from .lockfile import Count, Digest, FileLock
 
 __all__ = [

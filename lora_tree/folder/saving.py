@@ -12,15 +12,15 @@ from ..budget import format_bytes
 from ..errors import LoraTreeWarning, listing
 from ..provenance import SaveNote
 from ..tree import AdapterTree, Node
-from .alone import finish_nodes
 from .atomic_folders import make_all
 from .changes import Changes, stamps_of
 from .commit import writing
 from .decide import decide
 from .disk import Stamp
+from .last_seen import Seen, recall, remember, yaml_sha256
 from .opening import Opened, inspect
 from .problem import raise_any
-from .seen import Seen, recall, remember, yaml_sha256
+from .single_adapter import finish_nodes
 from .source import FolderSource
 from .tree_place import place_of
 

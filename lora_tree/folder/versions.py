@@ -21,10 +21,10 @@ from ..errors import FolderError, PathError, TreeError, agreeing, listing, sugge
 from ..node_names import check_path
 from ..provenance import SaveNote
 from ..tree import AdapterTree
-from .api import StaleWarning, load
 from .archive import place_in_archive
-from .history import Version
-from .keeping import present_version, read_history
+from .history_change import present_version, read_history
+from .history_log import Version
+from .loading import StaleWarning, load
 from .opening import Opened, inspect
 from .scan import find_files
 from .source import FolderSource

@@ -22,11 +22,11 @@ from pathlib import Path
 
 from ..errors import FolderError, HubError, SpecError, listing, plural
 from ..folder import StaleWarning, disk, load
-from ..folder.belonging import PLACE, places_among
 from ..folder.hub_origin import HubOrigin, read_origin, write_origin
 from ..folder.opening import inspect
 from ..folder.outgoing import Outgoing, outgoing
 from ..folder.problem import raise_any
+from ..folder.tree_files import PLACE, places_among
 from ..folder.tree_place import TreePlace, place_of
 from ..tree import AdapterTree
 from .hub_client import MAIN, HubClient, HubFile

@@ -16,10 +16,10 @@ from pathlib import Path
 
 from ..errors import LoraTreeWarning, StaleError, listing
 from ..tree import AdapterTree, Node
+from .last_seen import Seen, remember
 from .nodes import node_of
 from .opening import Opened, inspect, refuse_no_tree, unusable
 from .problem import HARMLESS, Problem, raise_any
-from .seen import Seen, remember
 from .tree_place import TreePlace, place_of
 
 __all__ = ["SkippedWarning", "StaleWarning", "load", "survey"]

@@ -1,4 +1,4 @@
-"""The history: the earlier versions of a tree's nodes in one log; a value, and its bytes.
+"""History: the earlier versions of a tree's nodes in one log; a value, and its bytes.
 
     .versions/tree.json        node → its earlier versions, the oldest first
                                (other.json: other.yaml's)

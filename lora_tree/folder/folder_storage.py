@@ -1,4 +1,7 @@
-"""The edge: gives the values access to files. It installs itself in their slot when imported."""
+"""FolderStorage: adapters and trees in files, for the values, which have a slot for it.
+
+It installs itself in their slot when this module is imported (`lora_tree.storage`).
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,12 @@ from ..provenance import SaveNote
 from ..storage import install
 from ..tree import AdapterTree
 from .adapter_files import check_named
-from .alone import save_adapter
 from .hub_name import fetched, parse_hub_name
 from .lockfile import HubLock
-from .one_file import save_one_file
+from .other_formats import save_one_file
 from .saving import save_tree
 from .scan import find_files
+from .single_adapter import save_adapter
 from .source import FolderSource
 
 __all__ = ["FolderStorage"]

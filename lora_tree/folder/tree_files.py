@@ -1,4 +1,4 @@
-"""Belonging: the files that a tree consists of, whatever else its folder is used for.
+"""TreeFiles: the files that a tree consists of, whatever else its folder is used for.
 
     tree.yaml, tree.lock           under these names, also if the tree was opened by another YAML
     fr/adapter_config.json, …      the files of each node, as tree.yaml and the folders say
@@ -26,14 +26,14 @@ from .training_steps import step_of
 from .tree_place import TreePlace
 from .yamlfile import walk
 
-__all__ = ["PLACE", "Belongings", "belongings", "locked_times", "missing_among", "places_among"]
+__all__ = ["PLACE", "TreeFiles", "files_of_tree", "locked_times", "missing_among", "places_among"]
 
 PLACE = TreePlace("")
 _FOLDERS = (DIFFUSERS_WEIGHTS, MLX_WEIGHTS)
 
 
 @dataclass(frozen=True)
-class Belongings:
+class TreeFiles:
     """The files of a tree.
 
     Args:
@@ -46,7 +46,7 @@ class Belongings:
     outside: Mapping[str, str] = field(default_factory=dict)
 
 
-def belongings(opened: Opened) -> Belongings:
+def files_of_tree(opened: Opened) -> TreeFiles:
     """Return the files that a tree consists of."""
     place = opened.place
     files: dict[str, str] = {}
@@ -67,7 +67,7 @@ def belongings(opened: Opened) -> Belongings:
         for name in entry.files.names:
             if name in entry.files.now:
                 files[posixpath.normpath(f"{at}/{name}")] = entry.files.now[name][0]
-    return Belongings(files, outside)
+    return TreeFiles(files, outside)
 
 
 def locked_times(opened: Opened) -> dict[str, int]:

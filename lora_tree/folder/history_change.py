@@ -1,4 +1,4 @@
-"""Keeping: the versions that a save adds to the history, decided before its first byte.
+"""HistoryChange: the versions that a save adds to the history, decided before its first byte.
 
 before   what the folder holds: content, weight and note of each node
 after    what it will hold
@@ -22,7 +22,7 @@ from . import disk
 from .archive import archived, contents_of_other_trees
 from .changes import Archived, KeptAdapter, NewFile
 from .examine import hashed
-from .history import (
+from .history_log import (
     History,
     Version,
     ended,
@@ -35,7 +35,7 @@ from .opening import Opened
 from .resolve import FolderNode
 from .trained import trained
 
-__all__ = ["Keeping", "present_version", "read_history"]
+__all__ = ["HistoryChange", "present_version", "read_history"]
 
 
 def read_history(opened: Opened) -> History:
@@ -73,8 +73,8 @@ def present_version(opened: Opened, path: str, content: str) -> Version:
 
 
 @dataclass(frozen=True)
-class Keeping:
-    """A tree and its folder, before a save and after it.
+class HistoryChange:
+    """The change that a save makes to the history, from a tree and its folder before and after it.
 
     Args:
         tree: the tree that is saved.
