@@ -23,18 +23,11 @@ from zoo import adapter, all_are_there, listing, opened, tree, value
 
 import lora_tree as lt
 from lora_tree.errors import FolderError, LoraTreeError
-from lora_tree.folder import (
-    archive,
-    atomic_folders,
-    carry_out,
-    commit,
-    disk,
-    opening,
-    record,
-    writer,
-)
-from lora_tree.folder.changes import Changes, NewFile
-from lora_tree.folder.pending import Pending
+from lora_tree.folder import atomic_folders, disk
+from lora_tree.folder.reading import opening
+from lora_tree.folder.transactions import archive, carry_out, commit, record, writer
+from lora_tree.folder.transactions.changes import Changes, NewFile
+from lora_tree.folder.transactions.pending import Pending
 from lora_tree.system import claims, durable, locks, reading
 
 MODULES = (
@@ -542,7 +535,7 @@ def test_what_is_removed_while_a_folder_is_listed_is_absent(
 
         def __exit__(self, *_: object) -> None: ...
 
-    monkeypatch.setattr("lora_tree.folder.scan.os.scandir", Slow)
+    monkeypatch.setattr("lora_tree.folder.adapters.scan.os.scandir", Slow)
     problems = lt.check(tmp_path)
     assert listed
     assert [problem.node for problem in problems] == ["goes"], problems

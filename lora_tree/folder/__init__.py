@@ -1,25 +1,20 @@
 """The folder is the tree: reading, locking, checking and saving a folder of nested PEFT adapters.
 
-reading     disk, bounds, lockfile, yamlfile; record → pending → scan → resolve
-            source, bases → opening → nodes
-deciding    last_seen, ownership, yaml_needs, history_change → decide → changes  it writes nothing
-writing     writer, archive, carry_out → commit                          it decides nothing
-the past    history_log: the earlier versions of nodes; archive: their files
-the runs    run_records: reads the records of training; run_store: writes and removes them
-the verbs   loading, saving, single_adapter, relocked → locking, checking, versions, cleaning;
-            folder_storage installs them where the values look for files
+    files ─→ adapters/ ─→ reading/ ─→ AdapterTree             nothing is written
+    AdapterTree ─→ saving/ ─→ Changes ─→ transactions/        all files change, or none
+
+    past/         earlier versions of nodes, and the records of training runs
+    transfer/     the files of a tree that leave this machine, or arrive
+
+Most files beside the rooms are further in: the disk, and the files that describe a tree, as bytes
+and as values. `folder_storage.py` is further out: it gives the values access to files.
 """
 
-from .checking import check, moved_branches, notes
-from .cleaning import Freed, gc
 from .folder_storage import FolderStorage
 from .history_log import Version
-from .loading import SkippedWarning, StaleWarning, load, survey
-from .locking import lock, relock
-from .problem import Problem
-from .run_records import NodeMetric, NodeOutcome, PathMetric, RunRecord, run_records
-from .saving import HistoryWarning
-from .versions import (
+from .past.cleaning import Freed, gc
+from .past.run_records import NodeMetric, NodeOutcome, PathMetric, RunRecord, run_records
+from .past.versions import (
     Restored,
     history,
     load_versions,
@@ -27,6 +22,11 @@ from .versions import (
     version_beside,
     versions_beside,
 )
+from .problem import Problem
+from .reading.checking import check, moved_branches, notes
+from .reading.loading import SkippedWarning, StaleWarning, load, survey
+from .saving.locking import lock, relock
+from .saving.save_tree import HistoryWarning
 from .yamlfile import json_schema
 
 __all__ = [

@@ -15,14 +15,14 @@ from ..formats.peft import peft_form
 from ..provenance import SaveNote
 from ..storage import install
 from ..tree import AdapterTree
-from .adapter_files import check_named
+from .adapters.adapter_files import check_named
+from .adapters.scan import find_files
+from .adapters.source import FolderSource
 from .hub_name import fetched, parse_hub_name
 from .lockfile import HubLock
-from .other_formats import save_one_file
-from .saving import save_tree
-from .scan import find_files
-from .single_adapter import save_adapter
-from .source import FolderSource
+from .saving.other_formats import save_one_file
+from .saving.save_tree import save_tree
+from .saving.single_adapter import save_adapter
 
 __all__ = ["FolderStorage"]
 
