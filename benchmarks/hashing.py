@@ -23,7 +23,7 @@ from unittest import mock
 
 import torch
 
-from lora_tree.folder import hashing
+from lora_tree.folder.adapters import hashing
 from lora_tree.formats.peft import WEIGHTS
 from lora_tree.formats.safetensors import PART
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
@@ -20,7 +21,16 @@ from pydantic import Field, StringConstraints
 from .errors import FolderError
 from .spec import StrictModel
 
-__all__ = ["DataFile", "Made", "SaveNote", "TrainedWith", "WatchedWith", "data_files", "seen_from"]
+__all__ = [
+    "DataFile",
+    "Made",
+    "SaveNote",
+    "TrainedWith",
+    "WatchedWith",
+    "data_files",
+    "seen_from",
+    "utc_now",
+]
 
 _BLOCK = 1 << 18
 
@@ -117,6 +127,11 @@ class SaveNote:
     training: Mapping[str, TrainedWith] = field(default_factory=dict)
     losses: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     moved: Mapping[str, str] = field(default_factory=dict)
+
+
+def utc_now() -> str:
+    """Return the time as locks and logs note it, like ``2026-11-26T19:17:26Z``."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def data_files(

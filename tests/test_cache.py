@@ -35,8 +35,8 @@ from lora_tree.errors import (
     StateError,
     UnlockedError,
 )
-from lora_tree.folder import hashing as hashing_room
-from lora_tree.folder import source as source_room
+from lora_tree.folder.adapters import hashing as hashing_room
+from lora_tree.folder.adapters import source as source_room
 from lora_tree.overlay import over
 
 

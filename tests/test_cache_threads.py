@@ -19,7 +19,7 @@ from torch import Tensor
 import lora_tree as lt
 from lora_tree.cache import shelf
 from lora_tree.errors import BudgetError, FormatError
-from lora_tree.folder.source import FolderSource
+from lora_tree.folder.adapters.source import FolderSource
 
 SECONDS = 4.0
 

@@ -17,7 +17,7 @@ from lora_tree.explore.curves import POINTS, plain_run, thinned
 from lora_tree.explore.facts import MOST_ALIKE, explore_facts, read_evaluation
 from lora_tree.explore.page import explore_page
 from lora_tree.folder import NodeMetric, PathMetric, RunRecord
-from lora_tree.folder.source import FolderSource
+from lora_tree.folder.adapters.source import FolderSource
 
 Q, V = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.v_proj"
 

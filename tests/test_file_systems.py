@@ -34,7 +34,7 @@ from zoo import listing
 import lora_tree as lt
 from lora_tree.errors import LoraTreeError
 from lora_tree.folder import survey
-from lora_tree.folder.commit import writing
+from lora_tree.folder.transactions.commit import writing
 from lora_tree.integrations.flatcache import FlatCache, FlatForm
 from lora_tree.runs.checkpoint_factors import load_factors, save_factors
 from lora_tree.runs.checkpoint_place import put_back, staged_checkpoint

@@ -23,12 +23,25 @@ from zoo import adapter, all_are_there, listing, opened, tree, value
 
 import lora_tree as lt
 from lora_tree.errors import FolderError, LoraTreeError
-from lora_tree.folder import archive, atomic_folders, carry, commit, disk, opening, record, writer
-from lora_tree.folder.changes import Changes, NewFile
-from lora_tree.folder.pending import Pending
+from lora_tree.folder import atomic_folders, disk
+from lora_tree.folder.reading import opening
+from lora_tree.folder.transactions import archive, carry_out, commit, record, writer
+from lora_tree.folder.transactions.changes import Changes, NewFile
+from lora_tree.folder.transactions.pending import Pending
 from lora_tree.system import claims, durable, locks, reading
 
-MODULES = (disk, archive, carry, commit, record, atomic_folders, locks, claims, durable, reading)
+MODULES = (
+    disk,
+    archive,
+    carry_out,
+    commit,
+    record,
+    atomic_folders,
+    locks,
+    claims,
+    durable,
+    reading,
+)
 WATCHED = ("open", "write", "fsync", "rename", "link", "unlink", "mkdir", "rmdir")
 
 
@@ -431,7 +444,7 @@ def test_a_file_carried_to_its_place_between_two_looks_is_found_there(
             moved.append(path)
             decided = record.read_record(folder)
             assert decided is not None
-            carry.carry_out(folder, decided)
+            carry_out.carry_out(folder, decided)
         return there
 
     source = opened(folder)["fr"].source
@@ -522,7 +535,7 @@ def test_what_is_removed_while_a_folder_is_listed_is_absent(
 
         def __exit__(self, *_: object) -> None: ...
 
-    monkeypatch.setattr("lora_tree.folder.scan.os.scandir", Slow)
+    monkeypatch.setattr("lora_tree.folder.adapters.scan.os.scandir", Slow)
     problems = lt.check(tmp_path)
     assert listed
     assert [problem.node for problem in problems] == ["goes"], problems

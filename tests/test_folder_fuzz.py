@@ -22,7 +22,7 @@ from zoo import adapter, tree
 import lora_tree as lt
 from lora_tree.errors import LoraTreeError, NewerFormat, SpecError
 from lora_tree.folder import lockfile, yamlfile
-from lora_tree.folder.record import HIDDEN
+from lora_tree.folder.transactions.record import HIDDEN
 
 pytestmark = [slow, pytest.mark.filterwarnings("ignore::lora_tree.StaleWarning")]
 CHEAP = settings(max_examples=1500, deadline=None, suppress_health_check=list(HealthCheck))

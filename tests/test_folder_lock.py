@@ -27,13 +27,8 @@ from zoo import (
 )
 
 import lora_tree as lt
-from lora_tree.errors import (
-    FolderError,
-    FormatError,
-    LoraTreeError,
-    UnlockedError,
-)
-from lora_tree.folder import record
+from lora_tree.errors import FolderError, FormatError, LoraTreeError, UnlockedError
+from lora_tree.folder.transactions import record
 
 
 # ---------------------------------------------------------------------- unlocked

@@ -15,10 +15,8 @@ import torch
 from zoo import CONFIG, WEIGHTS, adapter, nudge, opened, tree, write
 
 import lora_tree as lt
-from lora_tree.errors import (
-    StaleError,
-)
-from lora_tree.folder import bases
+from lora_tree.errors import StaleError
+from lora_tree.folder.reading import bases
 
 
 # ---------------------------------------------------------------------- stale

@@ -21,10 +21,10 @@ from oracle import net as base
 
 import lora_tree as lt
 from lora_tree.errors import FormatError, LoraTreeError, UnlockedError
-from lora_tree.folder import hashing
-from lora_tree.folder.examine import examine, hashed
-from lora_tree.folder.hashing import ContentHash
-from lora_tree.folder.scan import find_files
+from lora_tree.folder.adapters import hashing
+from lora_tree.folder.adapters.examine import examine, hashed
+from lora_tree.folder.adapters.hashing import ContentHash
+from lora_tree.folder.adapters.scan import find_files
 from lora_tree.formats import safetensors as reader
 from lora_tree.formats.peft import WEIGHTS
 

@@ -24,16 +24,11 @@ from zoo import CONFIG, WEIGHTS, adapter, all_are_there, listing, opened, value
 import lora_tree as lt
 from lora_tree.cli import main
 from lora_tree.errors import FolderError, LoraTreeError, PathError, SpecError, TreeError
-from lora_tree.folder import archive, disk
-from lora_tree.folder.history import (
-    HISTORY,
-    History,
-    Version,
-    parse_history,
-    render_history,
-)
+from lora_tree.folder import disk
+from lora_tree.folder.history_log import HISTORY, History, Version, parse_history, render_history
 from lora_tree.folder.lockfile import HubLock
-from lora_tree.folder.record import check_places
+from lora_tree.folder.transactions import archive
+from lora_tree.folder.transactions.record import check_places
 
 
 def numbers(a: lt.Adapter | None) -> list[Any]:

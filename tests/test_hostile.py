@@ -47,7 +47,10 @@ from lora_tree.errors import (
     SpecError,
 )
 from lora_tree.export.shards import open_checkpoint
-from lora_tree.folder import commit, disk, lockfile, opening, source, survey, yamlfile
+from lora_tree.folder import disk, lockfile, survey, yamlfile
+from lora_tree.folder.adapters import source
+from lora_tree.folder.reading import opening
+from lora_tree.folder.transactions import commit
 from lora_tree.formats import limits, strict_json
 from lora_tree.formats.safetensors import _ordinary, parse_header
 from lora_tree.integrations import flatcache, vllm

@@ -10,7 +10,7 @@ from oracle import low_rank
 from torch import nn
 
 import lora_tree as lt
-from lora_tree.folder.source import FolderSource
+from lora_tree.folder.adapters.source import FolderSource
 
 SITES, LEAVES = 40, 6
 

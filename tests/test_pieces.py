@@ -20,14 +20,14 @@ from cached import RANKS, adapter, weights, zoo
 
 import lora_tree as lt
 from lora_tree.errors import UnlockedError
-from lora_tree.folder import hashing, pieces
-from lora_tree.folder.examine import examine
-from lora_tree.folder.hashing import ContentHash
-from lora_tree.folder.opening import inspect
-from lora_tree.folder.outgoing import outgoing
-from lora_tree.folder.pieces import PieceHash
-from lora_tree.folder.scan import find_files
-from lora_tree.folder.tree_place import place_of
+from lora_tree.folder.adapters import hashing, pieces
+from lora_tree.folder.adapters.examine import examine
+from lora_tree.folder.adapters.hashing import ContentHash
+from lora_tree.folder.adapters.pieces import PieceHash
+from lora_tree.folder.adapters.scan import find_files
+from lora_tree.folder.reading.opening import inspect
+from lora_tree.folder.reading.tree_place import place_of
+from lora_tree.folder.transfer.outgoing import outgoing
 from lora_tree.formats import safetensors as reader
 from lora_tree.formats.peft import CONFIG, WEIGHTS
 
@@ -265,7 +265,7 @@ import atexit, sys
 from pathlib import Path
 import torch
 import lora_tree as lt
-from lora_tree.folder import hashing, pieces
+from lora_tree.folder.adapters import hashing, pieces
 from lora_tree.formats import safetensors as reader
 
 hashing.LARGE, pieces.LARGE, pieces.PIECE, reader.PART = 128, 128, 64, 40

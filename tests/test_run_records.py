@@ -22,8 +22,8 @@ from shell import Shell
 import lora_tree as lt
 from lora_tree.demo.bytelevel import open_base
 from lora_tree.errors import DivergedError, FolderError
-from lora_tree.folder import run_store
-from lora_tree.folder.run_records import RUN_LOCK
+from lora_tree.folder.past import run_store
+from lora_tree.folder.past.run_records import RUN_LOCK
 from lora_tree.runs import Run, Settings, read_rows
 from lora_tree.system import locks
 

@@ -28,7 +28,7 @@ from lora_tree.errors import (
     SpecError,
     TreeError,
 )
-from lora_tree.folder.scan import FILES
+from lora_tree.formats.peft import FILES
 from lora_tree.formats.peft_read import PICKLE
 
 

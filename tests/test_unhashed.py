@@ -24,8 +24,8 @@ from lora_tree.engine.plan import Plan
 from lora_tree.engine.planner import Planner
 from lora_tree.engine.unmerged import Unmerged
 from lora_tree.errors import BaseMismatch, UnlockedError
-from lora_tree.folder import hashing, pieces
-from lora_tree.folder.hashing import ContentHash
+from lora_tree.folder.adapters import hashing, pieces
+from lora_tree.folder.adapters.hashing import ContentHash
 from lora_tree.formats import safetensors as reader
 
 __all__ = ["launched", "modules"]  # fixtures

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..errors import SpecError
-from ..folder.tree_place import YAML
+from ..folder.reading.tree_place import YAML
 from ..provenance import data_files
 from ..runs import HeldOut, Row
 

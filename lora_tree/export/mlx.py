@@ -11,7 +11,7 @@ from torch import nn
 
 from ..adapter import Adapter
 from ..blend import Blend
-from ..folder.one_file import save_mlx
+from ..folder.saving.other_formats import save_mlx
 from ..storage import as_path
 from ..tree import AdapterTree
 

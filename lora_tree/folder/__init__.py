@@ -1,24 +1,20 @@
 """The folder is the tree: reading, locking, checking and saving a folder of nested PEFT adapters.
 
-reading     disk, bounds, lockfile, yamlfile; record → pending → scan → resolve
-            source, bases → opening → nodes
-deciding    seen, ownership, treeyaml, keeping → decide → changes  it writes nothing
-writing     writer, archive, carry → commit                        it decides nothing
-the past    history: the earlier versions of nodes; archive: their files
-the runs    run_records: reads the records of training; run_store: writes and removes them
-the verbs   saving, alone, relock → api, checking, versions, cleaning; edge installs them where
-            the values look for files
+    files ─→ adapters/ ─→ reading/ ─→ AdapterTree             nothing is written
+    AdapterTree ─→ saving/ ─→ Changes ─→ transactions/        all files change, or none
+
+    past/         earlier versions of nodes, and the records of training runs
+    transfer/     the files of a tree that leave this machine, or arrive
+
+Most files beside the rooms are further in: the disk, and the files that describe a tree, as bytes
+and as values. `folder_storage.py` is further out: it gives the values access to files.
 """
 
-from .api import SkippedWarning, StaleWarning, load, lock, relock, survey
-from .checking import check, moved_branches, notes
-from .cleaning import Freed, gc
-from .edge import FolderStorage
-from .history import Version
-from .problem import Problem
-from .run_records import NodeMetric, NodeOutcome, PathMetric, RunRecord, run_records
-from .saving import HistoryWarning
-from .versions import (
+from .folder_storage import FolderStorage
+from .history_log import Version
+from .past.cleaning import Freed, gc
+from .past.run_records import NodeMetric, NodeOutcome, PathMetric, RunRecord, run_records
+from .past.versions import (
     Restored,
     history,
     load_versions,
@@ -26,6 +22,11 @@ from .versions import (
     version_beside,
     versions_beside,
 )
+from .problem import Problem
+from .reading.checking import check, moved_branches, notes
+from .reading.loading import SkippedWarning, StaleWarning, load, survey
+from .saving.locking import lock, relock
+from .saving.save_tree import HistoryWarning
 from .yamlfile import json_schema
 
 __all__ = [

@@ -17,13 +17,14 @@ reading and writing again gives the same bytes.
 
 from __future__ import annotations
 
-from .peft_keys import CONFIG, WEIGHTS
+from .peft_keys import CONFIG, FILES, WEIGHTS
 from .peft_named import adapter_name_of
 from .peft_read import PICKLE, read_adapter, read_folder
 from .peft_write import peft_form, render
 
 __all__ = [
     "CONFIG",
+    "FILES",
     "PICKLE",
     "WEIGHTS",
     "adapter_name_of",

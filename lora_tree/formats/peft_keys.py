@@ -21,6 +21,7 @@ from collections.abc import Mapping
 
 __all__ = [
     "CONFIG",
+    "FILES",
     "NESTING",
     "PARTS",
     "PREFIX",
@@ -33,6 +34,8 @@ __all__ = [
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+FILES = (CONFIG, WEIGHTS)
+"""The two files of an adapter."""
 NESTING = "lora_tree.nesting"
 """Our own entry in a file's metadata: module → its raw parameters, in the order of registration."""
 

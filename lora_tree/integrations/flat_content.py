@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from ..blend import Blend, parse_blend
 from ..errors import FolderError, FormatError, LoraTreeError, SpecError, listing
 from ..folder import Problem
+from ..folder.adapters.source import FolderSource
 from ..folder.problem import HARMLESS
-from ..folder.source import FolderSource
 from ..tree import AdapterTree
 from ..weights import weight_digest
 

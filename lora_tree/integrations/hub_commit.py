@@ -15,9 +15,9 @@ from pathlib import Path
 
 from ..errors import HubError
 from ..folder import disk
-from ..folder.belonging import PLACE
-from ..folder.hub_origin import HubOrigin
 from ..folder.lockfile import TreeLock, parse_lock
+from ..folder.transfer.hub_origin import HubOrigin
+from ..folder.transfer.tree_files import PLACE
 from ..folder.yamlfile import read_spec
 from ..formats.limits import LOCK_BYTES, YAML_BYTES
 from ..spec import TreeSpec

@@ -18,12 +18,18 @@ from pathlib import Path
 
 from ..errors import FolderError, listing
 from ..folder import disk
-from ..folder.belonging import PLACE, belongings, locked_times, missing_among, places_among
-from ..folder.hub_origin import HubOrigin, read_origin
-from ..folder.incoming import Arrival, arrive, planned
-from ..folder.opening import inspect
 from ..folder.problem import raise_any
-from ..folder.tree_place import TreePlace
+from ..folder.reading.opening import inspect
+from ..folder.reading.tree_place import TreePlace
+from ..folder.transfer.hub_origin import HubOrigin, read_origin
+from ..folder.transfer.incoming import Arrival, arrive, planned
+from ..folder.transfer.tree_files import (
+    PLACE,
+    files_of_tree,
+    locked_times,
+    missing_among,
+    places_among,
+)
 from ..formats.peft import CONFIG
 from ..spec import TreeSpec
 from ..storage import as_path
@@ -105,7 +111,7 @@ def pull(
         # Adapters that nodes name on the hub are not part of a pull; opening the tree fetches them.
         but=("stale", "leftover", "hub"),
     )
-    own_files = belongings(opened)
+    own_files = files_of_tree(opened)
     if own_files.outside:
         raise FolderError(
             f"{repository}: {listing(own_files.outside)}: its adapter lies in a hidden folder",

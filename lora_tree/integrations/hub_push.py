@@ -22,12 +22,12 @@ from pathlib import Path
 
 from ..errors import FolderError, HubError, SpecError, listing, plural
 from ..folder import StaleWarning, disk, load
-from ..folder.belonging import PLACE, places_among
-from ..folder.hub_origin import HubOrigin, read_origin, write_origin
-from ..folder.opening import inspect
-from ..folder.outgoing import Outgoing, outgoing
 from ..folder.problem import raise_any
-from ..folder.tree_place import TreePlace, place_of
+from ..folder.reading.opening import inspect
+from ..folder.reading.tree_place import TreePlace, place_of
+from ..folder.transfer.hub_origin import HubOrigin, read_origin, write_origin
+from ..folder.transfer.outgoing import Outgoing, outgoing
+from ..folder.transfer.tree_files import PLACE, places_among
 from ..tree import AdapterTree
 from .hub_client import MAIN, HubClient, HubFile
 from .hub_commit import seen_files, spec_in

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from ..folder.run_records import NodeMetric, PathMetric, RunState
-from ..folder.tree_place import place_of
+from ..folder.past.run_records import NodeMetric, PathMetric, RunState
+from ..folder.reading.tree_place import place_of
 from ..provenance import seen_from
 from ..runs.recording import Recorder
 from ..training.sharded import full

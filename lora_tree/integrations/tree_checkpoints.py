@@ -20,7 +20,7 @@ from torch import nn
 
 from ..errors import DivergedError, SpecError
 from ..extras import need
-from ..folder.run_records import RunState
+from ..folder.past.run_records import RunState
 from ..model import TreeModel
 from ..runs.checkpoint_factors import load_factors, save_factors
 from ..runs.checkpoint_place import put_back, retire, staged_checkpoint

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ..errors import SpecError, agreeing, listing, plural
-from ..folder.source import FolderSource
+from ..folder.adapters.source import FolderSource
 from ..model import TreeModel
 from ..tree import AdapterTree
 from .rows import Row

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from ..errors import DivergedError, FormatError, SpecError, listing
-from ..folder.run_records import NodeOutcome, PathMetric, RunRecord, RunState, read_run
+from ..folder.past.run_records import NodeOutcome, PathMetric, RunRecord, RunState, read_run
 from ..lowrank import draw_again
 from ..model import TreeModel
 from ..provenance import DataFile, SaveNote, TrainedWith

@@ -20,8 +20,7 @@ from typing import Any
 
 from ..errors import FolderError
 from ..folder import disk
-from ..folder.keeping import utc_now
-from ..folder.run_records import (
+from ..folder.past.run_records import (
     RUN_ABOUT,
     RUN_LOCK,
     NodeMetric,
@@ -30,9 +29,10 @@ from ..folder.run_records import (
     RunState,
     runs_folder,
 )
-from ..folder.run_store import append_metrics, cut_after, resumed_or_new_run, write_about
-from ..folder.tree_place import place_of
+from ..folder.past.run_store import append_metrics, cut_after, resumed_or_new_run, write_about
+from ..folder.reading.tree_place import place_of
 from ..formats import strict_json
+from ..provenance import utc_now
 from ..system import locks
 
 __all__ = ["Recorder"]

@@ -19,7 +19,7 @@ from typing import Any
 
 from ..errors import LoraTreeError, SpecError, listing, plural
 from ..folder import disk
-from ..folder.nodes import made_of_node
+from ..folder.reading.nodes import made_of_node
 from ..provenance import DataFile, TrainedWith
 from ..system.reading import is_file
 from ..tree import AdapterTree

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..folder.run_records import NodeMetric, PathMetric
+from ..folder.past.run_records import NodeMetric, PathMetric
 from ..model import TreeModel
 from ..training.diverged import check_finite_step
 from ..training.levels import over_of

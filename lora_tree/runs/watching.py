@@ -16,7 +16,7 @@ from typing import Any
 
 from ..errors import FormatError, SpecError, listing
 from ..folder import disk
-from ..folder.run_records import PathMetric
+from ..folder.past.run_records import PathMetric
 from ..formats.safetensors import read_tensors, render_tensors
 from ..model import TreeModel
 from ..provenance import DataFile, WatchedWith

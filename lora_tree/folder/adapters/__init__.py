@@ -1,0 +1,1 @@
+"""Adapters in files: finding the files, hashing them, and reading the adapter that they hold."""
