@@ -16,9 +16,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..errors import HubError, LoraTreeError, SpecError, listing
-from ..extras import hub_answers, need
-from ..folder import disk
+from ...errors import HubError, LoraTreeError, SpecError, listing
+from ...extras import hub_answers, need
+from ...folder import disk
 
 __all__ = ["MAIN", "HubClient", "HubFile", "Snapshot"]
 

@@ -20,12 +20,12 @@ from typing import Any
 
 from rich.filesize import decimal
 
-from ..drawn.drawing import arrange_nodes
-from ..drawn.node_lines import NodeLine, lines_of, remark_text
-from ..drawn.tree_picture import tree_picture
-from ..errors import SpecError, plural, printable
-from ..extras import need
-from ..tree import AdapterTree
+from ...drawn.drawing import arrange_nodes
+from ...drawn.node_lines import NodeLine, lines_of, remark_text
+from ...drawn.tree_picture import tree_picture
+from ...errors import SpecError, plural, printable
+from ...extras import need
+from ...tree import AdapterTree
 
 __all__ = ["CARD", "PICTURE", "TreeCard"]
 

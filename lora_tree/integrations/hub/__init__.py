@@ -7,12 +7,12 @@
                                     .training, caches, notes, keys: never pushed
 
 Law: neither overwrites a change that somebody else made. Each compares with the commit that the
-folder was last pulled from, or pushed to (`hub_commit.py`).
+folder was last pulled from, or pushed to (`seen_commit.py`).
 """
 
 from __future__ import annotations
 
-from .hub_pull import Pulled, pull
-from .hub_push import Pushed, push
+from .pulling import Pulled, pull
+from .pushing import Pushed, push
 
 __all__ = ["Pulled", "Pushed", "pull", "push"]

@@ -20,17 +20,17 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..errors import FolderError, HubError, SpecError, listing, plural
-from ..folder import StaleWarning, disk, load
-from ..folder.belonging import PLACE, places_among
-from ..folder.hub_origin import HubOrigin, read_origin, write_origin
-from ..folder.opening import inspect
-from ..folder.outgoing import Outgoing, outgoing
-from ..folder.problem import raise_any
-from ..folder.tree_place import TreePlace, place_of
-from ..tree import AdapterTree
-from .hub_client import MAIN, HubClient, HubFile
-from .hub_commit import seen_files, spec_in
+from ...errors import FolderError, HubError, SpecError, listing, plural
+from ...folder import StaleWarning, disk, load
+from ...folder.belonging import PLACE, places_among
+from ...folder.hub_origin import HubOrigin, read_origin, write_origin
+from ...folder.opening import inspect
+from ...folder.outgoing import Outgoing, outgoing
+from ...folder.problem import raise_any
+from ...folder.tree_place import TreePlace, place_of
+from ...tree import AdapterTree
+from .client import MAIN, HubClient, HubFile
+from .seen_commit import seen_files, spec_in
 
 __all__ = ["Pushed", "push"]
 
@@ -101,7 +101,7 @@ def push(
     """
     # Imported here: the picture and the table need rich, for which `import lora_tree` must not
     # wait.
-    from .hub_card import CARD, PICTURE, TreeCard
+    from .card import CARD, PICTURE, TreeCard
 
     place = place_of(folder)
     opened = inspect(place)

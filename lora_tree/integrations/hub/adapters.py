@@ -9,11 +9,11 @@ import itertools
 import os
 from collections.abc import Sequence
 
-from ..errors import HubError, listing
-from ..folder.hub_name import Fetched, HubName, install_hub
-from ..formats.peft import CONFIG, WEIGHTS
-from ..formats.recognise import DIFFUSERS_WEIGHTS, MLX_WEIGHTS
-from .hub_client import MAIN, HubClient, Snapshot
+from ...errors import HubError, listing
+from ...folder.hub_name import Fetched, HubName, install_hub
+from ...formats.peft import CONFIG, WEIGHTS
+from ...formats.recognise import DIFFUSERS_WEIGHTS, MLX_WEIGHTS
+from .client import MAIN, HubClient, Snapshot
 
 __all__ = ["HubAdapters"]
 

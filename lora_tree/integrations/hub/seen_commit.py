@@ -13,15 +13,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..errors import HubError
-from ..folder import disk
-from ..folder.belonging import PLACE
-from ..folder.hub_origin import HubOrigin
-from ..folder.lockfile import TreeLock, parse_lock
-from ..folder.yamlfile import read_spec
-from ..formats.limits import LOCK_BYTES, YAML_BYTES
-from ..spec import TreeSpec
-from .hub_client import HubClient, HubFile
+from ...errors import HubError
+from ...folder import disk
+from ...folder.belonging import PLACE
+from ...folder.hub_origin import HubOrigin
+from ...folder.lockfile import TreeLock, parse_lock
+from ...folder.yamlfile import read_spec
+from ...formats.limits import LOCK_BYTES, YAML_BYTES
+from ...spec import TreeSpec
+from .client import HubClient, HubFile
 
 __all__ = ["lock_in", "seen_files", "spec_in"]
 

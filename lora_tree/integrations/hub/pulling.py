@@ -16,19 +16,19 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from ..errors import FolderError, listing
-from ..folder import disk
-from ..folder.belonging import PLACE, belongings, locked_times, missing_among, places_among
-from ..folder.hub_origin import HubOrigin, read_origin
-from ..folder.incoming import Arrival, arrive, planned
-from ..folder.opening import inspect
-from ..folder.problem import raise_any
-from ..folder.tree_place import TreePlace
-from ..formats.peft import CONFIG
-from ..spec import TreeSpec
-from ..storage import as_path
-from .hub_client import MAIN, HubClient, HubFile, Snapshot
-from .hub_commit import lock_in, seen_files, spec_in
+from ...errors import FolderError, listing
+from ...folder import disk
+from ...folder.belonging import PLACE, belongings, locked_times, missing_among, places_among
+from ...folder.hub_origin import HubOrigin, read_origin
+from ...folder.incoming import Arrival, arrive, planned
+from ...folder.opening import inspect
+from ...folder.problem import raise_any
+from ...folder.tree_place import TreePlace
+from ...formats.peft import CONFIG
+from ...spec import TreeSpec
+from ...storage import as_path
+from .client import MAIN, HubClient, HubFile, Snapshot
+from .seen_commit import lock_in, seen_files, spec_in
 
 __all__ = ["Pulled", "pull"]
 
