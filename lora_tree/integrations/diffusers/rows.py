@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..callers import locals_of_call
-from ..engine.rows.batch_axis import BatchAxis, Place, SeenSites
-from ..errors import BaseMismatch, plural
+from ...callers import locals_of_call
+from ...engine.rows.batch_axis import BatchAxis, Place, SeenSites
+from ...errors import BaseMismatch, plural
 
 __all__ = ["PipelineAxis"]
 

@@ -1,20 +1,14 @@
-"""A tree over a diffusion pipeline: its UNet or transformer and its text encoders, as one base.
+"""PipelineModel: a tree bound to the components of a pipeline, which the caller goes on calling.
 
-    from lora_tree.integrations.diffusers import attach_pipeline
-    model = attach_pipeline(tree, pipe)
-    model.activate("style/knight"); pipe("a castle")
-    with model.route(["style/knight", "style/wizard"]): pipe(["a castle", "a tower"])
+    pipe.unet, pipe.text_encoder, … ──▶ one base, an `Assembly` ──▶ PipelineModel
+    pipe([prompt, prompt])          ──▶ each component's rows, found inside route (`rows.py`)
 
-The caller keeps calling the pipeline. How the rows of a batch lie in each component is found from
-the pipeline's own call (`pipeline_rows`), and names of other programs are looked up among the
-pipeline's modules (`pipeline_names`).
+Law: a component that another tree, a LoRA in diffusers or an offloading hook changes is refused.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
-import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -22,65 +16,27 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..assembly import Assembly
-from ..attachment import Attachment
-from ..blend import Blend
-from ..cache import Frequency, Policy
-from ..engine.hook import Hook
-from ..engine.routing.forms import Strategy
-from ..engine.rows.batch_axis import BatchAxis
-from ..engine.switching.copy_place import CopyPlace
-from ..errors import SpecError, StateError, listing
-from ..extras import foreign, need, open_pretrained
-from ..model import TreeModel
-from ..storage import as_path
-from ..system.reading import is_file
-from ..tree import AdapterTree
-from .pipeline_names import assembled
-from .pipeline_rows import PipelineAxis
+from ...attachment import Attachment
+from ...blend import Blend
+from ...cache import Frequency, Policy
+from ...engine.hook import Hook
+from ...engine.routing.forms import Strategy
+from ...engine.rows.batch_axis import BatchAxis
+from ...engine.switching.copy_place import CopyPlace
+from ...errors import StateError
+from ...extras import need
+from ...model import TreeModel
+from ...tree import AdapterTree
+from .components import components_of
+from .module_names import assembled
+from .rows import PipelineAxis
 
-__all__ = [
-    "PipelineModel",
-    "attach",
-    "attach_pipeline",
-    "components_of",
-    "is_pipeline",
-    "pipeline_skeleton",
-]
-
-ADAPTABLE = re.compile(r"(?:unet|transformer|text_encoder)(?:_[23])?\Z")
-MODEL_INDEX = "model_index.json"
+__all__ = ["PipelineModel", "attach", "attach_pipeline"]
 
 # Both sides are weak: this table keeps neither a component nor a model alive. So a model that was
 # dropped without `detach` leaves its pipeline free for another tree.
 _HELD: weakref.WeakKeyDictionary[nn.Module, weakref.ref[PipelineModel]]
 _HELD = weakref.WeakKeyDictionary()
-
-
-def components_of(pipe: Any) -> dict[str, nn.Module]:
-    """Return the components of a pipeline that adapters change: name → model.
-
-    They are in the pipeline's own order.
-
-    Raises:
-        SpecError: it is no pipeline, or has none.
-    """
-    held = getattr(pipe, "components", None)
-    if not isinstance(held, Mapping):
-        raise SpecError(
-            f"expected a DiffusionPipeline, got {type(pipe).__name__}",
-            "a single model is attached by lora_tree.attach(tree, model)",
-        )
-    components: dict[str, nn.Module] = {}
-    for name, component in held.items():
-        if ADAPTABLE.match(name) and isinstance(component, nn.Module):
-            components[name] = component
-    if not components:
-        raise SpecError(
-            f"{type(pipe).__name__} has no component that takes adapters: it has {listing(held)}",
-            "a pipeline's unet, transformer and text_encoder do",
-        )
-    return components
 
 
 def attach_pipeline(
@@ -120,44 +76,6 @@ def attach_pipeline(
 attach = attach_pipeline
 """The same function, by a name that reads well with the module's: ``diffusers.attach(tree, pipe)``.
 """
-
-
-def pipeline_skeleton(folder: str | os.PathLike[str]) -> Assembly:
-    """Return a pipeline's adaptable components from its folder's configs, with shapes, no memory.
-
-    Args:
-        folder: as ``pipe.save_pretrained`` writes it; with a ``model_index.json``.
-
-    Raises:
-        MissingExtra: diffusers or transformers is not installed.
-        SpecError: it is no such folder, or names a class that these libraries do not have.
-    """
-    diffusers = need("diffusers", extra="diffusers", what="the components of a pipeline")
-    transformers = need("transformers", extra="transformers", what="a pipeline's text encoders")
-    with foreign(f"{folder}: diffusers can't read its {MODEL_INDEX}"), torch.device("meta"):
-        index = diffusers.DiffusionPipeline.load_config(folder, local_files_only=True)
-        made: dict[str, nn.Module] = {}
-        for name, entry in index.items():
-            if not ADAPTABLE.match(name) or None in (entry or [None]):
-                continue  # a component that this pipeline does without
-            library, kind = entry
-            if library == "diffusers":
-                model = getattr(diffusers, kind)
-                config = model.load_config(folder, subfolder=name, local_files_only=True)
-                made[name] = model.from_config(config).eval()
-            else:
-                model = getattr(transformers, kind)
-                config = open_pretrained(
-                    transformers.AutoConfig, folder, failed=f"no config of {name}", subfolder=name
-                )
-                made[name] = model(config).eval()
-        pipeline = getattr(diffusers, index["_class_name"])
-    return assembled(made, pipeline, name=os.fspath(folder))
-
-
-def is_pipeline(folder: str | os.PathLike[str]) -> bool:
-    """Tell whether a folder holds a pipeline, as ``pipe.save_pretrained`` writes it."""
-    return is_file(as_path(folder) / MODEL_INDEX)
 
 
 class PipelineModel(TreeModel):

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..assembly import Assembly
-from ..errors import BaseMismatch, LoraTreeError
-from ..formats import kohya
-from ..formats.diffusers import read_diffusers
-from ..lowrank import LowRank
+from ...assembly import Assembly
+from ...errors import BaseMismatch, LoraTreeError
+from ...formats import kohya
+from ...formats.diffusers import read_diffusers
+from ...lowrank import LowRank
 
 __all__ = ["assembled"]
 
