@@ -15,9 +15,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
-from ..blend import parse_blend, spelled
-from ..errors import LoraTreeError, PathError, SpecError, plural, printable
-from ..node_names import MAX_DEPTH
+from ...blend import parse_blend, spelled
+from ...errors import LoraTreeError, PathError, SpecError, plural, printable
+from ...node_names import MAX_DEPTH
 
 __all__ = ["NameRules", "RequestedName", "shown"]
 

@@ -6,8 +6,8 @@ import json
 import logging
 from collections.abc import Collection
 
+from ..flat_cache import ROUNDING, Flattened
 from .client_names import shown
-from .flatcache import ROUNDING, Flattened
 
 __all__ = ["OnceLog", "log", "reason", "tell_request", "tell_served"]
 

@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from .flat_content import is_blend
+from .content import is_blend
 
 __all__ = ["Usage"]
 

@@ -19,10 +19,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..errors import BudgetError, FolderError, FormatError, PathError, SpecError
-from ..extras import need
-from .flat_content import is_blend
-from .flatcache import Flattened, NoRoom, TooLarge
+from ...errors import BudgetError, FolderError, FormatError, PathError, SpecError
+from ...extras import need
+from ..flat_cache import Flattened, NoRoom, TooLarge, is_blend
 
 __all__ = ["NOT_ADMITTED", "REASONS", "UNREADABLE", "Metrics", "why_refused"]
 

@@ -8,13 +8,13 @@ tree is now.
 This is a plugin of vLLM (entry point ``vllm.general_plugins``), configured by the environment
 variables that `server_args` returns. vLLM asks for a name once and keeps the answer. So a thread
 looks at the tree, and gives vLLM the new adapter of a path whose content has changed, under a new
-name and a new number; or it removes a path that is no longer in the tree (`vllm_watch.py`).
+name and a new number; or it removes a path that is no longer in the tree (`watch.py`).
 
 Law: a path that was served goes on being served, as it was, while its files are not whole or do not
 fit the lock. A name that is refused costs no look at the tree, no file and no memory, only one
 short line in the log.
 
-Read: vLLM 0.32, vllm/lora/resolver.py; see `vllm_front` for the rest.
+Read: vLLM 0.32, vllm/lora/resolver.py; see `front_end.py` for the rest.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from ..errors import FolderError, LoraTreeError, PathError, UnlockedError
-from ..extras import need
-from ..folder import Problem, survey
-from ..tree import AdapterTree
+from ...errors import FolderError, LoraTreeError, PathError, UnlockedError
+from ...extras import need
+from ...folder import Problem, survey
+from ...tree import AdapterTree
+from ..flat_cache import FlatCache, FlatForm, Flattened, NoRoom
 from .client_names import RequestedName, shown
-from .flatcache import FlatCache, FlatForm, Flattened, NoRoom
-from .surveyed import Surveyed, View, release_of
-from .vllm_front import Front, find_serving_models, request_of
-from .vllm_log import OnceLog, log, reason, tell_request, tell_served
-from .vllm_metrics import NOT_ADMITTED, UNREADABLE, Metrics, why_refused
-from .vllm_settings import ZOO, PluginSettings, ServerArgs, server_args
-from .vllm_watch import MODELS, Watcher
+from .front_end import Front, find_serving_models, request_of
+from .log import OnceLog, log, reason, tell_request, tell_served
+from .metrics import NOT_ADMITTED, UNREADABLE, Metrics, why_refused
+from .settings import ZOO, PluginSettings
+from .tree_view import Surveyed, View, release_of
+from .watch import MODELS, Watcher
 
-__all__ = ["ServerArgs", "register", "server_args"]
+__all__ = ["register"]
 
 RESOLVER = "lora_tree"
 AT_ONCE = 4

@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from ..errors import LoraTreeError, SpecError
-from ..export import ENGINE_RANKS, ceil_rank_of
-from ..folder import Problem, survey
-from ..folder.problem import HARMLESS
-from ..storage import as_path
-from ..tree import AdapterTree
+from ...errors import LoraTreeError, SpecError
+from ...export import ENGINE_RANKS, ceil_rank_of
+from ...folder import Problem, survey
+from ...folder.problem import HARMLESS
+from ...storage import as_path
+from ...tree import AdapterTree
 from .client_names import NameRules
 
 __all__ = ["DEFAULT_ERROR", "ZOO", "PluginSettings", "ServerArgs", "server_args"]

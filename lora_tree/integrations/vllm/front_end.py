@@ -23,9 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..callers import caller_object
-from ..extras import need
-from .flatcache import Flattened
+from ...callers import caller_object
+from ...extras import need
+from ..flat_cache import Flattened
 
 __all__ = ["Front", "find_serving_models", "request_of"]
 

@@ -2,10 +2,9 @@
 
     tree, "fr/legal" ──▶ content 1f0c… ──▶ cache/1f0c…/    made if missing, then served from there
 
-A content names a folder (`flat_content.py`), so a changed tree gives another folder. A folder that
-was given out never changes, and an engine's own caches never hold a stale one. Two names that mean
-the same share a folder. `flat_usage.py` knows what this process uses, `shared_folder.py` what the
-others do.
+A content names a folder (`content.py`), so a changed tree gives another folder. A folder that was
+given out never changes, and an engine's own caches never hold a stale one. Two names that mean the
+same share a folder. `usage.py` knows what this process uses, `shared_folder.py` what the others do.
 
 Law: the folder never holds more than its budget. An adapter that a request may still read is not
 evicted. A refused name leaves neither a file nor an open file behind.
@@ -21,17 +20,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from ..blend import Blend
-from ..errors import BudgetError, FolderError, LoraTreeError, SpecError, UnlockedError, plural
-from ..export import Portable, portable
-from ..folder import Problem
-from ..storage import as_path
-from ..tree import AdapterTree
-from .flat_content import Contents, FlatContent, FlatForm, is_blend, lineages
-from .flat_usage import Usage
+from ...blend import Blend
+from ...errors import BudgetError, FolderError, LoraTreeError, SpecError, UnlockedError, plural
+from ...export import Portable, portable
+from ...folder import Problem
+from ...storage import as_path
+from ...tree import AdapterTree
+from .content import Contents, FlatContent, FlatForm, is_blend, lineages
 from .shared_folder import SharedFolder
+from .usage import Usage
 
-__all__ = ["ROUNDING", "FlatCache", "FlatForm", "Flattened", "NoRoom", "TooLarge", "name_of"]
+__all__ = ["ROUNDING", "FlatCache", "Flattened", "NoRoom", "TooLarge", "name_of"]
 
 V = TypeVar("V")
 

@@ -15,13 +15,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..blend import Blend, parse_blend
-from ..errors import FolderError, FormatError, LoraTreeError, SpecError, listing
-from ..folder import Problem
-from ..folder.problem import HARMLESS
-from ..folder.source import FolderSource
-from ..tree import AdapterTree
-from ..weights import weight_digest
+from ...blend import Blend, parse_blend
+from ...errors import FolderError, FormatError, LoraTreeError, SpecError, listing
+from ...folder import Problem
+from ...folder.problem import HARMLESS
+from ...folder.source import FolderSource
+from ...tree import AdapterTree
+from ...weights import weight_digest
 
 __all__ = ["Contents", "FlatContent", "FlatForm", "is_blend", "lineages"]
 

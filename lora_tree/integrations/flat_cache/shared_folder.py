@@ -22,10 +22,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ..errors import FolderError, LoraTreeError
-from ..folder import disk
-from ..system import claims, locks
-from ..system.reading import is_file
+from ...errors import FolderError, LoraTreeError
+from ...folder import disk
+from ...system import claims, locks
+from ...system.reading import is_file
 
 __all__ = ["SharedFolder"]
 

@@ -13,14 +13,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 
-from ..errors import FolderError, FormatError, LoraTreeError
-from ..tree import AdapterTree
+from ...errors import FolderError, FormatError, LoraTreeError
+from ...tree import AdapterTree
+from ..flat_cache import FlatCache
 from .client_names import NameRules, RequestedName, shown
-from .flatcache import FlatCache
-from .surveyed import Surveyed, View
-from .vllm_front import Front
-from .vllm_log import OnceLog, log, reason, tell_served
-from .vllm_metrics import Metrics
+from .front_end import Front
+from .log import OnceLog, log, reason, tell_served
+from .metrics import Metrics
+from .tree_view import Surveyed, View
 
 __all__ = ["MODELS", "Watcher"]
 

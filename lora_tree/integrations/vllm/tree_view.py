@@ -15,9 +15,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..errors import LoraTreeError
-from ..folder import Problem
-from ..tree import AdapterTree
+from ...errors import LoraTreeError
+from ...folder import Problem
+from ...tree import AdapterTree
 
 __all__ = ["Surveyed", "View", "release_of"]
 
