@@ -18,15 +18,15 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from ..errors import FormatError, SpecError
-from ..folder import NodeOutcome, disk
-from ..formats import strict_json
-from ..formats.safetensors import read_tensors, render_tensors
-from ..system.reading import is_file
-from ..training.patience import NodePatience, PathLosses
+from ...errors import FormatError, SpecError
+from ...folder import NodeOutcome, disk
+from ...formats import strict_json
+from ...formats.safetensors import read_tensors, render_tensors
+from ...system.reading import is_file
+from ...training.patience import NodePatience, PathLosses
 
 if TYPE_CHECKING:
-    from .transformers import TreeTrainer
+    from ..transformers import TreeTrainer
 
 __all__ = ["NodeStopping"]
 

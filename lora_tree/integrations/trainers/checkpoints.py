@@ -17,22 +17,17 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import nn
+from transformers import Trainer
+from transformers.trainer_utils import sort_checkpoints
 
-from ..errors import DivergedError, SpecError
-from ..extras import need
-from ..folder.run_records import RunState
-from ..model import TreeModel
-from ..runs.checkpoint_factors import load_factors, save_factors
-from ..runs.checkpoint_place import put_back, retire, staged_checkpoint
-from ..training.diverged import Start
-from ..training.rank_names import ranks
+from ...errors import DivergedError, SpecError
+from ...folder.run_records import RunState
+from ...model import TreeModel
+from ...runs.checkpoint_factors import load_factors, save_factors
+from ...runs.checkpoint_place import put_back, retire, staged_checkpoint
+from ...training.diverged import Start
+from ...training.rank_names import ranks
 from .sharded_state import load_state, save_state
-
-for _needed in ("transformers", "accelerate"):
-    need(_needed, extra="train", what="TreeTrainer")
-
-from transformers import Trainer  # noqa: E402
-from transformers.trainer_utils import sort_checkpoints  # noqa: E402
 
 __all__ = ["TreeCheckpoints"]
 

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import distribute_tensor
 
-from ..errors import FormatError, SpecError
-from ..folder import disk
-from ..formats import strict_json
-from ..formats.safetensors import read_tensors, render_tensors
-from ..lowrank import is_sharded
-from ..training.sharded import full
+from ...errors import FormatError, SpecError
+from ...folder import disk
+from ...formats import strict_json
+from ...formats.safetensors import read_tensors, render_tensors
+from ...lowrank import is_sharded
+from ...training.sharded import full
 
 __all__ = ["load_state", "save_state"]
 

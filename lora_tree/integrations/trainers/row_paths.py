@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ..errors import SpecError, listing
-from ..tree import AdapterTree
+from ...errors import SpecError, listing
+from ...tree import AdapterTree
 
 __all__ = ["PathCollator", "paths_of"]
 

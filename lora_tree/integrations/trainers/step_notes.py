@@ -15,15 +15,15 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from ..folder.run_records import NodeMetric, PathMetric, RunState
-from ..folder.tree_place import place_of
-from ..provenance import seen_from
-from ..runs.recording import Recorder
-from ..training.sharded import full
+from ...folder.run_records import NodeMetric, PathMetric, RunState
+from ...folder.tree_place import place_of
+from ...provenance import seen_from
+from ...runs.recording import Recorder
+from ...training.sharded import full
 from .path_losses import PathMeans
 
 if TYPE_CHECKING:
-    from .transformers import TreeTrainer
+    from ..transformers import TreeTrainer
 
 __all__ = ["StepNotes"]
 

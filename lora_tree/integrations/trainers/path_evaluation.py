@@ -15,14 +15,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..blend import Blend
-from ..errors import SpecError, listing
-from ..runs import Verdict
-from ..training.diverged import BASE_LABEL
-from ..training.patience import PathLosses
+from ...blend import Blend
+from ...errors import SpecError, listing
+from ...runs import Verdict
+from ...training.diverged import BASE_LABEL
+from ...training.patience import PathLosses
+from .checkpoints import TreeCheckpoints
 from .held_rows import HeldRows
 from .path_losses import PathTotals
-from .tree_checkpoints import TreeCheckpoints
 
 __all__ = ["PathEvaluation"]
 

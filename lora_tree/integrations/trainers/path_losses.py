@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..blend import Blend, spelled
-from ..engine.upload import uploaded
-from ..training.losses import row_losses
-from ..training.rank_names import blends_of_all, ranks
-from ..tree import AdapterTree
+from ...blend import Blend, spelled
+from ...engine.upload import uploaded
+from ...training.losses import row_losses
+from ...training.rank_names import blends_of_all, ranks
+from ...tree import AdapterTree
 
 __all__ = ["PathMeans", "PathTotals"]
 

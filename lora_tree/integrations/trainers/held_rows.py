@@ -17,11 +17,11 @@ from typing import Any
 
 from torch.utils.data import Subset
 
-from ..blend import Blend
-from ..errors import SpecError, plural
-from ..runs.held_back import Verdict, at_part, judge, places_held_back
-from ..training.diverged import BASE_LABEL
-from ..tree import AdapterTree
+from ...blend import Blend
+from ...errors import SpecError, plural
+from ...runs.held_back import Verdict, at_part, judge, places_held_back
+from ...training.diverged import BASE_LABEL
+from ...tree import AdapterTree
 from .row_paths import paths_of
 
 __all__ = ["HELD_BACK", "HeldRows", "Losses", "held_rows"]

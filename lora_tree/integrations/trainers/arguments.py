@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..errors import SpecError, StateError, agreeing, listing
-from ..model import TreeModel
+from ...errors import SpecError, StateError, agreeing, listing
+from ...model import TreeModel
 
 __all__ = [
     "check_base_methods",

@@ -12,9 +12,9 @@ from typing import Any
 from torch import Tensor
 from transformers import TrainerCallback
 
-from ..model import TreeModel
-from ..runs.frozen_cause import frozen_cause, inputs_of_path
-from ..training.diverged import check_finite_step
+from ...model import TreeModel
+from ...runs.frozen_cause import frozen_cause, inputs_of_path
+from ...training.diverged import check_finite_step
 
 __all__ = ["FiniteSteps", "StepInputs"]
 
