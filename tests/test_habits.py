@@ -98,6 +98,14 @@ ENGINE = [
     *("prepared_segments", "behaviour", "blocks", "prepared", "stage", "unmerged"),
 ]
 """The engine's rooms and files, each of which imports what stands before it."""
+INTEGRATIONS = [
+    *("trackers", "hub", "diffusers"),
+    "flat_cache",
+    "vllm",
+    "trainers",
+    *("transformers", "trl"),
+]
+"""The integrations' rooms and files, in the same way."""
 MAP = {"__init__", "__main__", "surface"}
 OPTIONAL = {
     "cli",
@@ -202,21 +210,32 @@ def test_imports_point_inward() -> None:
     none_of(problems)
 
 
-def test_imports_inside_the_engine_point_inward() -> None:
+@pytest.mark.parametrize(("outer", "order"), [("engine", ENGINE), ("integrations", INTEGRATIONS)])
+def test_imports_inside_a_room_point_inward(outer: str, order: list[str]) -> None:
+    package = f"lora_tree.{outer}"
+    places = {name: place for place, name in enumerate(order)}
+    # The room's own map imports all of it, so it is further out than every file.
+    places[package] = len(order)
     problems = []
-    places = {name: place for place, name in enumerate(ENGINE)}
-    for source in (PACKAGE / "engine").rglob("*.py"):
-        mine = source.relative_to(PACKAGE / "engine").with_suffix("").parts[0]
+    found = set()
+    for source in (PACKAGE / outer).rglob("*.py"):
+        mine = source.relative_to(PACKAGE / outer).with_suffix("").parts[0]
         if mine == "__init__":
             continue
-        assert mine in places, f"give {mine} a place in ENGINE"
+        found.add(mine)
+        assert mine in places, f"give {mine} a place in {outer.upper()}"
         for name, line in imported(source):
-            theirs = name.removeprefix("lora_tree.engine.").split(".")[0]
-            if name.startswith("lora_tree.engine.") and places[theirs] > places[mine]:
+            theirs = name.removeprefix(f"{package}.").split(".")[0]
+            if name == package:
+                theirs = package
+            elif not name.startswith(f"{package}."):
+                continue
+            if places[theirs] > places[mine]:
                 problems.append(
                     f"{at(source, line)}: {mine} imports {theirs}, which is further out"
                 )
     none_of(problems)
+    assert found == set(order), f"{outer.upper()} names what is not there"
 
 
 def test_imports_stand_at_the_top() -> None:
