@@ -18,7 +18,7 @@ from server import Server, serving
 from tiny import SHAPES, adapter, save_base
 
 import lora_tree as lt
-from lora_tree.integrations.vllm_settings import server_args
+from lora_tree.integrations.vllm import server_args
 
 NAMES, CLIENTS = 10_000, 8
 BUDGET = 2_800_000  # room for some twenty blends in use, while one is added

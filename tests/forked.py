@@ -21,7 +21,7 @@ SERVER.set_forkserver_preload(
     [
         "lora_tree.cli.commands.train",
         "lora_tree.export.checkpoint",
-        "lora_tree.integrations.flatcache",
+        "lora_tree.integrations.flat_cache",
         "transformers.models.llama.modeling_llama",
         "transformers.tokenization_utils_tokenizers",
     ]

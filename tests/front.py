@@ -25,12 +25,12 @@ from oracle import random_adapter
 from prometheus_client import CollectorRegistry
 
 import lora_tree as lt
-from lora_tree.integrations import vllm_front
-from lora_tree.integrations.flatcache import FlatCache
-from lora_tree.integrations.shared_folder import SharedFolder
-from lora_tree.integrations.vllm import _Resolver
-from lora_tree.integrations.vllm_metrics import Metrics
-from lora_tree.integrations.vllm_settings import CACHE, CACHE_BYTES, POLL_S, ZOO, PluginSettings
+from lora_tree.integrations.flat_cache import FlatCache
+from lora_tree.integrations.flat_cache.shared_folder import SharedFolder
+from lora_tree.integrations.vllm import front_end as vllm_front_end
+from lora_tree.integrations.vllm.metrics import Metrics
+from lora_tree.integrations.vllm.plugin import _Resolver
+from lora_tree.integrations.vllm.settings import CACHE, CACHE_BYTES, POLL_S, ZOO, PluginSettings
 
 
 def folder_of(kept: FlatCache) -> SharedFolder:
@@ -166,7 +166,7 @@ def front_end(zoo: Path, cache: Path, **more: str) -> Iterator[Models]:
     }
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(
-            vllm_front, "need", lambda *_, **__: SimpleNamespace(LoRARequest=LoRARequest)
+            vllm_front_end, "need", lambda *_, **__: SimpleNamespace(LoRARequest=LoRARequest)
         )
         registry = CollectorRegistry()
         models = Models(_Resolver(PluginSettings.of(environment), Metrics(registry)), registry)

@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import lora_tree as lt
 from lora_tree.errors import StateError
-from lora_tree.integrations.path_losses import PathTotals
+from lora_tree.integrations.trainers.path_losses import PathTotals
 from lora_tree.integrations.transformers import TreeTrainer
 
 TRAINING = ("a", "a/b/c", "d")

@@ -26,7 +26,7 @@ from sampling import slow
 
 import lora_tree as lt
 from lora_tree.integrations.vllm import server_args
-from lora_tree.integrations.vllm_metrics import Metrics
+from lora_tree.integrations.vllm.metrics import Metrics
 
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "deploy"
@@ -289,7 +289,7 @@ def test_the_wheel_is_built_from_the_files_that_the_dockerfile_copies(tmp_path: 
 
 def settings() -> set[str]:
     """The variables that serve.sh and the plugin read."""
-    plugin = (ROOT / "lora_tree/integrations/vllm_settings.py").read_text()
+    plugin = (ROOT / "lora_tree/integrations/vllm/settings.py").read_text()
     start = (DEPLOY / "serve.sh").read_text()
     return set(re.findall(r"SERVE_[A-Z_]+", start)) | set(re.findall(r"LORA_TREE_VLLM_\w+", plugin))
 

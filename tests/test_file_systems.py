@@ -35,7 +35,7 @@ import lora_tree as lt
 from lora_tree.errors import LoraTreeError
 from lora_tree.folder import survey
 from lora_tree.folder.transactions.commit import writing
-from lora_tree.integrations.flatcache import FlatCache, FlatForm
+from lora_tree.integrations.flat_cache import FlatCache, FlatForm
 from lora_tree.runs.checkpoint_factors import load_factors, save_factors
 from lora_tree.runs.checkpoint_place import put_back, staged_checkpoint
 
@@ -486,7 +486,7 @@ def test_without_flock_what_another_process_serves_stays_until_it_is_killed(
     _zoo(tmp_path)
     body = """
 from lora_tree.folder import survey
-from lora_tree.integrations.flatcache import FlatCache, FlatForm
+from lora_tree.integrations.flat_cache import FlatCache, FlatForm
 kept = FlatCache(folder + "/cache", budget_bytes=1 << 30, form=FlatForm(8))
 print(kept.get(*survey(folder + "/zoo"), "fr").content, flush=True)
 time.sleep(600)

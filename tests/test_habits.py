@@ -110,6 +110,14 @@ FOLDER = [
     "folder_storage",
 ]
 """The rooms and files of the folder, in the same way."""
+INTEGRATIONS = [
+    *("trackers", "hub", "diffusers"),
+    "flat_cache",
+    "vllm",
+    "trainers",
+    *("transformers", "trl"),
+]
+"""The integrations' rooms and files, in the same way."""
 MAP = {"__init__", "__main__", "surface"}
 OPTIONAL = {
     "cli",
@@ -214,7 +222,10 @@ def test_imports_point_inward() -> None:
     none_of(problems)
 
 
-@pytest.mark.parametrize(("outer", "order"), [("engine", ENGINE), ("folder", FOLDER)])
+@pytest.mark.parametrize(
+    ("outer", "order"),
+    [("engine", ENGINE), ("folder", FOLDER), ("integrations", INTEGRATIONS)],
+)
 def test_imports_inside_a_room_point_inward(outer: str, order: list[str]) -> None:
     package = f"lora_tree.{outer}"
     places = {name: place for place, name in enumerate(order)}

@@ -53,8 +53,9 @@ from lora_tree.folder.reading import opening
 from lora_tree.folder.transactions import commit
 from lora_tree.formats import limits, strict_json
 from lora_tree.formats.safetensors import _ordinary, parse_header
-from lora_tree.integrations import flatcache, vllm
-from lora_tree.integrations.vllm_settings import PluginSettings, server_args
+from lora_tree.integrations.flat_cache import cache as flat_cache
+from lora_tree.integrations.vllm import plugin
+from lora_tree.integrations.vllm.settings import PluginSettings, server_args
 from lora_tree.runs import promote
 from lora_tree.runs.evaluation import LossMatrix
 from lora_tree.system import memory
@@ -115,9 +116,9 @@ def test_every_spelling_of_a_blend_is_one_adapter_and_one_entry(
 def test_a_client_who_makes_up_blends_shuts_no_path_out(
     served: Path, tmp_path: Path, grace_s: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vllm, "SHORT_GRACE_S", grace_s)
-    monkeypatch.setattr(vllm, "ROOM_S", 0.0)
-    monkeypatch.setattr(flatcache, "CONFIG_BYTES", 4096)
+    monkeypatch.setattr(plugin, "SHORT_GRACE_S", grace_s)
+    monkeypatch.setattr(plugin, "ROOM_S", 0.0)
+    monkeypatch.setattr(flat_cache, "CONFIG_BYTES", 4096)
     room = 32_000  # some ten adapters
     with front_end(served, tmp_path / "cache", blends="1", cache_bytes=str(room)) as front:
         idle, tenant = front.answers("fr", "fr/medical"), front.answers("fr/legal")
@@ -166,7 +167,7 @@ def test_unknown_names_cost_one_look_at_the_tree_in_an_interval(
         looks.append(args)
         return survey(*args, **more)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(vllm, "survey", counted)
+    monkeypatch.setattr(plugin, "survey", counted)
     with front_end(served, tmp_path / "cache", poll_s="30") as front:
         assert front.answers("fr/..", "fr:1", "x" * 10_000, "fr//legal") == [None] * 4
         assert not looks  # these are no paths, whatever the tree is
@@ -758,7 +759,7 @@ def test_lock_files_in_a_cache_are_opened_without_following_links(tmp_path: Path
     (tmp_path / "cache/.locks").mkdir(parents=True)
     (tmp_path / "cache/.locks/budget").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(FolderError, match=r"\.locks/budget: can't lock it"):
-        flatcache.FlatCache(tmp_path / "cache", budget_bytes=1 << 30, form=flatcache.FlatForm(8))
+        flat_cache.FlatCache(tmp_path / "cache", budget_bytes=1 << 30, form=flat_cache.FlatForm(8))
     assert not (tmp_path / "elsewhere").exists()
 
 

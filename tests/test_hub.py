@@ -307,7 +307,7 @@ def test_two_pushes_in_one_moment_make_one_commit(
     changed = lt.load(zoo)
     changed.remove("fr/legal")
     changed.save(zoo)
-    from lora_tree.integrations.hub_client import HubClient
+    from lora_tree.integrations.hub.client import HubClient
 
     commit = HubClient.commit
 

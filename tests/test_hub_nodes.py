@@ -26,7 +26,7 @@ from lora_tree.errors import (
     UnlockedError,
 )
 from lora_tree.folder.hub_name import parse_hub_name
-from lora_tree.integrations import hub_client
+from lora_tree.integrations.hub import client as hub_client
 
 pytest.importorskip("huggingface_hub", reason="an extra of its own")
 from huggingface_hub import constants, hf_hub_download, snapshot_download

@@ -14,8 +14,8 @@ from zoo import opened
 
 import lora_tree as lt
 from lora_tree.folder import survey
-from lora_tree.integrations import vllm
-from lora_tree.integrations.surveyed import release_of
+from lora_tree.integrations.vllm import plugin
+from lora_tree.integrations.vllm.tree_view import release_of
 
 PATHS = ("fr", "fr/legal", "de")
 
@@ -50,14 +50,14 @@ def test_a_view_stays_with_its_release_when_the_link_is_switched(
     for name, seed in (("a", 1), ("b", 11)):
         release(tmp_path, name, seed, locked=locked)
     switch(tmp_path, "a")
-    real = vllm.survey
+    real = plugin.survey
 
     def then_switch(*args: object, **more: bool) -> object:
         seen = real(*args, **more)  # type: ignore[arg-type]
         switch(tmp_path, "b")
         return seen
 
-    monkeypatch.setattr(vllm, "survey", then_switch)
+    monkeypatch.setattr(plugin, "survey", then_switch)
     with front_end(tmp_path / "current", tmp_path / "cache", poll_s="30") as front:
         contents = front.answers(*PATHS)
     wanted = opened(tmp_path / "releases" / "a")

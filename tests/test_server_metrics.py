@@ -12,8 +12,8 @@ from front import adapter, front_end, served_zoo, waits
 from zoo import opened
 
 import lora_tree as lt
-from lora_tree.integrations import vllm
-from lora_tree.integrations.vllm_metrics import REASONS
+from lora_tree.integrations.vllm import plugin
+from lora_tree.integrations.vllm.metrics import REASONS
 
 
 @pytest.fixture
@@ -83,8 +83,8 @@ def test_the_look_at_the_tree_tells_stale_swapped_and_unreadable(zoo: Path, tmp_
 def test_the_cache_s_bytes_and_evictions(
     zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vllm, "SHORT_GRACE_S", 0.0)
-    monkeypatch.setattr(vllm, "ROOM_S", 0.0)
+    monkeypatch.setattr(plugin, "SHORT_GRACE_S", 0.0)
+    monkeypatch.setattr(plugin, "ROOM_S", 0.0)
     with front_end(zoo, tmp_path / "cache", cache_bytes=str((1 << 20) + 500)) as front:
         assert None not in front.answers("fr", "de", "fr")
         assert front.figure("cache_evictions_total") == 2
@@ -133,7 +133,7 @@ WRITER = """
 import os, signal, sys
 served, nbytes = int(sys.argv[1]), int(sys.argv[2])
 os.environ["PROMETHEUS_MULTIPROC_DIR"] = sys.argv[3]
-from lora_tree.integrations.vllm_metrics import Metrics
+from lora_tree.integrations.vllm.metrics import Metrics
 metrics = Metrics()
 for _ in range(served):
     metrics.answered("fr")

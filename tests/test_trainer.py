@@ -8,6 +8,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -578,6 +580,18 @@ def test_a_run_that_diverges_stops_at_its_step_saves_nothing_and_gives_back_what
 
 
 # ---------------------------------------------------------------------- what is refused
+@pytest.mark.parametrize("package", ["transformers", "accelerate"])
+def test_a_missing_package_is_named_with_the_extra_that_brings_it(package: str) -> None:
+    code = (
+        f"import sys; sys.modules[{package!r}] = None; import lora_tree.integrations.transformers"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr.endswith(
+        f"MissingExtra: TreeTrainer needs {package}, which is not installed\n"
+        "  pip install 'lora_tree[train]'\n"
+    )
+
+
 def test_a_trainer_of_the_bare_base_is_refused_while_nodes_train(tmp_path: Path) -> None:
     base = joint.base()
     model = lt.attach(joint.tree(base), base)

@@ -27,12 +27,12 @@ import lora_tree as lt
 from lora_tree.cli import main
 from lora_tree.errors import FolderError, FormatError, PathError
 from lora_tree.folder import Problem, survey
-from lora_tree.integrations import flatcache, vllm
-from lora_tree.integrations.client_names import NameRules
-from lora_tree.integrations.flatcache import FlatCache, FlatForm, NoRoom
-from lora_tree.integrations.surveyed import Surveyed
-from lora_tree.integrations.vllm import register, server_args
-from lora_tree.integrations.vllm_settings import PluginSettings
+from lora_tree.integrations.flat_cache import FlatCache, FlatForm, NoRoom
+from lora_tree.integrations.flat_cache import cache as flat_cache
+from lora_tree.integrations.vllm import plugin, register, server_args
+from lora_tree.integrations.vllm.client_names import NameRules
+from lora_tree.integrations.vllm.settings import PluginSettings
+from lora_tree.integrations.vllm.tree_view import Surveyed
 
 ROOM = (1 << 20) + 4096  # what one small adapter is counted as while room is made
 
@@ -282,7 +282,7 @@ def test_what_nobody_could_make_is_held_no_longer(zoo: Path, tmp_path: Path) -> 
 MANY = """
 import sys, pathlib
 from lora_tree.folder import survey
-from lora_tree.integrations.flatcache import FlatCache, FlatForm
+from lora_tree.integrations.flat_cache import FlatCache, FlatForm
 kept = FlatCache(sys.argv[2], budget_bytes=1 << 30, form=FlatForm(8))
 for path in ("fr", "fr/legal", "fr/medical", "de"):
     print(kept.get(*survey(sys.argv[1]), path).folder, flush=True)
@@ -687,7 +687,9 @@ def test_a_path_refused_for_its_numbers_is_not_made_again(
 ) -> None:
     made: list[object] = []
     monkeypatch.setattr(
-        flatcache, "portable", lambda *args, **more: made.append(args) or lt.portable(*args, **more)
+        flat_cache,
+        "portable",
+        lambda *args, **more: made.append(args) or lt.portable(*args, **more),
     )
     with front_end(zoo, tmp_path / "cache", max_rank="3") as front:
         front.answers("fr/legal")
@@ -700,8 +702,8 @@ def test_what_an_engine_is_loading_and_what_it_still_has_meanwhile_stay(
     zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing is in use but for that: no grace, no running requests, and no room for another."""
-    monkeypatch.setattr(vllm, "SHORT_GRACE_S", 0.0)
-    monkeypatch.setattr(vllm, "ROOM_S", 0.0)
+    monkeypatch.setattr(plugin, "SHORT_GRACE_S", 0.0)
+    monkeypatch.setattr(plugin, "ROOM_S", 0.0)
     with front_end(zoo, tmp_path / "cache") as front:
         (had,) = front.answers("fr")
         kept = front.resolver._cache
@@ -729,9 +731,9 @@ def test_what_an_engine_is_loading_and_what_it_still_has_meanwhile_stay(
 def test_a_front_end_that_can_not_be_told_keeps_what_it_has(
     zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vllm, "GRACE_S", 0.0)
-    monkeypatch.setattr(vllm, "ROOM_S", 0.0)
-    monkeypatch.setattr(vllm, "find_serving_models", lambda: None)
+    monkeypatch.setattr(plugin, "GRACE_S", 0.0)
+    monkeypatch.setattr(plugin, "ROOM_S", 0.0)
+    monkeypatch.setattr(plugin, "find_serving_models", lambda: None)
     with front_end(zoo, tmp_path / "cache", cache_bytes=str((1 << 20) + 500)) as front:
         (first,) = front.answers("fr")
         assert front.answers("de", "fr") == [None, first]
@@ -748,9 +750,11 @@ def test_a_path_that_waits_for_room_is_made_once(
 ) -> None:
     made: list[object] = []
     monkeypatch.setattr(
-        flatcache, "portable", lambda *args, **more: made.append(args) or lt.portable(*args, **more)
+        flat_cache,
+        "portable",
+        lambda *args, **more: made.append(args) or lt.portable(*args, **more),
     )
-    monkeypatch.setattr(vllm, "SHORT_GRACE_S", 3.0)
+    monkeypatch.setattr(plugin, "SHORT_GRACE_S", 3.0)
     one = str((1 << 20) + 500)
     with front_end(zoo, tmp_path / "cache", cache_bytes=one) as front:
         assert None not in front.answers("fr", "de")  # it waits until the first is idle

@@ -151,5 +151,5 @@ def _hub() -> Hub:
     if not _slot:
         # It fills the slot while it is imported. An import statement at the top of this file would
         # make the folder depend on the hub.
-        importlib.import_module("..integrations.hub_adapters", __package__)
+        importlib.import_module("..integrations.hub.adapters", __package__)
     return _slot[0]

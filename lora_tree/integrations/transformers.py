@@ -10,8 +10,9 @@
                                                  micro-batches
     a step for everything                        no step for a node without rows
 
-Its files are in `tree_checkpoints.py`, its evaluation in `path_evaluation.py`. All three are
-mix-ins: their overrides call super(), so that ``class Mine(TreeTrainer, OtherTrainer)`` has both.
+Its files are written by `trainers/checkpoints.py`, and `trainers/path_evaluation.py` evaluates. All
+three are mix-ins: their overrides call super(), so that ``class Mine(TreeTrainer, OtherTrainer)``
+has both.
 Written against the Trainer of transformers 5:
 https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/trainer.py
 """
@@ -37,24 +38,23 @@ from ..training.levels import Over, over_of, several_levels, weight_decays
 from ..training.losses import path_loss, token_counts
 from ..training.sampling import PathSampler
 from ..training.sharded import full
-from .held_rows import held_rows
-from .path_evaluation import PathEvaluation  # first: it names a missing package
-from .path_losses import PathMeans
-from .row_paths import PathCollator, paths_of
-from .step_inputs import FiniteSteps, StepInputs
-from .trainer_arguments import (
+from .trainers.arguments import (
     check_base_methods,
     checked_model,
     refuse_arguments,
     whole_groups,
     without_unused_search,
 )
+from .trainers.finite_steps import FiniteSteps, StepInputs
+from .trainers.held_rows import held_rows
+from .trainers.node_stopping import NodeStopping
+from .trainers.path_evaluation import PathEvaluation
+from .trainers.path_losses import PathMeans
+from .trainers.row_paths import PathCollator, paths_of
+from .trainers.step_notes import StepNotes
 
 # isort: split
-from .node_stopping import NodeStopping
-from .step_notes import StepNotes
-
-# isort: split
+# After the imports from trainers/, which refuse with the name of the extra if this is missing.
 from transformers import Trainer, TrainerCallback
 from transformers.utils import find_labels
 

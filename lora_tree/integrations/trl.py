@@ -26,14 +26,16 @@ from ..errors import MissingExtra, SpecError, StateError, agreeing, listing
 from ..extras import need
 from ..model import TreeModel
 from ..path_model import PathModel
-from .step_inputs import FiniteSteps, StepInputs
-from .trainer_arguments import without_unused_search
-from .tree_checkpoints import TreeCheckpoints
 
+# Before trainers/ is imported, which would name an extra that does not bring trl.
 need("trl", extra="trl", what="training with trl")
 
 from trl import DPOTrainer, GRPOTrainer, KTOTrainer, SFTTrainer  # noqa: E402
 from trl.trainer import utils as trl_utils  # noqa: E402
+
+from .trainers.arguments import without_unused_search  # noqa: E402
+from .trainers.checkpoints import TreeCheckpoints  # noqa: E402
+from .trainers.finite_steps import FiniteSteps, StepInputs  # noqa: E402
 
 # Before 1.16 the trainers computed log-probabilities from the logits, and their methods had other
 # names.

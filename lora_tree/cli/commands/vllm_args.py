@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ...integrations.vllm_settings import DEFAULT_ERROR, server_args
+from ...integrations.vllm.settings import DEFAULT_ERROR, server_args
 from ..arguments import AsJson, Folder
 from ..console import err, out, print_json
 
