@@ -56,23 +56,18 @@ class CompileWatch:
         guard_on_hooks(wanted=compiles_next)
         frames = compiled_frames()
         is_base_compiled = self._compiled or is_compiled(base)
-        # The referrers are inspected again only if torch has compiled something since.
         if not is_base_compiled and (frames is None or frames != self._frames):
-            is_base_compiled = self._find_wrapper(base, frames)
+            for holder in gc.get_referrers(base):
+                # The wrapper's `_modules`, by the name that torch gives to a wrapped module.
+                if isinstance(holder, dict) and holder.get("_orig_mod") is base:
+                    is_base_compiled = True
         if is_base_compiled:
             raise StateError(
                 "the base is compiled, and a compiled forward ignores hooks that come later",
                 'activate(…, mode="merged") works under torch.compile as it is',
                 "or attach first, model.prepare(max_rank=…), and then torch.compile(base)",
             )
-
-    def _find_wrapper(self, base: nn.Module, frames: int | None) -> bool:
-        for holder in gc.get_referrers(base):
-            # The wrapper's `_modules`, by the name that torch gives to a wrapped module.
-            if isinstance(holder, dict) and holder.get("_orig_mod") is base:
-                return True
         self._frames = frames or 0
-        return False
 
 
 class Claim:

@@ -27,7 +27,7 @@ from torch import Tensor
 from .factor_table import FIELDS, FactorTable, can_route
 from .log_part import BARE, NO_TERMS, SHARE, LaidTerms, LogMemory, LogPart
 from .part import MergePart, MergeTerm, can_merge
-from .segments import Segments, SegmentSizes, owed_places, room_for, segment_numbers
+from .segments import Segments, SegmentSizes, room_for, segment_numbers
 from .tiling import Tiling, group_of
 
 __all__ = [
@@ -56,7 +56,6 @@ __all__ = [
     "log_launch",
     "logs",
     "merge_launch",
-    "owed_places",
     "room_for",
     "routed_kernels",
     "routes",

@@ -26,14 +26,7 @@ from torch import Tensor
 
 from .pointers import Pointers
 
-__all__ = [
-    "TOGETHER",
-    "SegmentSizes",
-    "Segments",
-    "owed_places",
-    "room_for",
-    "segment_numbers",
-]
+__all__ = ["TOGETHER", "SegmentSizes", "Segments", "room_for", "segment_numbers"]
 
 TOGETHER = 4
 """The number of entries of a group is a multiple of this."""
@@ -163,13 +156,6 @@ class Segments:
         self.node_begins[: nodes + 1].copy_(other.node_begins)
 
 
-def owed_places(kinds: Sequence[Sequence[float]]) -> tuple[tuple[int, ...], ...]:
-    """Return, for each kind of row, the places of the nodes that it owes: those whose coefficient
-    is not 0, usually few of them.
-    """
-    return tuple([tuple(compress(range(len(kind)), kind)) for kind in kinds])
-
-
 def segment_numbers(
     kinds: Sequence[Sequence[float]],
     of_row: Sequence[int],
@@ -185,11 +171,13 @@ def segment_numbers(
         kinds: for each kind of row, its coefficient of every node.
         of_row: row → the index of its kind.
         group: the number of rows in a group.
-        owing: the `owed_places` of the kinds, if the caller has them.
+        owing: for each kind, the places of the nodes that it owes, if the caller has found them:
+            those whose coefficient is not 0, usually few of them.
         entries: the least number of entries to make room for.
         nodes: the least number of nodes of the table.
     """
-    owing = owed_places(kinds) if owing is None else owing
+    if owing is None:
+        owing = [tuple(compress(range(len(kind)), kind)) for kind in kinds]
     # Nodes come in depth-first order, so rows sorted by the nodes that they owe lie beside those
     # with which they share the most ancestors.
     order = sorted(range(len(of_row)), key=[owing[kind] for kind in of_row].__getitem__)

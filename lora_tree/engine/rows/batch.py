@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import compress
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ from ...blend import Blend, depth_first, parse_blend
 from ...errors import LoraTreeError, SpecError
 from ...tree import AdapterTree
 from ...weights import Weight, weight_digest
-from ..kernels import Segments, Tiling, group_of, owed_places, segment_numbers
+from ..kernels import Segments, Tiling, group_of, segment_numbers
 from ..upload import uploaded
 
 __all__ = ["Batch", "RowRuns", "tree_node"]
@@ -270,7 +271,8 @@ class Batch:
     @cached_property
     def owing(self) -> tuple[tuple[int, ...], ...]:
         """Kind → the indices in `nodes` of the nodes that it owes to, usually few of them."""
-        return owed_places(self.kinds)
+        places = range(len(self.nodes))
+        return tuple([tuple(compress(places, kind)) for kind in self.kinds])
 
     @cached_property
     def debts(self) -> Hashable:
