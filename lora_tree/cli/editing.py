@@ -36,7 +36,7 @@ class Work:
     Args:
         tree: as it was opened. The command changes it after this.
         folder: of the tree.
-        dry_run: save nothing.
+        dry_run: save nothing, and refuse what the save would refuse.
     """
 
     def __init__(self, tree: AdapterTree, folder: Path, *, dry_run: bool) -> None:
@@ -58,9 +58,8 @@ class Work:
         # Computed before the save, which updates the marks that `made_stale` reads.
         stale = made_stale(self._before, self.tree, edited.moved)
         removed = [p for p in self._before.paths() if edited.moved.get(p, p) not in self.tree]
-        if not self.dry_run:
-            note = command_note(moved=edited.moved)
-            self.tree.save(self.folder, copy=copy_files, note=note)
+        note = command_note(moved=edited.moved)
+        self.tree.save(self.folder, copy=copy_files, note=note, dry_run=self.dry_run)
         if as_json:
             document = {"folder": str(self.folder), "dry_run": self.dry_run}
             effects = {"removed": removed, "stale": stale}

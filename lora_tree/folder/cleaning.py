@@ -11,7 +11,7 @@ from ..tree import AdapterTree
 from .api import load
 from .archive import archived, contents_of_other_trees, place_in_archive
 from .changes import Changes, NewFile
-from .commit import writing
+from .commit import Transaction, check_writing, writing
 from .history import history_place, render_history
 from .keeping import read_history
 from .opening import Opened, inspect
@@ -72,7 +72,10 @@ def gc(
     kept, most = runs_folder(place), RUNS_KEPT if runs is None else runs
     spare = {int(own.name): bytes_of_run(own) for own in spare_runs(kept, most=most)}
     if dry_run:
-        return replace(_spare(_looked(path), versions)[0], runs=spare)
+        check_writing(Path(place.folder))
+        freed, changes = _spare(_looked(path), versions)
+        Transaction(Path(place.folder)).check(changes)
+        return replace(freed, runs=spare)
     with writing(Path(place.folder)) as transaction:
         freed, changes = _spare(_looked(path), versions)
         transaction.apply(changes)
