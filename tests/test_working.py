@@ -115,9 +115,10 @@ def plain_at(folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("command", "why"),
     [
-        (("add", "zoo", "new", "broken"), "new: q: a factor holds NaN"),
-        (("add", "zoo", "new", "broken", "--copy"), "new: q: a factor holds NaN"),
+        (("add", "zoo", "new", "broken"), "new: q (lora_A): a factor holds NaN"),
+        (("add", "zoo", "new", "broken", "--copy"), "new: q (lora_A): a factor holds NaN"),
         (("add", "zoo", "stray/x", "--group"), "no node 'stray'"),
+        (("set", "zoo", "fr", "--adapter", "broken"), "fr: q (lora_A): a factor holds NaN"),
         (("rm", "plain", "a"), "so they stay, and would be a node again"),
         (("mv", "plain", "a", "b"), "so they stay, and would be a node again"),
         (("mv", "zoo", "fr/legal", "fr/Legal"), "only by case"),

@@ -21,6 +21,7 @@ from ..adapter import Adapter
 from ..errors import FormatError, PathError, SpecError, plural
 from ..lowrank import inner
 from ..node_names import check_path
+from ..nonfinite import refuse_broken
 from ..tree import AdapterTree
 from .aligning import aligned
 from .arguments import check_adapter, check_tree
@@ -115,6 +116,7 @@ def absorb(
         )
     if under and under not in tree:
         raise PathError(f"under: no node {under!r} in the tree")
+    refuse_broken(name, adapter)
     left = _measure_remainders(tree, name, adapter, under)
     shortening = Shortening(rank, max_error, dtype)
     # Below a lineage with an override that the adapter lacks, no increments restore the base's
