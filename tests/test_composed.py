@@ -98,6 +98,51 @@ def test_factors_are_what_peft_adds(tmp_path: Path, kind: str) -> None:
         torch.testing.assert_close(own.detach(), wanted, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_state_dict_that_repeats_the_shared_tensors_is_what_peft_loads(
+    tmp_path: Path, kind: str, named: bool
+) -> None:
+    folder, model = saved(tmp_path / "a", kind)
+    file = folder / "adapter_model.safetensors"
+    tensors = {}
+    for key, tensor in model.state_dict().items():
+        if "default" in key.split("."):
+            tensors[key if named else key.replace(".default", "")] = tensor.clone()
+    copies = [key for key in tensors if key.count(".vera_A") or key.count("vector_bank")]
+    assert len(copies) > 1 or kind.startswith("adalora")
+    if kind.startswith("adalora"):
+        (ranknum, *_) = (key for key in tensors if ".ranknum" in key)
+        tensors[ranknum] += 1.0  # PEFT divides by the one in the file
+    safetensors.torch.save_file(tensors, file)
+    loaded = peft.PeftModel.from_pretrained(Net(), folder)
+    adapter = lt.Adapter.load(folder)
+    for name, value in adapter.modules.items():
+        wanted = loaded.get_submodule(f"base_model.model.{name}").get_delta_weight("default")
+        torch.testing.assert_close(dense(value), wanted.detach().double(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["vera", "vblora"])
+def test_copies_of_a_shared_tensor_that_differ_are_refused(tmp_path: Path, kind: str) -> None:
+    folder, model = saved(tmp_path / "a", kind)
+    file = folder / "adapter_model.safetensors"
+    name = {"vera": "vera_B", "vblora": "vblora_vector_bank"}[kind]
+    tensors = safetensors.torch.load_file(file)
+    shared = tensors[f"base_model.{name}"]
+    for wrong in (shared + 1.0, shared[:-1].clone(), shared.double()):
+        key = f"base_model.model.q.{name}"
+        safetensors.torch.save_file({**tensors, key: wrong}, file)
+        with pytest.raises(FormatError, match=rf"{key} differs from {name} elsewhere in the file"):
+            lt.Adapter.load(folder)
+    # Without the one of the whole model, the copies say it.
+    del tensors[f"base_model.{name}"]
+    copies = {f"base_model.model.{module}.{name}": shared.clone() for module in ("q", "v")}
+    safetensors.torch.save_file({**tensors, **copies}, file)
+    wanted = model.get_submodule("base_model.model.q").get_delta_weight("default")
+    own = dense(lt.Adapter.load(folder).modules["q"])
+    torch.testing.assert_close(own, wanted.detach().double(), atol=1e-5, rtol=1e-5)
+
+
 def test_pruned_ranks_of_adalora_keep_the_scale_of_the_first(tmp_path: Path) -> None:
     folder, model = saved(tmp_path / "a", "adalora")
     pattern = {

@@ -9,6 +9,10 @@
                                             a factor is the softmax of its k largest logits times
                                             their vectors
 
+A model's state dict, saved by hand, repeats the shared tensors in every module
+(``<module>.vera_A``), and has AdaLoRA's ``<module>.ranknum``. PEFT loads it, and so does this
+reader, if all copies are the same.
+
 All three convert exactly, at their own rank. VeRA's shared factors are as large as the largest
 module. A file does not state the width of a module's input, so A gets the full width, and a base
 refuses it for a narrower module. PEFT can leave VeRA's projections out of the file and draw them
@@ -43,6 +47,8 @@ _PARTS = {
     "VERA": ("vera_lambda_b", "vera_lambda_d"),
     "VBLORA": ("vblora_logits_A", "vblora_logits_B"),
 }
+_RANKNUM = "ranknum"
+"""AdaLoRA's count of ranks, by which PEFT divides; its save leaves it out, a state dict has it."""
 _SHARED: dict[str, tuple[str, ...]] = {
     "ADALORA": (),
     "VERA": ("vera_A", "vera_B"),
@@ -59,12 +65,14 @@ class ComposedConfig:
         base: the base that it names.
         scale: of every module.
         topk: the number of vectors per piece, for VB-LoRA.
+        rank: the rank by which the scale is divided, for AdaLoRA.
     """
 
     kind: str
     base: str | None
     scale: float
     topk: int
+    rank: int = 0
 
 
 def composed_config(config: bytes, where: str) -> ComposedConfig | None:
@@ -92,7 +100,7 @@ def composed_config(config: bytes, where: str) -> ComposedConfig | None:
             f"{where}: bias = {str(fields['bias'])[:40]!r} beside {kind}, which is not read",
             EXTRACT,
         )
-    scale = 1.0
+    scale, rank = 1.0, 0
     if kind == "ADALORA":
         rank = _number(fields, "init_r", 12, where)
         alpha = fields.get("lora_alpha", 8)
@@ -103,7 +111,7 @@ def composed_config(config: bytes, where: str) -> ComposedConfig | None:
         scale = (alpha if alpha > 0 else rank) / (rank + 1e-5)
     base = fields.get("base_model_name_or_path")
     topk = _number(fields, "topk", 2, where)
-    return ComposedConfig(kind, base if isinstance(base, str) else None, float(scale), topk)
+    return ComposedConfig(kind, base if isinstance(base, str) else None, float(scale), topk, rank)
 
 
 def _number(fields: Mapping[str, Any], name: str, default: int, where: str) -> int:
@@ -127,10 +135,19 @@ def read_composed(config: ComposedConfig, tensors: Mapping[str, Tensor], where: 
     """
     parts, shared = _PARTS[config.kind], _SHARED[config.kind]
     groups: dict[str, dict[str, Tensor]] = {}
+    # Of the tensors that all modules share: name → key in a module → the tensor there.
+    copies: dict[str, dict[str, Tensor]] = {}
+    ranknums: dict[str, Tensor] = {}
     for key in sorted(tensors):
         if key.removeprefix(_ROOT) in shared and key.startswith(_ROOT):
             continue
         module, _, part = key.removeprefix(PREFIX).rpartition(".")
+        if key.startswith(PREFIX) and module and part in shared:
+            copies.setdefault(part, {})[key] = tensors[key]
+            continue
+        if config.kind == "ADALORA" and part == _RANKNUM:
+            ranknums[module] = tensors[key]
+            continue
         if not key.startswith(PREFIX) or part not in parts or "" in module.split("."):
             raise FormatError(
                 f"{where}: unexpected key {key[:200]!r}, expected {PREFIX}<module>.{parts[0]}"
@@ -139,7 +156,10 @@ def read_composed(config: ComposedConfig, tensors: Mapping[str, Tensor], where: 
         groups.setdefault(module, {})[part] = tensors[key]
     if not groups:
         raise FormatError(f"{where}: no {parts[0]} of any module")
-    common = _common(config.kind, tensors, where)
+    common = _common(config.kind, tensors, copies, where)
+    for module, ranknum in ranknums.items():
+        if module in groups:
+            groups[module][_RANKNUM] = ranknum
     modules: dict[str, LowRank] = {}
     for module, own in groups.items():
         missing = [part for part in parts if part not in own]
@@ -154,16 +174,28 @@ def read_composed(config: ComposedConfig, tensors: Mapping[str, Tensor], where: 
     return Adapter(modules, base=config.base)
 
 
-def _common(kind: str, tensors: Mapping[str, Tensor], where: str) -> list[Tensor]:
+def _common(
+    kind: str,
+    tensors: Mapping[str, Tensor],
+    copies: Mapping[str, Mapping[str, Tensor]],
+    where: str,
+) -> list[Tensor]:
     """Return the tensors that all modules share.
 
+    Args:
+        kind: of the adapter.
+        tensors: all of the file.
+        copies: name of a shared tensor → key of a copy in a module → the copy.
+        where: names the file in errors.
+
     Raises:
-        FormatError: one is missing, or not a floating point matrix.
+        FormatError: one is missing, or not a floating point matrix; or a copy differs from it.
         UnsupportedAdapter: VeRA's are not in the file.
     """
     shared = []
     for name in _SHARED[kind]:
-        tensor = tensors.get(f"{_ROOT}{name}")
+        own_copies = copies.get(name, {})
+        tensor = tensors.get(f"{_ROOT}{name}", next(iter(own_copies.values()), None))
         if tensor is None and kind == "VERA":
             raise UnsupportedAdapter(
                 f"{where}: no {_ROOT}{name}: the projections were not saved, and the random "
@@ -175,8 +207,22 @@ def _common(kind: str, tensors: Mapping[str, Tensor], where: str) -> list[Tensor
         if tensor is None or tensor.ndim != 2 or not tensor.is_floating_point():
             shape = "missing" if tensor is None else str(tuple(tensor.shape))
             raise FormatError(f"{where}: {_ROOT}{name}: {shape}, expected a matrix")
+        for key, copy in own_copies.items():
+            # PEFT loads all copies into one tensor, so of different ones the last would count.
+            if not _is_same(copy, tensor):
+                raise FormatError(
+                    f"{where}: {key} differs from {name} elsewhere in the file, and all modules "
+                    "share one",
+                    "save it with PEFT's save_pretrained, which writes it once",
+                )
         shared.append(tensor)
     return shared
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    return one.is_meta or other.is_meta or torch.equal(one, other)
 
 
 def _check(own: Mapping[str, Tensor], dimensions: Mapping[str, int]) -> None:
@@ -211,7 +257,13 @@ def _adalora(
     if A.shape[0] == 0:
         return None  # all ranks of this module were pruned
     B, E = _widened(B, E)
-    return LowRank(A.to(B.dtype), B * E.mT, config.scale)
+    scale, ranknum = config.scale, own.get(_RANKNUM)
+    if ranknum is not None and not ranknum.is_meta:
+        if ranknum.numel() != 1 or not float(ranknum) > 0.0:
+            raise FormatError(f"{_RANKNUM} is {ranknum.tolist()!s:.80}, expected a number above 0")
+        # PEFT loads it in place of init_r, from which the config's scale was computed.
+        scale *= (config.rank + 1e-5) / (float(ranknum) + 1e-5)
+    return LowRank(A.to(B.dtype), B * E.mT, scale)
 
 
 def _vera(
