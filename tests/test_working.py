@@ -150,6 +150,24 @@ def test_a_dry_run_refuses_what_the_run_refuses(
     assert told[True] == told[False]
 
 
+@pytest.mark.parametrize("bound", [("--rank", 1), ("--max-error", 0.1)])
+@pytest.mark.parametrize(
+    "command", [("mv", "fr/legal", "x"), ("set", "fr", "--weight", "2")], ids=lambda c: c[0]
+)
+def test_bounds_without_keep_effective_are_refused_in_the_same_words(
+    shell: Shell, zoo: Path, command: tuple[str, ...], bound: tuple[str, float]
+) -> None:
+    name, *rest = command
+    before = listing(zoo)
+    code, _, told = shell(name, zoo, *rest, *bound)
+    assert code == 1
+    assert told == (
+        "error: --rank and --max-error are for --keep-effective; without it nothing is cut\n"
+        "  give --keep-effective as well, or leave them out; lora-tree compress cuts nodes\n"
+    )
+    assert listing(zoo) == before
+
+
 # ---------------------------------------------------------------------- editing
 def adapter_at(folder: Path, seed: int) -> Path:
     zoo_of(seed).save(folder)

@@ -10,12 +10,12 @@ from typing import Annotated, Any
 import typer
 
 from ..algebra import Edited, made_stale
-from ..errors import listing, plural
+from ..errors import SpecError, listing, plural
 from ..tree import AdapterTree
 from .command_notes import command_note
 from .console import out, print_json
 
-__all__ = ["DryRun", "MaxError", "Rank", "Work", "adapter_text"]
+__all__ = ["DryRun", "MaxError", "Rank", "Work", "adapter_text", "check_only_with_keep_effective"]
 
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Say what would change, and write nothing.")
@@ -28,6 +28,21 @@ MaxError = Annotated[
 
 ROUNDING = 1e-6
 """Relative errors below this come from factors in fp32, not from a cut."""
+
+
+def check_only_with_keep_effective(
+    keep_effective: bool, rank: int | None, max_error: float | None
+) -> None:
+    """Refuse bounds on new increments in a command that makes none.
+
+    Raises:
+        SpecError: one was given without ``--keep-effective``.
+    """
+    if not keep_effective and (rank, max_error) != (None, None):
+        raise SpecError(
+            "--rank and --max-error are for --keep-effective; without it nothing is cut",
+            "give --keep-effective as well, or leave them out; lora-tree compress cuts nodes",
+        )
 
 
 class Work:
