@@ -7,7 +7,9 @@
     VB-LoRA    ΔW = B A                     vblora_logits_A (r, in / l, n), _B (out / l, r, n); and
                                             for all modules vblora_vector_bank (n, l): each piece of
                                             a factor is the softmax of its k largest logits times
-                                            their vectors
+                                            their vectors; or vblora_logits_A_topk_indices and
+                                            _topk_weights: their places, and the weights
+                                            without the last
 
 A model's state dict, saved by hand, repeats the shared tensors in every module
 (``<module>.vera_A``), and has AdaLoRA's ``<module>.ranknum``. PEFT loads it, and so does this
@@ -49,6 +51,10 @@ _PARTS = {
 }
 _RANKNUM = "ranknum"
 """AdaLoRA's count of ranks, by which PEFT divides; its save leaves it out, a state dict has it."""
+_TOPK = tuple(
+    f"vblora_logits_{half}_topk_{what}" for half in "AB" for what in ("indices", "weights")
+)
+"""The parts of a VB-LoRA that was saved with ``save_only_topk_weights``."""
 _SHARED: dict[str, tuple[str, ...]] = {
     "ADALORA": (),
     "VERA": ("vera_A", "vera_B"),
@@ -148,7 +154,8 @@ def read_composed(config: ComposedConfig, tensors: Mapping[str, Tensor], where: 
         if config.kind == "ADALORA" and part == _RANKNUM:
             ranknums[module] = tensors[key]
             continue
-        if not key.startswith(PREFIX) or part not in parts or "" in module.split("."):
+        known = (*parts, *_TOPK) if config.kind == "VBLORA" else parts
+        if not key.startswith(PREFIX) or part not in known or "" in module.split("."):
             raise FormatError(
                 f"{where}: unexpected key {key[:200]!r}, expected {PREFIX}<module>.{parts[0]}"
                 + "".join(f", {_ROOT}{name}" for name in shared)
@@ -162,7 +169,8 @@ def read_composed(config: ComposedConfig, tensors: Mapping[str, Tensor], where: 
             groups[module][_RANKNUM] = ranknum
     modules: dict[str, LowRank] = {}
     for module, own in groups.items():
-        missing = [part for part in parts if part not in own]
+        # Either form of a part of VB-LoRA's is enough here; `_vblora_of_topk` looks at both halves.
+        missing = [part for part in parts if not any(name.startswith(part) for name in own)]
         if missing:
             raise FormatError(f"{where}: {module}: no {missing[0]} beside {next(iter(own))}")
         try:
@@ -285,8 +293,10 @@ def _vera(
 def _vblora(
     own: Mapping[str, Tensor], common: list[Tensor], config: ComposedConfig
 ) -> LowRank | None:
-    _check(own, {"vblora_logits_A": 3, "vblora_logits_B": 3})
     (bank,) = common
+    if any(name in own for name in _TOPK):
+        return _vblora_of_topk(own, bank, config.topk)
+    _check(own, {"vblora_logits_A": 3, "vblora_logits_B": 3})
     a, b = own["vblora_logits_A"], own["vblora_logits_B"]
     if a.shape[0] != b.shape[1] or not a.shape[2] == b.shape[2] == len(bank) >= config.topk:
         raise FormatError(
@@ -294,8 +304,60 @@ def _vblora(
             f"{plural(len(bank), 'vector')}, of which {config.topk} count"
         )
     bank, a, b = _widened(bank, a, b)
-    A = _pieces(a, bank, config.topk).flatten(1)  # (r, in / l, l) → (r, in)
-    B = _pieces(b, bank, config.topk).transpose(1, 2).flatten(0, 1)  # (out / l, r, l) → (out, r)
+    return _vblora_value(_pieces(a, bank, config.topk), _pieces(b, bank, config.topk))
+
+
+def _vblora_of_topk(own: Mapping[str, Tensor], bank: Tensor, topk: int) -> LowRank:
+    """Return the value of a module that has the places and weights of its vectors.
+
+    Raises:
+        FormatError: a part is missing or does not fit; or the weights are no shares of 1.
+    """
+    halves: list[Tensor] = []
+    for half in "AB":
+        name = f"vblora_logits_{half}"
+        indices, weights = own.get(f"{name}_topk_indices"), own.get(f"{name}_topk_weights")
+        if indices is None or weights is None or name in own:
+            raise FormatError(
+                f"{name}: expected its topk_indices and its topk_weights, and no more"
+            )
+        _check(own, {f"{name}_topk_weights": 3})
+        shape = (*weights.shape[:2], topk)
+        if indices.shape != shape or indices.is_floating_point() or weights.shape[2] != topk - 1:
+            raise FormatError(
+                f"{name}_topk_indices {tuple(indices.shape)} and _topk_weights "
+                f"{tuple(weights.shape)} do not fit {plural(topk, 'vector')} for each piece"
+            )
+        wide, vectors = _widened(weights, bank)
+        wide = torch.cat([wide, 1.0 - wide.sum(-1, keepdim=True)], dim=-1)  # PEFT leaves one out
+        if not indices.is_meta:
+            _check_topk(name, indices, wide, len(bank))
+        halves.append((wide[..., None] * vectors[indices.long()]).sum(-2))
+    a, b = halves
+    if a.shape[0] != b.shape[1]:
+        raise FormatError(f"vblora_logits_A has the rank {a.shape[0]}, and _B {b.shape[1]}")
+    return _vblora_value(a, b)
+
+
+def _check_topk(name: str, indices: Tensor, weights: Tensor, vectors: int) -> None:
+    """Refuse places outside of the bank, and weights for which PEFT's logits are not numbers."""
+    places = indices.long()
+    if bool(((places < 0) | (places >= vectors)).any()):
+        raise FormatError(f"{name}_topk_indices: expected places in {plural(vectors, 'vector')}")
+    ordered = places.sort(dim=-1).values
+    if bool((ordered[..., 1:] == ordered[..., :-1]).any()):
+        raise FormatError(f"{name}_topk_indices: one piece has the same vector twice")
+    if not bool((weights >= 0.0).all()):
+        raise FormatError(
+            f"{name}_topk_weights: weights below 0, or of more than 1 together, as rounding to a "
+            "narrow dtype leaves them",
+            "save it in PEFT with save_only_topk_weights = False",
+        )
+
+
+def _vblora_value(a: Tensor, b: Tensor) -> LowRank:
+    A = a.flatten(1)  # (r, in / l, l) → (r, in)
+    B = b.transpose(1, 2).flatten(0, 1)  # (out / l, r, l) → (out, r)
     return LowRank(A, B.contiguous())
 
 
