@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from .errors import LoraTreeError, SpecError, suggest
 from .given import unchecked
 
-__all__ = ["Budgets", "format_bytes", "parse_bytes"]
+__all__ = ["Budgets", "format_bytes", "parse_bytes", "why_no_size"]
 
 UNITS = {
     "B": 1,
@@ -32,6 +32,7 @@ UNITS = {
 MOST = 1 << 62
 # The number of digits is bounded, because int() raises an error of Python's own at some thousands.
 _SIZE = re.compile(r"\s*([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*([A-Za-z]*)\s*", re.ASCII)
+_ADVICE = "write a number of bytes, or one with a unit: 512MiB, 8GiB (1024³), 8GB (1000³)"
 VARIABLES = {"host": "LORA_TREE_HOST_BUDGET", "device": "LORA_TREE_DEVICE_BUDGET"}
 
 
@@ -118,9 +119,39 @@ def parse_bytes(size: int | str) -> int:
     lora_tree.errors.SpecError: got '8Gib': no unit 'Gib'; did you mean 'GiB'?
       write a number of bytes, or one with a unit: 512MiB, 8GiB (1024³), 8GB (1000³)
     """
-    todo = "write a number of bytes, or one with a unit: 512MiB, 8GiB (1024³), 8GB (1000³)"
+    read = _read_size(size)
+    if isinstance(read, _WrongSize):
+        what = f": {read.reason}" if read.reason else ", which is not a size"
+        raise SpecError(f"got {read.got}{what}", _ADVICE)
+    return read
+
+
+def why_no_size(size: int | str) -> str | None:
+    """Return why a value is not a size, or how to write one; None if it is one.
+
+    >>> why_no_size("8Gib"), why_no_size("8GiB")
+    ("no unit 'Gib'; did you mean 'GiB'?", None)
+    """
+    read = _read_size(size)
+    return (read.reason or _ADVICE) if isinstance(read, _WrongSize) else None
+
+
+@dataclass(frozen=True)
+class _WrongSize:
+    """A value that is no size.
+
+    Args:
+        got: the value, as a message spells it.
+        reason: what is wrong with it; "" if it is nothing like a size.
+    """
+
+    got: str
+    reason: str = ""
+
+
+def _read_size(size: object) -> int | _WrongSize:
     if isinstance(size, bool) or not isinstance(size, (int, str)):
-        raise SpecError(f"got {size!r}, which is not a size", todo)
+        return _WrongSize(repr(size))
     unit = ""
     if isinstance(size, int):
         # Python refuses to write out an integer of thousands of digits.
@@ -128,10 +159,10 @@ def parse_bytes(size: int | str) -> int:
     else:
         match = _SIZE.fullmatch(size)
         if match is None:
-            raise SpecError(f"got {size[:60]!r}, which is not a size", todo)
+            return _WrongSize(repr(size[:60]))
         number, unit = match[1], match[2]
     if unit and unit not in UNITS:
-        raise SpecError(f"got {str(size)[:60]!r}: no unit {unit[:20]!r}{_unit_like(unit)}", todo)
+        return _WrongSize(repr(str(size)[:60]), f"no unit {unit[:20]!r}{_unit_like(unit)}")
     nbytes = -1
     if not number.startswith("-"):
         # In whole numbers: a float has too few digits for 4 EiB.
@@ -139,9 +170,7 @@ def parse_bytes(size: int | str) -> int:
         factor = UNITS[unit or "B"]
         nbytes = int(integer_part) * factor + int(fraction or 0) * factor // 10 ** len(fraction)
     if not 0 < nbytes <= MOST:
-        raise SpecError(
-            f"got {_spelled(size)}; a budget is at least 1 byte and at most 4 EiB", todo
-        )
+        return _WrongSize(_spelled(size), "a budget is at least 1 byte and at most 4 EiB")
     return nbytes
 
 

@@ -10,7 +10,8 @@ from torch import nn
 from .adapter import Adapter
 from .combining import combine
 from .errors import BaseMismatch, SpecError, listing
-from .lowrank import is_sharded
+from .lowrank import all_finite, is_sharded
+from .nonfinite import refuse_broken
 from .override import Override, counted_modules, standing, warn_of_dropped
 from .spelling import spelled_twice
 from .storage import names_of
@@ -44,14 +45,13 @@ def flattened(
     nodes = [node for node, _, _ in terms]
     flat = combine([(adapter, coefficient) for _, coefficient, adapter in terms], names=nodes)
     # Before the truncation: it fails on such numbers too, but its error would name every node.
-    _all_finite(flat, terms)
+    _refuse_not_finite(flat, terms)
     try:
         if rank is not None or max_error is not None:
             flat = flat.truncate(rank, max_error=max_error)
         return flat if dtype is None else flat.to(dtype=dtype)
     except SpecError as error:
-        broken = [node for node, _, adapter in terms if not _is_finite(adapter)]
-        raise error.within(listing(broken or nodes)) from error
+        raise error.within(listing(nodes)) from error
 
 
 def resolved(terms: NodeTerms, lineages: list[list[str]]) -> NodeTerms:
@@ -103,17 +103,21 @@ def _spelled_once(terms: NodeTerms, base: nn.Module | None) -> None:
     )
 
 
-def _all_finite(flat: Adapter, terms: NodeTerms) -> None:
-    """Refuse a sum that is not finite though its factors are: scale · B, or the product with A."""
+def _refuse_not_finite(flat: Adapter, terms: NodeTerms) -> None:
+    """Refuse a sum that is not finite: a number of a node, or scale · B, or the product with A.
+
+    Raises:
+        SpecError: names the node and the module; of a node's number, the tensor too.
+    """
     broken = [name for name, value in flat.modules.items() if not (value.A.is_meta or value.fits())]
-    if broken and all(_is_finite(adapter) for _, _, adapter in terms):
+    replaced = [override.values for override in flat.overrides.values()]
+    if broken or not all_finite(tensor for tensor in replaced if not tensor.is_meta):
+        for node, _, adapter in terms:
+            refuse_broken(node, adapter)
+    if broken:
         nodes = [node for node, _, adapter in terms if broken[0] in adapter.modules]
         raise SpecError(
             f"{listing(nodes)}: {broken[0]}: the factors are finite, but not their scales times B, "
             "or the product with A, in fp32",
             f"coefficients: {', '.join(f'{node} {c:g}' for node, c, _ in terms)}",
         )
-
-
-def _is_finite(adapter: Adapter) -> bool:
-    return all(value.A.is_meta or value.is_finite for value in adapter.modules.values())

@@ -34,12 +34,12 @@ from pydantic import (
     model_validator,
 )
 
-from .budget import parse_bytes
+from .budget import parse_bytes, why_no_size
 from .errors import NewerFormat, SpecError
 from .node_names import NAME
 from .patterns import check_pattern
 from .spec_errors import describe_invalid
-from .weights import as_weight
+from .weights import why_no_patterns
 
 __all__ = [
     "FORMAT",
@@ -95,20 +95,16 @@ def _layers_pattern(pattern: str) -> str:
 
 
 def _size(value: int | str) -> int | str:
-    try:
-        parse_bytes(value)
-    except SpecError as error:
-        # pydantic puts the place before it, so the place in our own text is cut off
-        reason = error.what.partition(": ")[2]
-        raise ValueError(f"is not a size: {reason or error.todo[0]}") from error
+    why = why_no_size(value)
+    if why is not None:
+        raise ValueError(f"is not a size: {why}")
     return value
 
 
 def _weight(numbers: dict[str, float]) -> dict[str, float]:
-    try:
-        as_weight(numbers)
-    except SpecError as error:
-        raise ValueError(f"is not a weight: {error.what.removeprefix('weight: ')}") from error
+    why = why_no_patterns(numbers)  # the numbers themselves are finite: see `Number`
+    if why is not None:
+        raise ValueError(f"is not a weight: {why}")
     return numbers
 
 

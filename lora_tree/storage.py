@@ -100,7 +100,9 @@ class Storage(Protocol):
 
     def source(self, folder: Path) -> Source: ...
 
-    def save_tree(self, tree: AdapterTree, folder: Path, *, copy: bool, note: SaveNote) -> None: ...
+    def save_tree(
+        self, tree: AdapterTree, folder: Path, *, copy: bool, note: SaveNote, dry_run: bool
+    ) -> None: ...
 
 
 class Names(Protocol):

@@ -567,6 +567,7 @@ class AdapterTree:
         *,
         copy: bool = False,
         note: SaveNote | str | None = None,
+        dry_run: bool = False,
     ) -> None:
         """Write the tree as a folder of nested PEFT adapters, atomically as a whole.
 
@@ -579,16 +580,18 @@ class AdapterTree:
                 where they are.
             note: what the save says of itself in tree.lock and in the history: the name of the
                 program, or a `SaveNote` with what nodes were trained with.
+            dry_run: write nothing; only raise what the save would raise.
 
         Raises:
             FolderError: the folder can't be written; or a removed node would come back, because no
                 save wrote its files and so none deletes them; or the save would undo what another
                 process has written there since the tree was opened.
             FormatError: PEFT has no way to write a node; names the node and the module.
+            LoraTreeError: the tree in the folder can't be opened, or a node's files not be read.
         """
         if not isinstance(note, SaveNote):
             note = SaveNote() if note is None else SaveNote(by=note)
-        storage().save_tree(self, as_path(folder), copy=copy, note=note)
+        storage().save_tree(self, as_path(folder), copy=copy, note=note, dry_run=dry_run)
 
     # ------------------------------------------------------------------ for the folder
     @classmethod

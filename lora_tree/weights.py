@@ -40,6 +40,7 @@ __all__ = [
     "weight_difference",
     "weight_digest",
     "weight_within",
+    "why_no_patterns",
 ]
 
 DEFAULT = "default"
@@ -143,20 +144,37 @@ expression; the patterns here are globs like '*.down_proj' and 'layers.[0-7].*'
         check_finite(given, where)
         assert isinstance(given, int | float)
         return float(given)
-    if not given:
-        raise SpecError(f"{where}: an empty mapping; write one number, or patterns with numbers")
+    for pattern, number in given.items():
+        check_finite(number, f"{where} of {pattern!r:.80}")
+    why = why_no_patterns(given)
+    if why is not None:
+        raise SpecError(f"{where}: {why}")
     default = 1.0
     patterns = []
     for pattern, number in given.items():
-        check_finite(number, f"{where} of {pattern!r:.80}")
         if pattern == DEFAULT:
             default = float(number)
+        else:
+            patterns.append((pattern, float(number)))
+    return ModuleWeights(default, tuple(patterns)) if patterns else default
+
+
+def why_no_patterns(given: Mapping[Any, object]) -> str | None:
+    """Return why a mapping has no patterns, or which of them is none; None if all are.
+
+    >>> why_no_patterns({"*.q_proj": 1.0}), why_no_patterns({})
+    (None, 'an empty mapping; write one number, or patterns with numbers')
+    """
+    if not given:
+        return "an empty mapping; write one number, or patterns with numbers"
+    for pattern in given:
+        if pattern == DEFAULT:
             continue
         try:
-            patterns.append((check_glob(pattern), float(number)))
+            check_glob(pattern)
         except (ValueError, TypeError) as error:
-            raise SpecError(f"{where}: pattern {pattern!r:.80} {error}") from error
-    return ModuleWeights(default, tuple(patterns)) if patterns else default
+            return f"pattern {pattern!r:.80} {error}"
+    return None
 
 
 def parse_weight(text: str, where: str = "weight") -> Weight:

@@ -113,7 +113,15 @@ def test_budgets_in_yaml_survive_a_save_and_mistakes_are_located(
             "{host_budget: 3kb}",
             r"tree.yaml:2:9: cache.host_budget: got '3kb', which is not a size: no unit 'kb'",
         ),
-        ("{host_budget: 0}", r"tree.yaml:2:9: cache.host_budget: got 0, which is not a size"),
+        (
+            "{host_budget: 0}",
+            r"tree.yaml:2:9: cache.host_budget: got 0, which is not a size: a budget is at least 1",
+        ),
+        # A colon in the value is not taken for that of a message.
+        (
+            "{host_budget: 'much: 3kB'}",
+            r"got 'much: 3kB', which is not a size: write a number of bytes, or one with a unit",
+        ),
     ):
         yaml.write_text(f"version: 1\ncache: {line}\n")
         with pytest.raises(SpecError, match=text):

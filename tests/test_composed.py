@@ -98,6 +98,97 @@ def test_factors_are_what_peft_adds(tmp_path: Path, kind: str) -> None:
         torch.testing.assert_close(own.detach(), wanted, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_state_dict_that_repeats_the_shared_tensors_is_what_peft_loads(
+    tmp_path: Path, kind: str, named: bool
+) -> None:
+    folder, model = saved(tmp_path / "a", kind)
+    file = folder / "adapter_model.safetensors"
+    tensors = {}
+    for key, tensor in model.state_dict().items():
+        if "default" in key.split("."):
+            tensors[key if named else key.replace(".default", "")] = tensor.clone()
+    copies = [key for key in tensors if key.count(".vera_A") or key.count("vector_bank")]
+    assert len(copies) > 1 or kind.startswith("adalora")
+    if kind.startswith("adalora"):
+        (ranknum, *_) = (key for key in tensors if ".ranknum" in key)
+        tensors[ranknum] += 1.0  # PEFT divides by the one in the file
+    safetensors.torch.save_file(tensors, file)
+    loaded = peft.PeftModel.from_pretrained(Net(), folder)
+    adapter = lt.Adapter.load(folder)
+    for name, value in adapter.modules.items():
+        wanted = loaded.get_submodule(f"base_model.model.{name}").get_delta_weight("default")
+        torch.testing.assert_close(dense(value), wanted.detach().double(), atol=1e-5, rtol=1e-5)
+
+
+def test_vblora_with_its_largest_weights_alone_is_what_peft_loads(tmp_path: Path) -> None:
+    folder, _ = saved(tmp_path / "a", "vblora", save_only_topk_weights=True)
+    loaded = peft.PeftModel.from_pretrained(Net(), folder)
+    tree = lt.AdapterTree()
+    tree.add("x", adapter=folder)
+    outline, adapter = tree.outline("x"), lt.Adapter.load(folder)
+    assert outline is not None
+    assert {n: v.shape for n, v in outline.modules.items()} == {
+        n: v.shape for n, v in adapter.modules.items()
+    }
+    for name, value in adapter.modules.items():
+        wanted = loaded.get_submodule(f"base_model.model.{name}").get_delta_weight("default")
+        assert wanted.abs().max() > 0.1
+        torch.testing.assert_close(dense(value), wanted.detach().double(), atol=1e-5, rtol=1e-5)
+    tree.save(tmp_path / "zoo", copy=True)
+    assert not lt.check(tmp_path / "zoo")
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "says"),
+    [
+        ("indices", lambda t: t + 9, "expected places in 10 vectors"),
+        ("indices", lambda t: t * 0, "one piece has the same vector twice"),
+        ("indices", lambda t: t[..., :2].contiguous(), "do not fit 3 vectors"),
+        ("indices", lambda t: t.float(), "dtype F32 is not supported, expected one of U8, I16"),
+        ("weights", lambda t: t + 1.0, "of more than 1 together"),
+        ("weights", lambda t: t * float("nan"), "of more than 1 together"),
+        ("weights", None, "expected its topk_indices and its topk_weights"),
+        ("indices", None, "expected its topk_indices and its topk_weights"),
+    ],
+)
+def test_vblora_weights_that_make_no_sense_are_refused(
+    tmp_path: Path, part: str, change: Any, says: str
+) -> None:
+    folder, _ = saved(tmp_path / "a", "vblora", save_only_topk_weights=True)
+    file = folder / "adapter_model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    key = f"base_model.model.q.vblora_logits_A_topk_{part}"
+    was = tensors.pop(key)
+    if change is not None:
+        tensors[key] = change(was)
+    safetensors.torch.save_file(tensors, file)
+    with pytest.raises(FormatError, match=says):
+        lt.Adapter.load(folder)
+
+
+@pytest.mark.parametrize("kind", ["vera", "vblora"])
+def test_copies_of_a_shared_tensor_that_differ_are_refused(tmp_path: Path, kind: str) -> None:
+    folder, model = saved(tmp_path / "a", kind)
+    file = folder / "adapter_model.safetensors"
+    name = {"vera": "vera_B", "vblora": "vblora_vector_bank"}[kind]
+    tensors = safetensors.torch.load_file(file)
+    shared = tensors[f"base_model.{name}"]
+    for wrong in (shared + 1.0, shared[:-1].clone(), shared.double()):
+        key = f"base_model.model.q.{name}"
+        safetensors.torch.save_file({**tensors, key: wrong}, file)
+        with pytest.raises(FormatError, match=rf"{key} differs from {name} elsewhere in the file"):
+            lt.Adapter.load(folder)
+    # Without the one of the whole model, the copies say it.
+    del tensors[f"base_model.{name}"]
+    copies = {f"base_model.model.{module}.{name}": shared.clone() for module in ("q", "v")}
+    safetensors.torch.save_file({**tensors, **copies}, file)
+    wanted = model.get_submodule("base_model.model.q").get_delta_weight("default")
+    own = dense(lt.Adapter.load(folder).modules["q"])
+    torch.testing.assert_close(own, wanted.detach().double(), atol=1e-5, rtol=1e-5)
+
+
 def test_pruned_ranks_of_adalora_keep_the_scale_of_the_first(tmp_path: Path) -> None:
     folder, model = saved(tmp_path / "a", "adalora")
     pattern = {

@@ -228,15 +228,13 @@ def test_check_reads_every_adapter(tmp_path: Path) -> None:
 
 
 def test_check_names_the_modules_whose_numbers_are_none(tmp_path: Path) -> None:
-    tree = lt.AdapterTree()
     A, B = torch.ones(2, 4), torch.ones(3, 2)
-    tree.add(
-        "fr", adapter=lt.Adapter({"q": lt.LowRank(A, B), "v": lt.LowRank(A * float("nan"), B)})
-    )
-    tree.add("fr/legal", adapter=lt.Adapter({"q": lt.LowRank(A, B.where(B != B, float("inf")))}))
-    tree.save(tmp_path / "zoo")
+    # A save of the tree would refuse them.
+    broken = lt.Adapter({"q": lt.LowRank(A, B), "v": lt.LowRank(A * float("nan"), B)})
+    broken.save(tmp_path / "zoo/fr")
+    lt.Adapter({"q": lt.LowRank(A, B * float("inf"))}).save(tmp_path / "zoo/fr/legal")
     found = [(p.node, p.kind, p.text.split(": ")[1]) for p in lt.check(tmp_path / "zoo")]
-    assert found == [("fr", "numbers", "v"), ("fr/legal", "numbers", "q")]
+    assert found == [("fr", "numbers", "v (lora_A)"), ("fr/legal", "numbers", "q (lora_B)")]
     assert lt.load(tmp_path / "zoo").paths() == ["fr", "fr/legal"]
 
 

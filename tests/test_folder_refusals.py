@@ -197,9 +197,13 @@ REFUSALS: dict[Callable[[Path], lt.AdapterTree], tuple[type[LoraTreeError], str]
 }
 
 
+@pytest.mark.parametrize("dry_run", [False, True])
 @pytest.mark.parametrize("case", REFUSALS, ids=lambda case: case.__name__)
 def test_a_refused_save_writes_nothing(
-    case: Callable[[Path], lt.AdapterTree], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    case: Callable[[Path], lt.AdapterTree],
+    dry_run: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = tmp_path / "zoo"
     refused = case(folder)
@@ -210,7 +214,7 @@ def test_a_refused_save_writes_nothing(
         # root may write anywhere, so the system's answer is a made one
         patched.setattr(os, "access", lambda path, _: not str(path).endswith("closed"))
         with pytest.raises(error, match=message):
-            refused.save(folder)
+            refused.save(folder, dry_run=dry_run)
     assert watched.writes == []
     assert listing(tmp_path) == before
 
@@ -222,3 +226,35 @@ def test_the_watch_sees_a_save_that_is_not_refused(
     monkeypatch.setattr(disk, "os", watched)
     several().save(tmp_path / "zoo")
     assert {note.split()[0] for note in watched.writes} >= {"write", "rename", "unlink"}
+
+
+def test_a_dry_run_of_a_save_writes_nothing_and_changes_no_node(tmp_path: Path) -> None:
+    made = several()
+    before = {path: made[path] for path in made.paths()}
+    made.save(tmp_path / "new/zoo", dry_run=True)
+    assert listing(tmp_path) == {}
+    assert {path: made[path] for path in made.paths()} == before
+    made.save(tmp_path / "zoo")
+    made.update("later", adapter=adapter(13))
+    saved = listing(tmp_path)
+    made.save(tmp_path / "zoo", dry_run=True)
+    assert listing(tmp_path) == saved
+    made.save(tmp_path / "zoo")
+    assert listing(tmp_path) != saved
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_file_in_the_place_of_a_folder_above_the_tree_is_refused(
+    tmp_path: Path, dry_run: bool
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(FolderError, match=f"{tmp_path}/file"):
+        several().save(tmp_path / "file/new/zoo", dry_run=dry_run)
+    several().save(tmp_path / "zoo")
+    (tmp_path / "zoo/.lora_tree").write_text("mine")
+    for attempt in (
+        lambda: several().save(tmp_path / "zoo", dry_run=dry_run),
+        lambda: lt.gc(tmp_path / "zoo", dry_run=dry_run),
+    ):
+        with pytest.raises(FolderError, match=r"\.lora_tree: a file or a link lies where a folder"):
+            attempt()

@@ -278,14 +278,14 @@ def test_a_weight_per_module_and_a_head_of_its_own_stay() -> None:
     assert tree.adapter(grown.edited.moved["fr-0"]).overrides["score.weight"] is head
 
 
-def test_a_replaced_tensor_that_would_get_a_shared_part_is_refused() -> None:
+def test_a_named_adapter_that_replaces_a_tensor_of_a_shared_part_is_refused() -> None:
     tree = family()
     first = tree.adapter("fr-0")
     assert first is not None
     head = lt.Override(torch.ones(48, 64))
     tree.update("fr-0", adapter=replace(first, overrides={"q_proj.weight": head}))
     with pytest.raises(SpecError, match=r"fr-0: replaces q_proj\.weight"):
-        lt.grow(tree, max_error=0.1)
+        lt.grow(tree, tree.paths(), max_error=0.1)
 
 
 def test_adapters_with_nothing_in_common_get_no_parent() -> None:

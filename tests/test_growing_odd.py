@@ -97,26 +97,52 @@ def broken(value: float) -> lt.Adapter:
     return lt.Adapter({**adapter.modules, "v": lt.LowRank(A, adapter.modules["v"].B)})
 
 
+@pytest.mark.parametrize("paths", [None, ["n*"]])
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_a_broken_adapter_is_refused_by_its_name(number: float, paths: list[str] | None) -> None:
+    tree = tree_of([odd(1, {"q": 2}), odd(2, {"q": 2}), broken(number)])
+    before = copy.copy(tree)
+    with pytest.raises(SpecError, match=r"n2: v: the factors are not finite"):
+        lt.grow(tree, paths, max_error=0.1)
+    assert same_tree(tree, before)
+
+
+HEAD = {"head.weight": lt.Override(torch.ones(3, 4))}
+HIDES = {"q.weight": lt.Override(torch.ones(12, 16))}
+
+
 @pytest.mark.parametrize(
-    ("adapter", "says"),
+    ("adapter", "why"),
     [
-        (broken(float("nan")), r"n2: the factors are not finite"),
-        (broken(float("inf")), r"n2: the factors are not finite"),
-        (lt.Adapter({}), r"n2: has factors of no module"),
+        (lt.Adapter({}), "n2: has factors of no module, so it shares nothing with the others"),
         (
-            lt.Adapter({}, overrides={"head.weight": lt.Override(torch.ones(3, 4))}),
-            r"n2: has factors of no module",
+            lt.Adapter({}, overrides=HEAD),
+            "n2: has factors of no module, so it shares nothing with the others",
+        ),
+        (
+            lt.Adapter(odd(3, {"v": 1}).modules, overrides=HIDES),
+            "n2: replaces q.weight, so nothing above it counts there",
         ),
     ],
 )
-def test_what_shares_nothing_or_is_broken_is_refused_by_its_name(
-    adapter: lt.Adapter, says: str
+def test_what_can_not_share_is_left_alone_and_refused_by_name(
+    adapter: lt.Adapter, why: str
 ) -> None:
     tree = tree_of([odd(1, {"q": 2}), odd(2, {"q": 2}), adapter])
     before = copy.copy(tree)
-    with pytest.raises(SpecError, match=says):
-        lt.grow(tree, max_error=0.1)
+    with pytest.raises(SpecError, match=why):
+        lt.grow(tree, ["n*"], max_error=0.1)
     assert same_tree(tree, before)
+    grown = lt.grow(tree, max_error=0.1)
+    assert grown.edited.notes == (f"left alone: {why}",)
+    assert tree.adapter("n2") is adapter
+    assert len(grown.edited.changed) == 2
+
+
+def test_one_that_is_left_alone_is_told_where_too_few_remain() -> None:
+    tree = tree_of([odd(1, {"q": 2}), lt.Adapter({})])
+    with pytest.raises(SpecError, match=r"at least two flat adapters, got n0\n  left alone: n1:"):
+        lt.grow(tree, max_error=0.1)
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,7 @@ RINGS = {
         "override",
         "nesting",
         "adapter",
+        "nonfinite",
         "combining",
         "node_names",
         "spec_errors",

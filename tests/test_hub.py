@@ -132,6 +132,36 @@ def test_a_dry_run_writes_nothing(hub: LoopbackHub, zoo: Path, tmp_path: Path) -
     assert not [line for line in hub.asked[asked:] if WEIGHTS in line]
 
 
+@pytest.mark.parametrize("dry_run", [False, True])
+@pytest.mark.parametrize("wrong", ["lock", "missing", "longer", "target", "blocked"])
+def test_a_pull_and_its_dry_run_refuse_the_same(
+    hub: LoopbackHub, zoo: Path, tmp_path: Path, wrong: str, dry_run: bool
+) -> None:
+    push(zoo)
+    files = dict(hub.repos["org/zoo"].head())
+    there = tmp_path / "there"
+    kind: type[LoraTreeError] = UnlockedError
+    names = "fr/legal"
+    if wrong == "lock":
+        files["tree.lock"] = b"{"
+        kind, names = SpecError, r"tree\.lock"
+    elif wrong == "missing":
+        del files[f"fr/legal/{WEIGHTS}"], files[f"fr/legal/{CONFIG}"]
+    elif wrong == "longer":
+        files[f"fr/legal/{WEIGHTS}"] += b" "
+    elif wrong == "target":
+        there.write_text("mine")
+        kind, names = FolderError, "there"
+    else:
+        write(there / "fr", "mine")
+        kind, names = FolderError, "fr"
+    hub.repos["org/zoo"].commit(files)
+    before = listing(tmp_path / "there") if there.is_dir() else there.exists()
+    with pytest.raises(kind, match=names):
+        pull(there, dry_run=dry_run)
+    assert before == (listing(there) if there.is_dir() else there.exists())
+
+
 def test_a_folder_without_lock_or_yaml_is_locked_on_the_way(
     hub: LoopbackHub, tmp_path: Path
 ) -> None:
@@ -616,8 +646,11 @@ def test_a_tree_that_reaches_out_of_its_folder_is_refused(
         nested(zoo, where)
     write(zoo / "tree.yaml", f"version: 1\ntree: {{bad: {{adapter: {where}}}}}\n")
     hub.repo("org/zoo", zoo)
-    with pytest.raises(LoraTreeError, match=r"leads out of|no such folder|hidden|no adapter there"):
-        pull(tmp_path / "there")
+    for dry_run in (True, False):
+        with pytest.raises(
+            LoraTreeError, match=r"leads out of|no such folder|hidden|no adapter there"
+        ):
+            pull(tmp_path / "there", dry_run=dry_run)
     assert not (tmp_path / "there").exists()
 
 

@@ -24,6 +24,7 @@ NAMES = {
     "text_encoder.text_model.encoder.layers.0.self_attn.q_proj": TEXT_ENCODER,
     "text_encoder_2.text_model_encoder_layers_0_self_attn_q_proj": TEXT_ENCODER,
     "text_model.encoder.layers.0.self_attn.q_proj": TEXT_ENCODER,
+    "te1.text_model.encoder.layers.0.self_attn.q_proj": TEXT_ENCODER,
     "text_encoder_3.encoder.block.0.layer.0.SelfAttention.q": TEXT_ENCODER,
     "unet.down_blocks.0.attentions.0.proj_in": UNET,
     "unet.mid_block_attentions_0_proj_in": UNET,
@@ -78,6 +79,28 @@ def test_a_part_of_a_pipeline_does_not_fit_a_language_model(name: str) -> None:
         "  attach the tree to the pipeline: lora_tree.integrations.diffusers.attach_pipeline"
     )
     assert "did you mean" not in told
+
+
+@pytest.mark.parametrize(
+    "name", ["encoder.layers.0.self_attn.q_proj", "encoder.block.0.layer.0.SelfAttention.q"]
+)
+def test_an_encoders_own_names_do_not_fit_a_language_model(name: str) -> None:
+    told = refused(of(name), joint.base())
+    assert told.startswith(
+        f"style: {name}: the adapter is for an encoder, as the text encoders of diffusion "
+        "pipelines are, and this base is a LlamaForCausalLM\n"
+        "  attach the tree to the model that the adapter was trained on; to a pipeline: "
+        "lora_tree.integrations.diffusers.attach_pipeline"
+    )
+    assert "did you mean" not in told
+
+
+def test_an_encoder_gets_the_hint_for_a_name_of_its_own() -> None:
+    base = components("stable_diffusion")["text_encoder"]
+    assert "the adapter is for" not in refused(of("encoder.layers.0.self_attn.q_prjo"), base)
+    other = nn.ModuleDict({"encoder": nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(4, 4)])})})
+    told = refused(of("encoder.layers.1"), other)
+    assert "did you mean 'encoder.layers.0'?" in told
 
 
 @pytest.mark.parametrize("name", LANGUAGE)

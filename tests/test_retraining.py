@@ -275,6 +275,20 @@ def test_data_that_changed_is_said_and_data_that_is_gone_holds_back_all_below(
     assert "can't train fr/legal: it stands on fr, which can't be trained again" in told
 
 
+def test_a_dry_run_refuses_rows_that_the_run_refuses(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    zoo = project / "zoo"
+    with open(project / "below.jsonl", "a") as file:
+        file.write("{not json\n")
+    told = []
+    for option in ("--dry-run", "--yes"):
+        run("retrain", zoo, "--stale", option, code=1)
+        told.append(capsys.readouterr().err)
+    assert "below.jsonl" in told[0]
+    assert told[0] == told[1]
+
+
 def test_what_nobody_noted_is_said(project: Path) -> None:
     zoo = project / "zoo"
     tree = opened(zoo)

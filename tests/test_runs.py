@@ -1055,7 +1055,7 @@ def test_what_is_not_finite_is_not_promoted(
     before = run.model.tree.adapter("de")
     with pytest.raises(
         FormatError,
-        match=r"checkpoint-1: de: model.layers.0.mlp.down_proj: the factors are not finite",
+        match=r"checkpoint-1: de: model.layers.0.mlp.down_proj \(lora_A, lora_B\): the factors",
     ):
         promote(run.model.tree, "de", kept)
     assert run.model.tree.adapter("de") is before

@@ -4,6 +4,7 @@ hold apart.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeAlias
@@ -168,16 +169,57 @@ def test_absorb_says_of_every_node_why_no_save_takes_the_rest_there(tmp_path: Pa
     assert error.todo[3].startswith("absorb it below another node")
 
 
-def test_grow_refuses_a_leaf_that_no_save_takes(tmp_path: Path) -> None:
+def alike() -> lt.AdapterTree:
+    """Return four adapters that share a part which the fifth one, c, can't be below."""
     shared, embedding = increments(), increments(EMBEDDING)
     tree = lt.AdapterTree()
     for i in range(4):
         tree.add(f"w{i}", adapter=lt.Adapter({"m.o": shared, "m.wte": embedding}))
     tree.add("c", adapter=lt.Adapter({"m.o": shared, **WITH_BIAS.modules}))
+    return tree
+
+
+def test_grow_refuses_a_named_leaf_that_no_save_takes(tmp_path: Path) -> None:
     error = refused(
-        tree, lambda tree: lt.grow(tree, max_error=1e-4, depth=1), FormatError, tmp_path / "zoo"
+        alike(),
+        lambda tree: lt.grow(tree, ["w*", "c"], max_error=1e-4, depth=1),
+        FormatError,
+        tmp_path / "zoo",
     )
-    assert error.what == f"shared/c: {PAIRS['bias, embedding'][2]}"
+    assert error.what == f"c, below shared: {PAIRS['bias, embedding'][2]}"
+    assert error.todo[-1] == "leave c out, and name the others"
+
+
+def test_grow_leaves_a_leaf_that_no_save_takes_alone(tmp_path: Path) -> None:
+    tree = alike()
+    wanted = copy.copy(tree)
+    mine = tree.adapter("c")
+    grown = lt.grow(tree, max_error=1e-4, depth=1)
+    assert tree.adapter("c") is mine
+    assert grown.edited.notes == (f"left alone: c, below shared: {PAIRS['bias, embedding'][2]}",)
+    # The others are what they are if c is not there.
+    wanted.remove("c")
+    lt.grow(wanted, max_error=1e-4, depth=1)
+    tree.save(tmp_path / "zoo")
+    tree.remove("c")
+    wanted.save(tmp_path / "wanted")
+    assert tree.paths() == wanted.paths()
+    for path in tree.paths():
+        file = f"{path}/adapter_model.safetensors"
+        assert (tmp_path / "zoo" / file).read_bytes() == (tmp_path / "wanted" / file).read_bytes()
+
+
+def test_absorb_rounds_to_a_dtype_before_it_asks_whether_a_save_takes_it(tmp_path: Path) -> None:
+    exact = increments()
+    narrow = exact.with_tensors(lambda tensor: tensor.to(torch.float8_e4m3fn))
+    tree = family(LINEAR, LINEAR)
+    done = lt.absorb(tree, "n", of("m.new", narrow), dtype=torch.bfloat16)
+    assert (done.parent, done.edited.notes) == ("", ())
+    tree.save(tmp_path / "zoo")
+    with pytest.raises(FormatError, match=r"^n: m\.new: dtype torch\.float8") as raised:
+        lt.absorb(lt.AdapterTree(), "n", of("m.new", narrow))
+    # One adapter is no sum, so no line says to leave a part of it out.
+    assert raised.value.todo == ("convert it: adapter.to(dtype=torch.bfloat16)",)
 
 
 def test_a_tree_in_memory_that_no_save_takes_can_be_worked_on(tmp_path: Path) -> None:

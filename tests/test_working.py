@@ -99,6 +99,75 @@ def test_similar_lists_pairs_and_clusters(shell: Shell, zoo: Path, tmp_path: Pat
     assert lineage["cosines"] == wanted
 
 
+def broken_at(folder: Path) -> Path:
+    """Write an adapter with NaN in a factor."""
+    A = torch.full((2, 6), float("nan"))
+    lt.Adapter({"q": lt.LowRank(A, torch.ones(6, 2))}).save(folder)
+    return folder
+
+
+def plain_at(folder: Path) -> Path:
+    """Write an adapter's folder by itself, which no save of a tree wrote."""
+    zoo_of(4).save(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("command", "why"),
+    [
+        (("add", "zoo", "new", "broken"), "new: q (lora_A): a factor holds NaN"),
+        (("add", "zoo", "new", "broken", "--copy"), "new: q (lora_A): a factor holds NaN"),
+        (("add", "zoo", "stray/x", "--group"), "no node 'stray'"),
+        (("set", "zoo", "fr", "--adapter", "broken"), "fr: q (lora_A): a factor holds NaN"),
+        (("rm", "plain", "a"), "so they stay, and would be a node again"),
+        (("mv", "plain", "a", "b"), "so they stay, and would be a node again"),
+        (("mv", "zoo", "fr/legal", "fr/Legal"), "only by case"),
+        (("squash", "blocked", "fr/legal", "--to", "x"), "a file or a link lies where a folder"),
+        (("pick", "blocked", "fr/legal", "--to", "x"), "a file or a link lies where a folder"),
+        (("init", "file/new"), "file/new: can't make the folder"),
+        (("gc", "hidden"), "a file or a link lies where a folder"),
+    ],
+    ids=lambda value: " ".join(value[:3]) if isinstance(value, tuple) else "",
+)
+def test_a_dry_run_refuses_what_the_run_refuses(
+    shell: Shell, zoo: Path, tmp_path: Path, command: tuple[str, ...], why: str
+) -> None:
+    broken_at(tmp_path / "broken")
+    plain_at(tmp_path / "plain/a")
+    for name, file in (("blocked", "x"), ("hidden", ".lora_tree")):
+        lt.load(zoo).save(tmp_path / name)
+        (tmp_path / name / file).write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    places = {"zoo", "broken", "plain", "blocked", "hidden", "file/new"}
+    arguments = [tmp_path / word if word in places else word for word in command]
+    before = listing(tmp_path)
+    told = {}
+    for options in (["--dry-run"], []):
+        code, out, told[bool(options)] = shell(*arguments, *options)
+        assert (code, out) == (1, "")
+        assert listing(tmp_path) == before
+    assert why in told[True]
+    assert told[True] == told[False]
+
+
+@pytest.mark.parametrize("bound", [("--rank", 1), ("--max-error", 0.1)])
+@pytest.mark.parametrize(
+    "command", [("mv", "fr/legal", "x"), ("set", "fr", "--weight", "2")], ids=lambda c: c[0]
+)
+def test_bounds_without_keep_effective_are_refused_in_the_same_words(
+    shell: Shell, zoo: Path, command: tuple[str, ...], bound: tuple[str, float]
+) -> None:
+    name, *rest = command
+    before = listing(zoo)
+    code, _, told = shell(name, zoo, *rest, *bound)
+    assert code == 1
+    assert told == (
+        "error: --rank and --max-error are for --keep-effective; without it nothing is cut\n"
+        "  give --keep-effective as well, or leave them out; lora-tree compress cuts nodes\n"
+    )
+    assert listing(zoo) == before
+
+
 # ---------------------------------------------------------------------- editing
 def adapter_at(folder: Path, seed: int) -> Path:
     zoo_of(seed).save(folder)

@@ -155,6 +155,10 @@ def test_all_mistakes_are_listed_in_the_order_of_the_lines() -> None:
             ":2:13: node fr: weight: got a mapping, which is not a weight: an empty mapping; write",
         ),
         (
+            "version: 1\ntree: {fr: {weight: {'weight: (.*)': 1.0}}}",
+            ": got a mapping, which is not a weight: pattern 'weight: (.*)' holds '(' of a regular",
+        ),
+        (
             "version: 1\ntree: {fr: {weight: heavy}}",
             "node fr: weight: got 'heavy', which should be a valid number or should be a mapping\n",
         ),

@@ -21,11 +21,19 @@ from ..adapter import Adapter
 from ..errors import FormatError, PathError, SpecError, plural
 from ..lowrank import inner
 from ..node_names import check_path
+from ..nonfinite import refuse_broken
 from ..tree import AdapterTree
 from .aligning import aligned
 from .arguments import check_adapter, check_tree
 from .deviation import Deviation, Shortening, call_named, norm
-from .edit import Edited, check_path_free, check_savable, is_savable, savable_error
+from .edit import (
+    Edited,
+    check_path_free,
+    check_savable,
+    is_savable,
+    savable_error,
+    together_advice,
+)
 from .sums import added_up, difference_terms, read_uncached
 
 __all__ = ["Absorbed", "absorb"]
@@ -108,6 +116,7 @@ def absorb(
         )
     if under and under not in tree:
         raise PathError(f"under: no node {under!r} in the tree")
+    refuse_broken(name, adapter)
     left = _measure_remainders(tree, name, adapter, under)
     shortening = Shortening(rank, max_error, dtype)
     # Below a lineage with an override that the adapter lacks, no increments restore the base's
@@ -172,7 +181,11 @@ def _cheapest(
         # The remainder: the terms of the parent's lineage with a minus sign, plus the adapter.
         above = difference_terms(tree, "", parent, kept=adapter.overrides)
         remainder = added_up([*above, (name, 1.0, adapter)])
-        error = savable_error(_below(parent, name), remainder, [name, *tree.lineage(parent)])
+        error = savable_error(
+            _below(parent, name),
+            _outline(remainder, shortening.dtype),
+            *together_advice([name, *tree.lineage(parent)]),
+        )
         if error is not None:
             if is_strict is None:
                 # If the tree itself can't be saved, it is used in memory alone, and the remainder
@@ -193,6 +206,18 @@ def _cheapest(
     if best is None:
         raise _no_parent_error(name, list(refused.values()))
     return best, refused
+
+
+def _outline(remainder: Adapter, dtype: torch.dtype | None) -> Adapter:
+    """Return an adapter without its numbers, in the dtype to which its factors will be rounded.
+
+    The cut that comes before the rounding takes long, and changes nothing about whether the result
+    can be saved. The numbers themselves may be too large for the dtype until they were cut.
+    """
+    outline = remainder.with_tensors(lambda tensor: tensor.detach().to("meta"))
+    if dtype is None:
+        return outline
+    return outline.map(lambda value: value.with_tensors(lambda factor: factor.to(dtype)))
 
 
 def _no_parent_error(name: str, refused: Sequence[FormatError]) -> FormatError:

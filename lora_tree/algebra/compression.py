@@ -36,6 +36,7 @@ from .core import check_readable
 from .deviation import Deviation, call_named, gap_of
 from .edit import Edited, check_changeable, put_adapter
 from .moments import Moment, moments_of, weighted_square
+from .sums import read_finite
 
 __all__ = ["Compressed", "compress"]
 
@@ -130,7 +131,7 @@ def compress(
         if tree[path].has_adapter:
             # A model that uses one of them would refuse the change: find out before the work.
             check_changeable(tree, [path])
-            adapters[path] = tree.adapter(path) or Adapter({})
+            adapters[path] = read_finite(tree, path)
     if not adapters:
         raise SpecError("no node with an adapter to compress")
     modules: set[str] = set()

@@ -36,7 +36,7 @@ from .edit import (
     put_adapter,
     stale_notes,
 )
-from .sums import added_up, difference_terms
+from .sums import added_up, difference_terms, read_finite
 
 __all__ = ["split", "squash"]
 
@@ -133,8 +133,7 @@ def split(
     for new in renamed.values():
         check_path(new)  # the tree may grow too deep
     check_changeable(tree, [path, *below])
-    whole = tree.adapter(path)
-    assert whole is not None  # `check_has_adapter` has refused a node without one
+    whole = read_finite(tree, path)
     stays, moves = _by_rank(whole, rank) if rank is not None else _by_name(whole, modules or ())
     if not moves.modules:
         raise SpecError(

@@ -34,6 +34,7 @@ __all__ = [
     "refuse_fresh",
     "savable_error",
     "stale_notes",
+    "together_advice",
 ]
 
 
@@ -98,35 +99,45 @@ def check_savable(tree: AdapterTree, made: Mapping[str, Adapter], of: Iterable[s
     Raises:
         FormatError: PEFT's files can't hold one; names the node, the module and the reason.
     """
+    advice = together_advice(of)
     for path, adapter in made.items():
-        error = savable_error(path, adapter, of)
+        error = savable_error(path, adapter, *advice)
         if error is not None:
             if not is_savable(tree):
                 return
             raise error
 
 
-def savable_error(path: str, adapter: Adapter, of: Iterable[str]) -> FormatError | None:
+def savable_error(where: str, adapter: Adapter, *advice: str) -> FormatError | None:
     """Return the error for a new adapter that can't be saved; None if it can.
 
     Args:
-        path: of its node.
+        where: its node, with which the error begins.
         adapter: the new one.
-        of: the nodes whose increments it holds.
+        advice: lines that say how to make one that can be saved.
     """
     try:
         storage().check_writable(adapter)
     except FormatError as error:
-        explained = FormatError(
-            f"{path}: {error.what}",
-            *error.todo,
-            f"one adapter can't hold what {listing(of)} have together: leave one of them out, "
-            "or move modules to a node of their own first: lora-tree split, "
-            "lora_tree.split(tree, path, to=…, modules=…)",
-        )
+        explained = FormatError(f"{where}: {error.what}", *error.todo, *advice)
         explained.__cause__ = error
         return explained
     return None
+
+
+def together_advice(of: Iterable[str]) -> tuple[str, ...]:
+    """Return the advice for an adapter that can't hold the increments of several nodes.
+
+    Nothing for the increments of one: there is nothing to leave out of it.
+    """
+    nodes = list(of)
+    if len(nodes) < 2:
+        return ()
+    return (
+        f"one adapter can't hold what {listing(nodes)} have together: leave one of them out, "
+        "or move modules to a node of their own first: lora-tree split, "
+        "lora_tree.split(tree, path, to=…, modules=…)",
+    )
 
 
 def is_savable(tree: AdapterTree) -> bool:

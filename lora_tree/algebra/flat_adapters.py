@@ -18,7 +18,6 @@ from ..adapter import Adapter
 from ..errors import SpecError
 from ..lowrank import LowRank
 from ..lowrank.promoting import promoted
-from ..override import tensor_owner
 from ..tree import AdapterTree
 from ..weights import weight_at
 from .aligning import aligned
@@ -110,26 +109,11 @@ class FlatAdapters:
         for module, numbers in self.numbers.items():
             # In joint bases a mean has at most as many rows and columns as there are ranks.
             self._means[module] = min(self._means[module], numbers)
-        self._refuse_replaced()
         self._groups = list(self._grouped(working_bytes))
         self._kept: dict[str, FlatModule] = {}
 
     def __len__(self) -> int:
         return len(self.numbers)
-
-    def _refuse_replaced(self) -> None:
-        """Refuse an override of a tensor of a fitted module: it would hide the shared part above.
-
-        Raises:
-            SpecError: an adapter replaces such a tensor; names both.
-        """
-        for name, outline in zip(self.names, self.outlines, strict=True):
-            for tensor in outline.overrides:
-                if tensor_owner(tensor)[0] in self.numbers:
-                    raise SpecError(
-                        f"{name}: replaces {tensor}, so nothing above it counts there",
-                        "name the other adapters, and leave this one out",
-                    )
 
     @property
     def are_kept(self) -> bool:

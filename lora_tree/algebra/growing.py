@@ -17,7 +17,6 @@ Law: each leaf's error is measured on the factors that the tree finally holds.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from ..adapter import Adapter
 from ..budget import parse_bytes
-from ..errors import BudgetError, PathError, SpecError, TreeError, listing
+from ..errors import BudgetError, LoraTreeError
 from ..given import check_whole_number
 from ..lowrank import LowRank, concat
 from ..lowrank.cast import cast
@@ -34,13 +33,15 @@ from ..node_names import check_path
 from ..tree import AdapterTree
 from .arguments import check_factor_dtype, check_tree
 from .deviation import Deviation, call_named, gap_of
-from .edit import Edited, check_changeable, check_has_adapter, check_savable, stale_notes
-from .families import Families, families_of
+from .edit import Edited, check_savable, is_savable, savable_error, stale_notes
+from .families import families_of
 from .flat_adapters import FlatAdapters, smallest_module
+from .flat_choice import choose_flat
 from .likeness import similar
 from .moments import weighted_square
 from .price_search import Goal, PricedFit, PriceSearch, Progress, goal_of, relative_error
 from .shared_fit import Pair
+from .shared_places import shared_places
 from .stack import Stack
 from .sums import read_uncached
 
@@ -92,7 +93,8 @@ def grow(
         tree: changed in memory. Its chosen nodes move below the shared ones, get the weight 1 and
             keep the remainder.
         paths: children of the root without children of their own, as paths or patterns; None: all
-            of these that have an adapter and a weight other than 0.
+            of these that have an adapter and a weight other than 0. Without paths, an adapter that
+            can't take part stays as it is, and a note says why.
         max_error: the largest relative error over all adapters together; the tree has as few bytes
             as it allows. Rounding to a narrow dtype comes on top; the error that is returned
             includes it.
@@ -114,13 +116,14 @@ def grow(
         PathError: a path or pattern matches no node, or names one that is not right below the root;
             or a new path is too long.
         TreeError: a node has children, is a group, or is used by a model.
-        SpecError: there are fewer than two adapters; or one is fresh, not finite, without modules
-            or of weight 0; or not one of ``max_error`` and ``budget_bytes`` was given, or it makes
-            no sense.
+        SpecError: there are fewer than two adapters; or one is fresh or not finite, or was named
+            and has no modules or the weight 0; or not one of ``max_error`` and ``budget_bytes`` was
+            given, or it makes no sense.
         BudgetError: the budget has no room for one rank in one module of every adapter.
         ShapeMismatch, BaseMismatch: the adapters are not of one base; names them and the module.
             Or a moment does not have the size of its module's input.
-        FormatError: a node's part can't be saved as one adapter; names the node and the module.
+        FormatError: the part of a named node, or a shared part, can't be saved as one adapter;
+            names the node and the module.
 
     >>> def part(seed, rank):
     ...     g = torch.Generator().manual_seed(seed)
@@ -142,72 +145,27 @@ def grow(
     goal = goal_of(max_error, budget_bytes)
     check_whole_number(depth, "depth")
     check_factor_dtype(dtype)
-    names = _chosen(tree, paths)
-    likeness = similar(tree, names, of="lineage")
-    families = families_of(likeness.joins, len(names), depth)
-    names = [names[i] for i in families.order]
-    squares = likeness.norms[list(families.order)].double().square()
-    # An adapter that is zero gets the weight 1: its norm can't be divided by.
-    divisor = squares.mean().clamp(min=1e-300) if by_norm else squares.clamp(min=1e-300)
-    weights = torch.where(squares > 0, 1.0 / divisor, 1.0)
-    flat = FlatAdapters(
-        tree,
-        names,
-        families,
-        weights,
-        moments=moments,
-        working_bytes=parse_bytes(working_bytes),
-        dtype=dtype,
-    )
-    priced = PriceSearch(flat, goal, progress).search()
-    made = _make_nodes(flat, priced)
-    _check_room(made, goal)
-    edited = _install(tree, names, families, made)
-    # Computed from the measured errors, which include the rounding of the factors.
-    lost = torch.tensor(
-        [deviation.error for deviation in made.errors], dtype=torch.float64
-    ).square()
-    if moments:
-        lost, squares = made.lost, made.energies
-    error = relative_error(weights, lost, squares)
-    return Grown(edited, flat.nbytes, made.nbytes, error)
-
-
-def _chosen(tree: AdapterTree, paths: Iterable[str] | None) -> list[str]:
-    """Return the flat nodes that take part.
-
-    Raises:
-        PathError, TreeError, SpecError: as `grow`.
-    """
-    top = tree.children("")
-    if paths is None:
-        flat = [p for p in top if tree[p].has_adapter and not tree.children(p)]
-        # A node of weight 0 is left alone: here it would become zeros of weight 1.
-        chosen = [p for p in flat if tree[p].weight != 0.0]
-    else:
-        chosen = tree.matching(paths)
-    deeper = sorted(set(chosen) - set(top))
-    if deeper:
-        raise PathError(
-            f"{listing(deeper)}: not directly below the root",
-            "grow takes flat adapters: squash each path to a node there first (lora-tree squash)",
+    choice = choose_flat(tree, paths)
+    while True:
+        growth = _fit(
+            tree,
+            choice.names,
+            depth,
+            goal,
+            progress,
+            by_norm=by_norm,
+            moments=moments,
+            working_bytes=parse_bytes(working_bytes),
+            dtype=dtype,
         )
-    for path in chosen:
-        check_has_adapter(tree, path)
-        if tree.children(path):
-            raise TreeError(f"{path}: has children, so it is no flat adapter", "leave it out")
-        if tree[path].weight == 0.0:
-            raise SpecError(f"{path}: its weight is 0, so it shares nothing", "name the others")
-        outline = tree.outline(path)
-        if outline is not None and not outline.modules:
-            raise SpecError(
-                f"{path}: has factors of no module, so it shares nothing with the others",
-                "name the other adapters, and leave this one out",
-            )
-    if len(chosen) < 2:
-        raise SpecError(f"grow needs at least two flat adapters, got {listing(chosen) or 'none'}")
-    check_changeable(tree, chosen)
-    return chosen
+        # One that no save takes leaves the sums of the others, so these are fitted again.
+        unfit = growth.unsavable_leaves(tree)
+        if not unfit:
+            break
+        choice = choice.without(unfit)
+    _check_room(growth.made, goal)
+    edited = _install(tree, growth, choice.notes)
+    return Grown(edited, growth.flat.nbytes, growth.made.nbytes, growth.relative_error)
 
 
 # ---------------------------------------------------------------------- the nodes
@@ -339,25 +297,103 @@ def _check_room(made: _Nodes, goal: Goal) -> None:
         )
 
 
-# ---------------------------------------------------------------------- the tree
-def _install(tree: AdapterTree, names: Sequence[str], families: Families, made: _Nodes) -> Edited:
-    """Change the tree. Only the names can still be refused, so they are checked first."""
-    places = _places(tree, names, families, made)
+# ---------------------------------------------------------------------- one fit
+@dataclass(frozen=True, eq=False)
+class _Growth:
+    """The nodes of some flat adapters, and their places; nothing of it is in the tree yet.
+
+    Args:
+        flat: the adapters.
+        made: the nodes.
+        places: of the shared nodes; None for one that holds nothing.
+        moved: leaf → its new path, if it moves.
+        relative_error: over all of the adapters.
+    """
+
+    flat: FlatAdapters
+    made: _Nodes
+    places: list[str | None]
+    moved: dict[str, str]
+    relative_error: float
+
+    def unsavable_leaves(self, tree: AdapterTree) -> dict[str, LoraTreeError]:
+        """Return the leaves that a save of the tree would refuse, each with its error."""
+        errors: dict[str, LoraTreeError] = {}
+        for name, adapter in zip(self.flat.names, self.made.leaves, strict=True):
+            above, _, _ = self.moved.get(name, name).rpartition("/")
+            where = f"{name}, below {above}" if above else name
+            error = savable_error(where, adapter, f"leave {name} out, and name the others")
+            if error is not None:
+                errors[name] = error
+        # A tree that can't be saved as it is now is used in memory alone.
+        return errors if errors and is_savable(tree) else {}
+
+
+def _fit(
+    tree: AdapterTree,
+    chosen: Sequence[str],
+    depth: int,
+    goal: Goal,
+    progress: Progress | None,
+    *,
+    by_norm: bool,
+    moments: Mapping[str, Tensor] | None,
+    working_bytes: int,
+    dtype: torch.dtype | None,
+) -> _Growth:
+    """Fit the shared parts of some flat adapters; the arguments and errors are those of `grow`."""
+    likeness = similar(tree, chosen, of="lineage")
+    families = families_of(likeness.joins, len(chosen), depth)
+    names = [chosen[i] for i in families.order]
+    squares = likeness.norms[list(families.order)].double().square()
+    # An adapter that is zero gets the weight 1: its norm can't be divided by.
+    divisor = squares.mean().clamp(min=1e-300) if by_norm else squares.clamp(min=1e-300)
+    weights = torch.where(squares > 0, 1.0 / divisor, 1.0)
+    flat = FlatAdapters(
+        tree,
+        names,
+        families,
+        weights,
+        moments=moments,
+        working_bytes=working_bytes,
+        dtype=dtype,
+    )
+    priced = PriceSearch(flat, goal, progress).search()
+    made = _make_nodes(flat, priced)
+    # Computed from the measured errors, which include the rounding of the factors.
+    lost = torch.tensor(
+        [deviation.error for deviation in made.errors], dtype=torch.float64
+    ).square()
+    if moments:
+        lost, squares = made.lost, made.energies
+    places = shared_places(tree, names, families, made.shared)
     moved: dict[str, str] = {}
     for leaf, name in enumerate(names):
         home = next((n for n in families.lineage(families.homes[leaf])[::-1] if places[n]), None)
         if home is not None:
             moved[name] = f"{places[home]}/{name}"
+    return _Growth(flat, made, places, moved, relative_error(weights, lost, squares))
+
+
+# ---------------------------------------------------------------------- the tree
+def _install(tree: AdapterTree, growth: _Growth, alone: Sequence[str]) -> Edited:
+    """Change the tree. Only the names and the shared nodes can still be refused, so these are
+    checked first.
+
+    Args:
+        growth: the nodes.
+        alone: notes on the adapters that stay as they are.
+    """
+    names, made = growth.flat.names, growth.made
+    places, moved = growth.places, growth.moved
     for path in (*filter(None, places), *moved.values()):
         check_path(path)
     results: dict[str, Adapter] = {}
     for place, adapter in zip(places, made.shared, strict=True):
         if place is not None and adapter is not None:
             results[place] = adapter
-    for name, adapter in zip(names, made.leaves, strict=True):
-        results[moved.get(name, name)] = adapter
     check_savable(tree, results, names)
-    notes = stale_notes(tree, names)
+    notes = (*stale_notes(tree, names), *alone)
     for place, adapter in zip(places, made.shared, strict=True):
         if place is not None:
             tree.add(place, adapter=adapter)
@@ -370,46 +406,3 @@ def _install(tree: AdapterTree, names: Sequence[str], families: Families, made: 
         errors[path] = error
     added = tuple(place for place in places if place is not None)
     return Edited(added, tuple(errors), moved, errors, notes)
-
-
-def _places(
-    tree: AdapterTree, names: Sequence[str], families: Families, made: _Nodes
-) -> list[str | None]:
-    """The paths of the shared nodes; None for one that holds nothing."""
-    taken = {name.lower() for name in tree.children("")}
-    places: list[str | None] = []
-    for shared, adapter in enumerate(made.shared):
-        if adapter is None:
-            places.append(None)
-            continue
-        above = [n for n in families.lineage(shared)[:-1] if places[n] is not None]
-        first, last = families.spans[shared]
-        parent = f"{places[above[-1]]}/" if above else ""
-        of_all = last - first == len(names)
-        label = _label(names[first:last]) or ("shared" if of_all else "group")
-        path, number = f"{parent}{label}", 1
-        # Compared in lower case, because some file systems ignore case; and with the leaves' names,
-        # because leaves may move below this parent.
-        inside = {f"{parent}{name}".lower() for name in names}
-        while path.lower() in taken or path.lower() in inside:
-            number += 1
-            path = f"{parent}{label}-{number}"
-        taken.add(path.lower())
-        places.append(path)
-    return places
-
-
-def _label(names: Sequence[str]) -> str:
-    """Return the beginning that names share, up to a separator: ``fr`` of fr-legal and fr-tax."""
-    least, most = min(names), max(names)
-    same = 0
-    while same < min(len(least), len(most)) and least[same] == most[same]:
-        same += 1
-    begin = least[:same]
-    rest = [name[same : same + 1] for name in names]
-    if any(each.isalpha() for each in rest) and begin[-1:].isalpha():
-        # The names diverge within a word, so its common letters are dropped: fr-legal and fr-loan
-        # share "fr", not "fr-l".
-        begin = re.sub(r"[A-Za-z]+\Z", "", begin)
-    label = begin.rstrip("-_.0123456789")
-    return label if len(label) > 1 else ""  # one letter says nothing

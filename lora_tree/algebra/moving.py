@@ -18,6 +18,7 @@ from ..adapter import Adapter
 from ..base_names import other_base
 from ..errors import BaseMismatch, SpecError, listing
 from ..node_names import check_path
+from ..nonfinite import refuse_broken
 from ..override import Override, tensor_owner
 from ..tree import AdapterTree
 from ..weights import (
@@ -42,7 +43,7 @@ from .edit import (
     stale_notes,
 )
 from .replacing import increments_under, refuse_overrides, without_overrides
-from .sums import Term, added_up, as_term, difference_terms, read_terms
+from .sums import Term, added_up, as_term, difference_terms, read_finite, read_terms
 
 __all__ = ["graft", "pick", "rebase", "rebase_all"]
 
@@ -275,6 +276,7 @@ def _add_gap(
     kept = read_terms(tree, {path: 1.0}, base=base)
     if not gap and short.is_noop:
         return None, Deviation()
+    read_finite(tree, path)
     terms = list(kept)
     # An override that the weight switches off hides no increments above it (`own` lacks it), but it
     # stays in the node (`replaced` has it).
@@ -349,7 +351,11 @@ def _given_or_own(
     tree: AdapterTree, path: str, adapter: Adapter | None, weight: GivenWeight | None
 ) -> tuple[Weight, Adapter]:
     """Return a weight and an adapter as given, or the node's own where None."""
-    known = tree.adapter(path) if adapter is None else adapter
+    if adapter is None:
+        known: Adapter | None = read_finite(tree, path)
+    else:
+        refuse_broken(path, adapter)
+        known = adapter
     own_weight = tree[path].weight if weight is None else as_weight(weight, f"{path}: weight")
     return own_weight, Adapter({}) if known is None else known
 

@@ -26,6 +26,7 @@ from ..given import check_rank
 from ..lowrank import LowRank
 from ..lowrank.cast import cast
 from ..node_names import check_path
+from ..nonfinite import refuse_broken
 from ..override import tensor_owner
 from ..tree import AdapterTree
 from ..weights import Weight, inverse_weight, weight_at
@@ -113,6 +114,8 @@ def hoist(
         )
     recipe = None if method is None else Recipe(method, density, space, seed)
     terms = read_terms(tree, dict.fromkeys(names, 1.0))
+    for path, _, adapter in terms:
+        refuse_broken(path, adapter)
     weights = [tree[path].weight for path, _, _ in terms]
     # The plain sum refuses siblings that don't fit together, and has all that a new adapter needs
     # besides its modules (base, config, …).

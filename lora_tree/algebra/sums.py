@@ -18,6 +18,7 @@ from ..blend import Blend, depth_first
 from ..combining import combine, weighed_terms
 from ..errors import BaseMismatch, SpecError, listing
 from ..lowrank import LowRank
+from ..nonfinite import refuse_broken
 from ..override import Override
 from ..spelling import spelled_twice
 from ..storage import names_of
@@ -33,6 +34,7 @@ __all__ = [
     "check_spelling",
     "difference_terms",
     "has_overrides",
+    "read_finite",
     "read_terms",
     "read_uncached",
 ]
@@ -61,8 +63,22 @@ def difference_terms(
         PathError: a node does not exist.
         SpecError: a weight is not finite; or an override would be subtracted, which no increment
             can undo.
+        SpecError: a node holds NaN or an infinity; names it, the module and the tensor.
         FolderError, FormatError: a node's files are gone or broken; names the node.
     """
+    terms = _difference(tree, plus, minus, base, kept)
+    for node, _, adapter in terms:
+        refuse_broken(node, adapter)
+    return terms
+
+
+def _difference(
+    tree: AdapterTree,
+    plus: Blend,
+    minus: Blend,
+    base: nn.Module | None,
+    kept: Mapping[str, Override] | None,
+) -> list[Term]:
     added, taken = tree.coefficients(plus), tree.coefficients(minus)
     coefficients: dict[str, Weight] = dict(added)
     # Equal coefficients cancel exactly: both come from the same weights by the same sums.
@@ -150,12 +166,22 @@ def read_uncached(tree: AdapterTree, path: str) -> Adapter:
     `AdapterTree.adapter` would keep every adapter of a large tree in memory.
 
     Raises:
+        SpecError: it holds NaN or an infinity; names the node, the module and the tensor.
         FolderError, FormatError: the node's files are gone or broken; names the node.
     """
     node = tree[path]
     if node.loaded is None and node.source is not None:
-        return call_named(path, node.source.load)
-    return tree.adapter(path) or Adapter({})
+        adapter = call_named(path, node.source.load)
+        refuse_broken(path, adapter)
+        return adapter
+    return read_finite(tree, path)
+
+
+def read_finite(tree: AdapterTree, path: str) -> Adapter:
+    """Return a node's adapter, an empty one for a group; raises like `read_uncached`."""
+    adapter = tree.adapter(path) or Adapter({})
+    refuse_broken(path, adapter)
+    return adapter
 
 
 def added_up(terms: list[Term], *, base: nn.Module | None = None) -> Adapter:

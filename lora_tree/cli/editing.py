@@ -10,12 +10,12 @@ from typing import Annotated, Any
 import typer
 
 from ..algebra import Edited, made_stale
-from ..errors import listing, plural
+from ..errors import SpecError, listing, plural
 from ..tree import AdapterTree
 from .command_notes import command_note
 from .console import out, print_json
 
-__all__ = ["DryRun", "MaxError", "Rank", "Work", "adapter_text"]
+__all__ = ["DryRun", "MaxError", "Rank", "Work", "adapter_text", "check_only_with_keep_effective"]
 
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Say what would change, and write nothing.")
@@ -30,13 +30,28 @@ ROUNDING = 1e-6
 """Relative errors below this come from factors in fp32, not from a cut."""
 
 
+def check_only_with_keep_effective(
+    keep_effective: bool, rank: int | None, max_error: float | None
+) -> None:
+    """Refuse bounds on new increments in a command that makes none.
+
+    Raises:
+        SpecError: one was given without ``--keep-effective``.
+    """
+    if not keep_effective and (rank, max_error) != (None, None):
+        raise SpecError(
+            "--rank and --max-error are for --keep-effective; without it nothing is cut",
+            "give --keep-effective as well, or leave them out; lora-tree compress cuts nodes",
+        )
+
+
 class Work:
     """One command's change of a tree: made in memory, saved as one transaction, and reported.
 
     Args:
         tree: as it was opened. The command changes it after this.
         folder: of the tree.
-        dry_run: save nothing.
+        dry_run: save nothing, and refuse what the save would refuse.
     """
 
     def __init__(self, tree: AdapterTree, folder: Path, *, dry_run: bool) -> None:
@@ -58,9 +73,8 @@ class Work:
         # Computed before the save, which updates the marks that `made_stale` reads.
         stale = made_stale(self._before, self.tree, edited.moved)
         removed = [p for p in self._before.paths() if edited.moved.get(p, p) not in self.tree]
-        if not self.dry_run:
-            note = command_note(moved=edited.moved)
-            self.tree.save(self.folder, copy=copy_files, note=note)
+        note = command_note(moved=edited.moved)
+        self.tree.save(self.folder, copy=copy_files, note=note, dry_run=self.dry_run)
         if as_json:
             document = {"folder": str(self.folder), "dry_run": self.dry_run}
             effects = {"removed": removed, "stale": stale}

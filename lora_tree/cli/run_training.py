@@ -19,7 +19,7 @@ from .console import err
 from .interrupts import noted_interrupts
 from .progress import steps_done
 
-__all__ = ["run_to_the_end"]
+__all__ = ["check_run_places", "run_to_the_end"]
 
 
 def run_to_the_end(
@@ -44,9 +44,7 @@ def run_to_the_end(
     if not running.was_over:
         # Checked before the first step: an error at the first checkpoint, or at the save, would
         # lose hours of training.
-        _check_writable(running.folder, "choose another folder for the checkpoints: --run DIR")
-        home = folder if folder.is_dir() else folder.parent
-        _check_writable(home, "copy the tree to a folder that you can write to, and train there")
+        check_run_places(running.folder, folder)
     steps = running.settings.steps
     with (
         steps_done("training", steps, running.done) as bar,
@@ -77,6 +75,21 @@ def run_to_the_end(
     # Last: a run counts as finished only once its tree is on the disk.
     running.finish()
     return kept, verdicts
+
+
+def check_run_places(run: Path, folder: Path) -> None:
+    """Refuse folders that a run could not write.
+
+    Args:
+        run: of the checkpoints.
+        folder: of the tree.
+
+    Raises:
+        FolderError: there is no permission; names the folder.
+    """
+    _check_writable(run, "choose another folder for the checkpoints: --run DIR")
+    home = folder if folder.is_dir() else folder.parent
+    _check_writable(home, "copy the tree to a folder that you can write to, and train there")
 
 
 def _check_writable(place: Path, todo: str) -> None:

@@ -62,9 +62,11 @@ class FolderStorage:
             raise FormatError(files.flaw)
         return FolderSource(place, stamps=files.stamps, hub=hub)
 
-    def save_tree(self, tree: AdapterTree, folder: Path, *, copy: bool, note: SaveNote) -> None:
+    def save_tree(
+        self, tree: AdapterTree, folder: Path, *, copy: bool, note: SaveNote, dry_run: bool
+    ) -> None:
         """Write a tree; see `AdapterTree.save`."""
-        save_tree(tree, folder, copy=copy, note=note)
+        save_tree(tree, folder, copy=copy, note=note, dry_run=dry_run)
 
 
 def _adapter_place(spelled: Path) -> tuple[str, HubLock | None]:

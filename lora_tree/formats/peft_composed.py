@@ -7,7 +7,13 @@
     VB-LoRA    ΔW = B A                     vblora_logits_A (r, in / l, n), _B (out / l, r, n); and
                                             for all modules vblora_vector_bank (n, l): each piece of
                                             a factor is the softmax of its k largest logits times
-                                            their vectors
+                                            their vectors; or vblora_logits_A_topk_indices and
+                                            _topk_weights: their places, and the weights
+                                            without the last
+
+A model's state dict, saved by hand, repeats the shared tensors in every module
+(``<module>.vera_A``), and has AdaLoRA's ``<module>.ranknum``. PEFT loads it, and so does this
+reader, if all copies are the same.
 
 All three convert exactly, at their own rank. VeRA's shared factors are as large as the largest
 module. A file does not state the width of a module's input, so A gets the full width, and a base
@@ -43,6 +49,12 @@ _PARTS = {
     "VERA": ("vera_lambda_b", "vera_lambda_d"),
     "VBLORA": ("vblora_logits_A", "vblora_logits_B"),
 }
+_RANKNUM = "ranknum"
+"""AdaLoRA's count of ranks, by which PEFT divides; its save leaves it out, a state dict has it."""
+_TOPK = tuple(
+    f"vblora_logits_{half}_topk_{what}" for half in "AB" for what in ("indices", "weights")
+)
+"""The parts of a VB-LoRA that was saved with ``save_only_topk_weights``."""
 _SHARED: dict[str, tuple[str, ...]] = {
     "ADALORA": (),
     "VERA": ("vera_A", "vera_B"),
@@ -59,12 +71,14 @@ class ComposedConfig:
         base: the base that it names.
         scale: of every module.
         topk: the number of vectors per piece, for VB-LoRA.
+        rank: the rank by which the scale is divided, for AdaLoRA.
     """
 
     kind: str
     base: str | None
     scale: float
     topk: int
+    rank: int = 0
 
 
 def composed_config(config: bytes, where: str) -> ComposedConfig | None:
@@ -92,7 +106,7 @@ def composed_config(config: bytes, where: str) -> ComposedConfig | None:
             f"{where}: bias = {str(fields['bias'])[:40]!r} beside {kind}, which is not read",
             EXTRACT,
         )
-    scale = 1.0
+    scale, rank = 1.0, 0
     if kind == "ADALORA":
         rank = _number(fields, "init_r", 12, where)
         alpha = fields.get("lora_alpha", 8)
@@ -103,7 +117,7 @@ def composed_config(config: bytes, where: str) -> ComposedConfig | None:
         scale = (alpha if alpha > 0 else rank) / (rank + 1e-5)
     base = fields.get("base_model_name_or_path")
     topk = _number(fields, "topk", 2, where)
-    return ComposedConfig(kind, base if isinstance(base, str) else None, float(scale), topk)
+    return ComposedConfig(kind, base if isinstance(base, str) else None, float(scale), topk, rank)
 
 
 def _number(fields: Mapping[str, Any], name: str, default: int, where: str) -> int:
@@ -127,11 +141,21 @@ def read_composed(config: ComposedConfig, tensors: Mapping[str, Tensor], where: 
     """
     parts, shared = _PARTS[config.kind], _SHARED[config.kind]
     groups: dict[str, dict[str, Tensor]] = {}
+    # Of the tensors that all modules share: name → key in a module → the tensor there.
+    copies: dict[str, dict[str, Tensor]] = {}
+    ranknums: dict[str, Tensor] = {}
     for key in sorted(tensors):
         if key.removeprefix(_ROOT) in shared and key.startswith(_ROOT):
             continue
         module, _, part = key.removeprefix(PREFIX).rpartition(".")
-        if not key.startswith(PREFIX) or part not in parts or "" in module.split("."):
+        if key.startswith(PREFIX) and module and part in shared:
+            copies.setdefault(part, {})[key] = tensors[key]
+            continue
+        if config.kind == "ADALORA" and part == _RANKNUM:
+            ranknums[module] = tensors[key]
+            continue
+        known = (*parts, *_TOPK) if config.kind == "VBLORA" else parts
+        if not key.startswith(PREFIX) or part not in known or "" in module.split("."):
             raise FormatError(
                 f"{where}: unexpected key {key[:200]!r}, expected {PREFIX}<module>.{parts[0]}"
                 + "".join(f", {_ROOT}{name}" for name in shared)
@@ -139,10 +163,14 @@ def read_composed(config: ComposedConfig, tensors: Mapping[str, Tensor], where: 
         groups.setdefault(module, {})[part] = tensors[key]
     if not groups:
         raise FormatError(f"{where}: no {parts[0]} of any module")
-    common = _common(config.kind, tensors, where)
+    common = _common(config.kind, tensors, copies, where)
+    for module, ranknum in ranknums.items():
+        if module in groups:
+            groups[module][_RANKNUM] = ranknum
     modules: dict[str, LowRank] = {}
     for module, own in groups.items():
-        missing = [part for part in parts if part not in own]
+        # Either form of a part of VB-LoRA's is enough here; `_vblora_of_topk` looks at both halves.
+        missing = [part for part in parts if not any(name.startswith(part) for name in own)]
         if missing:
             raise FormatError(f"{where}: {module}: no {missing[0]} beside {next(iter(own))}")
         try:
@@ -154,16 +182,28 @@ def read_composed(config: ComposedConfig, tensors: Mapping[str, Tensor], where: 
     return Adapter(modules, base=config.base)
 
 
-def _common(kind: str, tensors: Mapping[str, Tensor], where: str) -> list[Tensor]:
+def _common(
+    kind: str,
+    tensors: Mapping[str, Tensor],
+    copies: Mapping[str, Mapping[str, Tensor]],
+    where: str,
+) -> list[Tensor]:
     """Return the tensors that all modules share.
 
+    Args:
+        kind: of the adapter.
+        tensors: all of the file.
+        copies: name of a shared tensor → key of a copy in a module → the copy.
+        where: names the file in errors.
+
     Raises:
-        FormatError: one is missing, or not a floating point matrix.
+        FormatError: one is missing, or not a floating point matrix; or a copy differs from it.
         UnsupportedAdapter: VeRA's are not in the file.
     """
     shared = []
     for name in _SHARED[kind]:
-        tensor = tensors.get(f"{_ROOT}{name}")
+        own_copies = copies.get(name, {})
+        tensor = tensors.get(f"{_ROOT}{name}", next(iter(own_copies.values()), None))
         if tensor is None and kind == "VERA":
             raise UnsupportedAdapter(
                 f"{where}: no {_ROOT}{name}: the projections were not saved, and the random "
@@ -175,8 +215,22 @@ def _common(kind: str, tensors: Mapping[str, Tensor], where: str) -> list[Tensor
         if tensor is None or tensor.ndim != 2 or not tensor.is_floating_point():
             shape = "missing" if tensor is None else str(tuple(tensor.shape))
             raise FormatError(f"{where}: {_ROOT}{name}: {shape}, expected a matrix")
+        for key, copy in own_copies.items():
+            # PEFT loads all copies into one tensor, so of different ones the last would count.
+            if not _is_same(copy, tensor):
+                raise FormatError(
+                    f"{where}: {key} differs from {name} elsewhere in the file, and all modules "
+                    "share one",
+                    "save it with PEFT's save_pretrained, which writes it once",
+                )
         shared.append(tensor)
     return shared
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    return one.is_meta or other.is_meta or torch.equal(one, other)
 
 
 def _check(own: Mapping[str, Tensor], dimensions: Mapping[str, int]) -> None:
@@ -211,7 +265,13 @@ def _adalora(
     if A.shape[0] == 0:
         return None  # all ranks of this module were pruned
     B, E = _widened(B, E)
-    return LowRank(A.to(B.dtype), B * E.mT, config.scale)
+    scale, ranknum = config.scale, own.get(_RANKNUM)
+    if ranknum is not None and not ranknum.is_meta:
+        if ranknum.numel() != 1 or not float(ranknum) > 0.0:
+            raise FormatError(f"{_RANKNUM} is {ranknum.tolist()!s:.80}, expected a number above 0")
+        # PEFT loads it in place of init_r, from which the config's scale was computed.
+        scale *= (config.rank + 1e-5) / (float(ranknum) + 1e-5)
+    return LowRank(A.to(B.dtype), B * E.mT, scale)
 
 
 def _vera(
@@ -233,8 +293,10 @@ def _vera(
 def _vblora(
     own: Mapping[str, Tensor], common: list[Tensor], config: ComposedConfig
 ) -> LowRank | None:
-    _check(own, {"vblora_logits_A": 3, "vblora_logits_B": 3})
     (bank,) = common
+    if any(name in own for name in _TOPK):
+        return _vblora_of_topk(own, bank, config.topk)
+    _check(own, {"vblora_logits_A": 3, "vblora_logits_B": 3})
     a, b = own["vblora_logits_A"], own["vblora_logits_B"]
     if a.shape[0] != b.shape[1] or not a.shape[2] == b.shape[2] == len(bank) >= config.topk:
         raise FormatError(
@@ -242,8 +304,60 @@ def _vblora(
             f"{plural(len(bank), 'vector')}, of which {config.topk} count"
         )
     bank, a, b = _widened(bank, a, b)
-    A = _pieces(a, bank, config.topk).flatten(1)  # (r, in / l, l) → (r, in)
-    B = _pieces(b, bank, config.topk).transpose(1, 2).flatten(0, 1)  # (out / l, r, l) → (out, r)
+    return _vblora_value(_pieces(a, bank, config.topk), _pieces(b, bank, config.topk))
+
+
+def _vblora_of_topk(own: Mapping[str, Tensor], bank: Tensor, topk: int) -> LowRank:
+    """Return the value of a module that has the places and weights of its vectors.
+
+    Raises:
+        FormatError: a part is missing or does not fit; or the weights are no shares of 1.
+    """
+    halves: list[Tensor] = []
+    for half in "AB":
+        name = f"vblora_logits_{half}"
+        indices, weights = own.get(f"{name}_topk_indices"), own.get(f"{name}_topk_weights")
+        if indices is None or weights is None or name in own:
+            raise FormatError(
+                f"{name}: expected its topk_indices and its topk_weights, and no more"
+            )
+        _check(own, {f"{name}_topk_weights": 3})
+        shape = (*weights.shape[:2], topk)
+        if indices.shape != shape or indices.is_floating_point() or weights.shape[2] != topk - 1:
+            raise FormatError(
+                f"{name}_topk_indices {tuple(indices.shape)} and _topk_weights "
+                f"{tuple(weights.shape)} do not fit {plural(topk, 'vector')} for each piece"
+            )
+        wide, vectors = _widened(weights, bank)
+        wide = torch.cat([wide, 1.0 - wide.sum(-1, keepdim=True)], dim=-1)  # PEFT leaves one out
+        if not indices.is_meta:
+            _check_topk(name, indices, wide, len(bank))
+        halves.append((wide[..., None] * vectors[indices.long()]).sum(-2))
+    a, b = halves
+    if a.shape[0] != b.shape[1]:
+        raise FormatError(f"vblora_logits_A has the rank {a.shape[0]}, and _B {b.shape[1]}")
+    return _vblora_value(a, b)
+
+
+def _check_topk(name: str, indices: Tensor, weights: Tensor, vectors: int) -> None:
+    """Refuse places outside of the bank, and weights for which PEFT's logits are not numbers."""
+    places = indices.long()
+    if bool(((places < 0) | (places >= vectors)).any()):
+        raise FormatError(f"{name}_topk_indices: expected places in {plural(vectors, 'vector')}")
+    ordered = places.sort(dim=-1).values
+    if bool((ordered[..., 1:] == ordered[..., :-1]).any()):
+        raise FormatError(f"{name}_topk_indices: one piece has the same vector twice")
+    if not bool((weights >= 0.0).all()):
+        raise FormatError(
+            f"{name}_topk_weights: weights below 0, or of more than 1 together, as rounding to a "
+            "narrow dtype leaves them",
+            "save it in PEFT with save_only_topk_weights = False",
+        )
+
+
+def _vblora_value(a: Tensor, b: Tensor) -> LowRank:
+    A = a.flatten(1)  # (r, in / l, l) → (r, in)
+    B = b.transpose(1, 2).flatten(0, 1)  # (out / l, r, l) → (out, r)
     return LowRank(A, B.contiguous())
 
 

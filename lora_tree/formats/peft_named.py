@@ -27,7 +27,7 @@ from .safetensors import Header, open_tensors, parse_header
 __all__ = ["KeyNames", "adapter_name_of", "peft_header"]
 
 _COMPOSED_PARTS = (
-    *("lora_A", "lora_B", "lora_E"),
+    *("lora_A", "lora_B", "lora_E", "ranknum"),
     *("vera_A", "vera_B", "vera_lambda_b", "vera_lambda_d"),
     *("vblora_logits_A", "vblora_logits_B", "vblora_vector_bank"),
 )

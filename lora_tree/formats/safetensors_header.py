@@ -29,6 +29,9 @@ from .limits import TENSORS
 __all__ = ["DTYPES", "NAMES", "Header", "parse_header"]
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_INDICES = {"U8": torch.uint8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64}
+_INDEX_END = "_topk_indices"
+"""The end of the only names whose tensors are whole numbers: places in VB-LoRA's bank."""
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -86,7 +89,10 @@ def parse_header(head: bytes, nbytes: int, where: str) -> Header:
             f"{where}: header: {plural(len(fields), 'tensor')}; the most is {TENSORS:,}",
             "no adapter has so many: is it the right file?",
         )
-    entries = {name: _entry(value, f"{where}: {name[:200]}") for name, value in fields.items()}
+    entries: dict[str, _HeaderEntry] = {}
+    for name, value in fields.items():
+        dtypes = _INDICES if name.endswith(_INDEX_END) else DTYPES
+        entries[name] = _entry(value, f"{where}: {name[:200]}", dtypes)
     return _laid_out(entries, metadata, nbytes, where)
 
 
@@ -146,7 +152,7 @@ def _view(storage: Tensor, entry: _HeaderEntry, place: int) -> Tensor:
     return storage[place : place + entry.nbytes].view(entry.dtype).view(entry.shape)
 
 
-def _entry(value: Any, where: str) -> _HeaderEntry:
+def _entry(value: Any, where: str, dtypes: Mapping[str, torch.dtype]) -> _HeaderEntry:
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
         raise FormatError(
             f"{where}: expected dtype, shape and data_offsets, got {str(value)[:80]}",
@@ -159,9 +165,9 @@ def _entry(value: Any, where: str) -> _HeaderEntry:
             f"{where}: dtype, shape or data_offsets are malformed: {str(value)[:200]}",
             "write the file again with the safetensors package",
         )
-    if dtype not in DTYPES:
+    if dtype not in dtypes:
         raise FormatError(
-            f"{where}: dtype {dtype[:20]} is not supported, expected one of {', '.join(DTYPES)}",
+            f"{where}: dtype {dtype[:20]} is not supported, expected one of {', '.join(dtypes)}",
             "8-bit floats and integers are quantised values: save the adapter dequantised, in bf16 "
             "or wider",
         )
@@ -172,12 +178,12 @@ def _entry(value: Any, where: str) -> _HeaderEntry:
             "a save under DeepSpeed ZeRO-3 or FSDP leaves empty tensors unless the shards are "
             "gathered first",
         )
-    if offsets[1] - offsets[0] != math.prod(shape) * DTYPES[dtype].itemsize:
+    if offsets[1] - offsets[0] != math.prod(shape) * dtypes[dtype].itemsize:
         raise FormatError(
             f"{where}: {dtype} {tuple(shape)} does not fill its bytes {offsets[0]} to {offsets[1]}",
             "download or save it again",
         )
-    return _HeaderEntry(DTYPES[dtype], tuple(shape), offsets[0], offsets[1])
+    return _HeaderEntry(dtypes[dtype], tuple(shape), offsets[0], offsets[1])
 
 
 def _are_sizes(value: Any) -> bool:

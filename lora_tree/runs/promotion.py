@@ -13,6 +13,7 @@ from ..errors import FolderError, FormatError, PathError, listing, suggest_path
 from ..folder import StaleWarning, disk
 from ..formats import strict_json
 from ..node_names import check_path
+from ..nonfinite import broken_tensors, listed_broken
 from ..provenance import SaveNote, TrainedWith
 from ..storage import as_path
 from ..system.reading import is_file, is_folder
@@ -60,11 +61,10 @@ def promote(
         )
     adapter = Adapter.load(folder / name)
     # A diverged run may have left such a checkpoint before it was noticed.
-    broken = [module for module, value in adapter.modules.items() if not value.is_finite]
-    broken += [name for name, override in adapter.overrides.items() if not override.is_finite]
+    broken = broken_tensors(adapter)
     if broken:
         raise FormatError(
-            f"{checkpoint}: {name}: {listing(broken)}: the factors are not finite",
+            f"{checkpoint}: {name}: {listed_broken(broken)}: the factors are not finite",
             "promote an earlier checkpoint",
         )
     recorded, current = recorded_ancestors(folder.parent, name), current_ancestors(tree, path)

@@ -1,6 +1,7 @@
 """Tell from a module's name what kind of model an adapter is for, where a base has no such module.
 
     text_encoder.text_model.encoder.layers.0.…     a text encoder of a diffusion pipeline
+    encoder.layers.0.…, encoder.block.0.layer.…    CLIP's or T5's by itself, or another encoder
     unet.down_blocks.0.…, down_blocks.0.…          its UNet
     transformer.transformer_blocks.0.…             its transformer; transformer.h.0.… is GPT-2's
     model.layers.0.…, transformer.h.0.…            a language model
@@ -21,6 +22,7 @@ __all__ = ["COMPONENTS", "LANGUAGE_MODEL", "kind_of_model", "other_model"]
 
 LANGUAGE_MODEL = "a language model"
 _TEXT_ENCODER = "a text encoder of a diffusion pipeline"
+_ENCODER = "an encoder, as the text encoders of diffusion pipelines are"
 _UNET = "the UNet of a diffusion pipeline"
 _TRANSFORMER = "the transformer of a diffusion pipeline"
 _IMAGE_MODEL = "the UNet or the transformer of a diffusion pipeline"
@@ -44,7 +46,9 @@ _SIGNS = {
     _UNET: re.compile(rf"(?:unet\.)?{_UNET_BLOCKS}"),
     # kohya calls the image model of every pipeline its unet.
     _IMAGE_MODEL: re.compile(r"unet\."),
-    _TEXT_ENCODER: re.compile(r"text_encoder(?:_[23])?\.|text_model\.encoder\."),
+    _TEXT_ENCODER: re.compile(r"text_encoder(?:_[23])?\.|(?:te[123]?\.)?text_model\.encoder\."),
+    # Speech models and others have such an encoder as well.
+    _ENCODER: re.compile(r"encoder\.(?:layers\.\d+\.|block\.\d+\.layer\.\d+\.)"),
 }
 """Kind of model → how the names of its modules begin. The first that matches counts."""
 
@@ -79,8 +83,15 @@ def other_model(base: nn.Module, name: str) -> BaseMismatch | None:
     is_same = kind in kinds or (
         kind == _IMAGE_MODEL and not kinds.isdisjoint((_UNET, _TRANSFORMER))
     )
+    is_same = is_same or (kind == _ENCODER and (_TEXT_ENCODER in kinds or not kinds))
     if is_same and name.partition(".")[0] not in COMPONENTS:
         return None  # the same kind of model, in which this one name is missing
+    if kind == _ENCODER:
+        return BaseMismatch(
+            what,
+            "attach the tree to the model that the adapter was trained on; to a pipeline: "
+            "lora_tree.integrations.diffusers.attach_pipeline(tree, pipeline)",
+        )
     if is_same:
         what = (
             f"{name}: the adapter names the modules of a whole pipeline, and this base is a part "

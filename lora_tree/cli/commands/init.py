@@ -61,11 +61,10 @@ def new_tree(
     # the rank at which its fresh nodes are made.
     if words or source is None:
         tree.defaults = AdapterTree(defaults=words).defaults
-    if not dry_run:
-        # The new tree gets copies of the source's files. If tree.yaml only pointed to them, a
-        # change of the source would change this tree as well.
-        with advise_skip(source or folder, skips=skip_broken or source is None):
-            tree.save(folder, copy=source is not None, note=command_note())
+    # The new tree gets copies of the source's files. If tree.yaml only pointed to them, a change of
+    # the source would change this tree as well.
+    with advise_skip(source or folder, skips=skip_broken or source is None):
+        tree.save(folder, copy=source is not None, note=command_note(), dry_run=dry_run)
     if as_json:
         summary = {"base": tree.base, "nodes": tree.paths(), "dry_run": dry_run}
         print_json({"folder": str(folder), **summary})

@@ -7,10 +7,9 @@ from typing import Annotated
 import typer
 
 from ...algebra import Edited, rebase
-from ...errors import SpecError
 from ...folder import load
 from ..arguments import AsJson, Folder
-from ..editing import DryRun, MaxError, Rank, Work
+from ..editing import DryRun, MaxError, Rank, Work, check_only_with_keep_effective
 
 __all__ = ["move_node"]
 
@@ -29,10 +28,7 @@ def move_node(
     as_json: AsJson = False,
 ) -> None:
     """Move or rename a node, its children with it; say what becomes stale."""
-    if not keep_effective and (rank, max_error) != (None, None):
-        raise SpecError(
-            "--rank and --max-error are for --keep-effective; a plain move cuts nothing"
-        )
+    check_only_with_keep_effective(keep_effective, rank, max_error)
     work = Work(load(folder), folder, dry_run=dry_run)
     if keep_effective:
         edited = rebase(work.tree, path, to=to, rank=rank, max_error=max_error)

@@ -23,7 +23,7 @@ from ..console import note, out, print_json
 from ..open_base import open_model, open_tokenizer
 from ..open_rows import open_rows
 from ..outcome_table import outcome_table
-from ..run_training import run_to_the_end
+from ..run_training import check_run_places, run_to_the_end
 from ..train_options import run_folder
 from ..train_output import tell_plan
 
@@ -63,15 +63,19 @@ def train_again(
     if not as_json:
         _tell(plan, dry_run=dry_run, fresh=fresh)
     trained: dict[str, NodeOutcome] = {}
-    if plan.jobs and not dry_run:
-        _ask(yes=yes, as_json=as_json)
+    if plan.jobs:
+        if not dry_run:
+            _ask(yes=yes, as_json=as_json)
         name, tokenizer = open_tokenizer(
             tree, folder, base, what="retrain", trust_remote_code=trust_remote_code
         )
         # The rows of all runs are read before the first run trains: a mistake in the last file is
-        # reported now, not after hours.
+        # reported now, not after hours; and by a dry run, which loads no model.
         rows = [_rows(job, job.data, tree, tokenizer) for job in plan.jobs]
         held_out = [_held_out(job, tree, tokenizer) for job in plan.jobs]
+        for job in plan.jobs:
+            check_run_places(run_folder(folder, job.run), folder)
+    if plan.jobs and not dry_run:
         model = open_model(name, trust_remote_code=trust_remote_code)
         for job, own_rows, watch in zip(plan.jobs, rows, held_out, strict=True):
             trained.update(

@@ -14,7 +14,7 @@ from ...folder import load
 from ...formats.block_weights import block_weights
 from ...weights import as_weight
 from ..arguments import AsJson, Folder, WeightText, parse_weight_option
-from ..editing import DryRun, MaxError, Rank, Work
+from ..editing import DryRun, MaxError, Rank, Work, check_only_with_keep_effective
 
 __all__ = ["set_node"]
 
@@ -45,8 +45,7 @@ def set_node(
         raise SpecError("nothing to set", "give --weight, --blocks or --adapter")
     if weight is not None and blocks is not None:
         raise SpecError("--weight and --blocks both say the weight", "leave one of them out")
-    if not keep_effective and (rank, max_error) != (None, None):
-        raise SpecError("--rank and --max-error are for --keep-effective")
+    check_only_with_keep_effective(keep_effective, rank, max_error)
     node_weight = parse_weight_option(weight)
     work = Work(load(folder), folder, dry_run=dry_run)
     if blocks is not None:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from ...adapter import Adapter
-from ...errors import FormatError, UnsupportedAdapter, listing
+from ...errors import FormatError, UnsupportedAdapter
 from ...formats.safetensors import read_tensors
-from ...lowrank import all_finite, spans
+from ...nonfinite import broken_tensors, listed_broken
 from ...system.memory import check_fits
 from .. import disk
 from ..lockfile import content
@@ -24,6 +24,7 @@ __all__ = [
     "broken_text",
     "check_numbers",
     "examine",
+    "examine_numbers",
     "hashed",
 ]
 
@@ -85,6 +86,21 @@ def examine(files: Files, *, is_new: bool = False) -> Examined:
         hashing.close()
 
 
+def examine_numbers(files: Files) -> None:
+    """Read an adapter's files, whose bytes are known, and refuse numbers that are not finite.
+
+    An adapter of a kind that this library can't add up passes, as with `examine`.
+
+    Raises:
+        FormatError: as `check_numbers`, or a file is broken.
+    """
+    try:
+        adapter = read_files(files)
+    except UnsupportedAdapter:
+        return
+    check_numbers(adapter, files.folder)
+
+
 def broken_text(files: Files, *, unknown_kinds: bool = False) -> str | None:
     """Say why an adapter's files are broken, as far as headers and sizes show it; None if whole.
 
@@ -101,27 +117,22 @@ def broken_text(files: Files, *, unknown_kinds: bool = False) -> str | None:
     return None
 
 
-def check_numbers(adapter: Adapter, folder: str) -> None:
+def check_numbers(adapter: Adapter, folder: str | None = None) -> None:
     """Refuse an adapter with numbers that are not finite: every output below it would be NaN.
 
     Args:
         adapter: as it was read.
-        folder: or the file, for the message.
+        folder: or the file, for the message; None: it is in memory alone.
 
     Raises:
-        FormatError: there are some; names the modules and overridden tensors.
+        FormatError: there are some; names the modules, their tensors and the overrides.
     """
-    tensors = [tensor for _, tensor in adapter.named_tensors()]
-    # One pass over the buffer into which they were read. The bytes between them may be anything,
-    # so only a yes is an answer.
-    if all_finite(spans(tensors)):
-        return
-    broken = [module for module, value in adapter.modules.items() if not value.is_finite]
-    broken += [tensor for tensor, override in adapter.overrides.items() if not override.is_finite]
+    broken = broken_tensors(adapter)
     if broken:
+        where = "" if folder is None else f": {folder}"
         raise FormatError(
-            f"{listing(broken)}: a factor holds NaN or an infinity, as a training that diverged "
-            f"leaves it: {folder}",
+            f"{listed_broken(broken)}: a factor holds NaN or an infinity, as a training that "
+            f"diverged leaves it{where}",
             "nothing was saved; train it again, or put back an earlier version of its files",
         )
 

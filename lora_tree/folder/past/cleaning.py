@@ -15,7 +15,7 @@ from ..reading.opening import Opened, inspect
 from ..reading.tree_place import place_of
 from ..transactions.archive import archived, contents_of_other_trees, place_in_archive
 from ..transactions.changes import Changes, NewFile
-from ..transactions.commit import writing
+from ..transactions.commit import Transaction, check_writing, writing
 from .history_change import read_history
 from .run_records import runs_folder
 from .run_store import RUNS_KEPT, bytes_of_run, drop_runs, spare_runs
@@ -72,7 +72,10 @@ def gc(
     kept, most = runs_folder(place), RUNS_KEPT if runs is None else runs
     spare = {int(own.name): bytes_of_run(own) for own in spare_runs(kept, most=most)}
     if dry_run:
-        return replace(_spare(_looked(path), versions)[0], runs=spare)
+        check_writing(Path(place.folder))
+        freed, changes = _spare(_looked(path), versions)
+        Transaction(Path(place.folder)).check(changes)
+        return replace(freed, runs=spare)
     with writing(Path(place.folder)) as transaction:
         freed, changes = _spare(_looked(path), versions)
         transaction.apply(changes)

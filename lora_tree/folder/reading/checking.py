@@ -15,6 +15,7 @@ from ...base_names import other_base
 from ...errors import FolderError, LoraTreeError, SpecError, UnlockedError, listing
 from ...formats.recognise import recognise
 from ...lowrank import LowRank
+from ...nonfinite import broken_tensors, listed_broken
 from ...weights import Weight, check_matched, weight_at
 from ..bounds import tree_above
 from ..hub_name import moved_to, parse_hub_name
@@ -84,16 +85,14 @@ def _numbers(node: str, adapter: Adapter, weight: Weight, dtype: torch.dtype) ->
         check_matched([(node, weight, adapter.module_names)])
     except SpecError as error:
         yield Problem(node, "adapter", str(error))
-    broken, huge = [], []
+    broken = broken_tensors(adapter)
+    broken_names = {name for name, _ in broken}
+    huge = []
     for name, value in adapter.modules.items():
-        if not value.is_finite:
-            broken.append(name)
-        elif not _fits(value, weight_at(weight, name), dtype):
+        if name not in broken_names and not _fits(value, weight_at(weight, name), dtype):
             huge.append(name)
     for name, override in adapter.overrides.items():
-        if not override.is_finite:
-            broken.append(name)
-        elif not bool(override.values.to(dtype).isfinite().all()):
+        if name not in broken_names and not bool(override.values.to(dtype).isfinite().all()):
             yield Problem(
                 node,
                 "numbers",
@@ -104,7 +103,7 @@ def _numbers(node: str, adapter: Adapter, weight: Weight, dtype: torch.dtype) ->
         yield Problem(
             node,
             "numbers",
-            f"{node}: {listing(broken)}: a factor holds NaN or an infinity, "
+            f"{node}: {listed_broken(broken)}: a factor holds NaN or an infinity, "
             "as a training that diverged leaves it",
         )
     if huge:

@@ -21,6 +21,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 from ...adapter import Adapter
@@ -30,7 +31,7 @@ from ...formats.peft import CONFIG, FILES, WEIGHTS
 from ...provenance import SaveNote
 from ...tree import AdapterTree, Node
 from .. import disk
-from ..adapters.examine import Examined, adds_nothing, check_numbers, examine
+from ..adapters.examine import Examined, adds_nothing, check_numbers, examine, examine_numbers
 from ..adapters.hashing import ContentHash, by_pieces, weights_digest
 from ..adapters.scan import Files
 from ..adapters.source import FolderSource
@@ -117,6 +118,13 @@ class _Decisions:
     kept: dict[str, KeptAdapter] = field(default_factory=dict)
     files: list[NewFile] = field(default_factory=list)
 
+    @cached_property
+    def known_folders(self) -> frozenset[str]:
+        """The real paths of the adapters that the nodes in the folder have now."""
+        nodes = self.opened.entries.values()
+        files = [entry.files for entry in nodes if entry.files is not None]
+        return frozenset(os.path.realpath(each.folder) for each in files)
+
     def folder_of(self, path: str) -> str:
         return os.path.join(self.opened.place.folder, path)
 
@@ -126,20 +134,26 @@ def _decide_node(draft: _Decisions, path: str) -> None:
     node = draft.tree[path]
     draft.rights.check_present(node)
     adapter = _only_in_memory(node, copy=draft.copy)
-    source = node.source
-    if (
-        adapter is not None
-        and isinstance(source, FolderSource)
-        and _is_new(draft, path, source)
-        # Factors that may have trained are no longer those of the files that the user named.
-        and not _may_have_trained(adapter)
-    ):
-        check_numbers(adapter, source.folder)
     rendered = _Rendered.of(adapter) if adapter is not None else None
     if rendered is not None and not _is_in_files(node, rendered):
+        _refuse_new_numbers(draft, node, rendered.adapter)
         draft.kept[path] = _from_memory(draft, node, rendered)
     elif isinstance(node.source, FolderSource):
         draft.kept[path] = _from_files(draft, node, node.source)
+
+
+def _refuse_new_numbers(draft: _Decisions, node: Node, adapter: Adapter) -> None:
+    """Refuse numbers that are not finite, and that the tree did not have before this save.
+
+    Raises:
+        FormatError: there are some; names the module and the tensor.
+    """
+    source = node.source
+    # Factors that may have trained are no longer those of the files that the user named.
+    if not isinstance(source, FolderSource) or _may_have_trained(adapter):
+        check_numbers(adapter)
+    elif _is_new(draft, node, source):
+        check_numbers(adapter, source.folder)
 
 
 @dataclass(frozen=True)
@@ -246,7 +260,7 @@ def _from_files(draft: _Decisions, node: Node, source: FolderSource) -> KeptAdap
     if os.path.realpath(source.folder) == os.path.realpath(home):
         return _in_place(draft, node.path, source, files)
     if source.root is None and not draft.copy and not _is_other_nodes(draft, source.folder):
-        examined = _examined(source, files, is_new=_is_new(draft, node.path, source))
+        examined = _examined(source, files, is_new=_is_new(draft, node, source))
         return KeptAdapter(
             files.folder,
             examined.content,
@@ -271,9 +285,12 @@ def _from_files(draft: _Decisions, node: Node, source: FolderSource) -> KeptAdap
     for name in FILES:
         origin = Path(files.now[name][0])
         draft.files.append(NewFile(f"{node.path}/{name}", hashes[name], origin))
-    untrained = False
+    untrained, is_new = False, _is_new(draft, node, source)
     if source.trained is None:
-        untrained = examine(files, is_new=_is_new(draft, node.path, source)).untrained
+        untrained = examine(files, is_new=is_new).untrained
+    elif is_new:
+        # The lock that they come with vouches for their bytes, not for their numbers.
+        examine_numbers(files)
     pieces = by_pieces(hashes, of_pieces)
     return KeptAdapter(home, whole_content, pieces, None, source.trained, untrained, written=True)
 
@@ -310,9 +327,12 @@ def _examined(source: FolderSource, files: Files, *, is_new: bool = False) -> Ex
     return examine(files, is_new=is_new)
 
 
-def _is_new(draft: _Decisions, path: str, source: FolderSource) -> bool:
-    """Tell whether a save adds a node of files that its user named; others may not stop it."""
-    return source.root is None and path not in draft.opened.entries
+def _is_new(draft: _Decisions, node: Node, source: FolderSource) -> bool:
+    """Tell whether a save brings files into the tree: a broken node of the tree may not stop it."""
+    home = draft.tree.home
+    if home is not None and source.root == str(home.parent):
+        return False
+    return os.path.realpath(source.folder) not in draft.known_folders
 
 
 # ---------------------------------------------------------------------- the folder as a whole

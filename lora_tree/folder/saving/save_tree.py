@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -18,9 +19,9 @@ from ..disk import Stamp
 from ..problem import raise_any
 from ..reading.last_seen import Seen, recall, remember, yaml_sha256
 from ..reading.opening import Opened, inspect
-from ..reading.tree_place import place_of
+from ..reading.tree_place import TreePlace, place_of
 from ..transactions.changes import Changes, stamps_of
-from ..transactions.commit import writing
+from ..transactions.commit import Transaction, check_writing, writing
 from .decide import decide
 from .single_adapter import finish_nodes
 
@@ -31,9 +32,16 @@ class HistoryWarning(LoraTreeWarning):
     """Earlier versions of nodes were dropped: the history's budget has no room for them."""
 
 
-def save_tree(tree: AdapterTree, folder: Path, *, copy: bool, note: SaveNote) -> None:
+def save_tree(
+    tree: AdapterTree, folder: Path, *, copy: bool, note: SaveNote, dry_run: bool = False
+) -> None:
     """Write a tree as a folder of nested PEFT adapters; see `AdapterTree.save`."""
     place = place_of(folder, make=True)
+    if dry_run:
+        check_writing(Path(place.folder))
+        _, _, changes = _decided(tree, place, copy=copy, note=note)
+        Transaction(Path(place.folder)).check(changes)
+        return
     with ExitStack() as undo:
         make_all(Path(place.folder), undo)
         with writing(Path(place.folder)) as transaction:
@@ -42,9 +50,7 @@ def save_tree(tree: AdapterTree, folder: Path, *, copy: bool, note: SaveNote) ->
             finish_nodes(place.folder)
             # The folder is looked at under the writer's lock. Otherwise another save could change
             # it between this look and the changes that are decided from it.
-            opened, seen = inspect(place), recall(tree, place)
-            raise_any(opened.problems, but=("stale", "unlocked", "leftover"))
-            changes = decide(tree, opened, seen, copy=copy, note=note)
+            opened, seen, changes = _decided(tree, place, copy=copy, note=note)
             try:
                 transaction.apply(changes)
             finally:
@@ -66,6 +72,21 @@ def save_tree(tree: AdapterTree, folder: Path, *, copy: bool, note: SaveNote) ->
             ),
             stacklevel=4,
         )
+
+
+def _decided(
+    tree: AdapterTree, place: TreePlace, *, copy: bool, note: SaveNote
+) -> tuple[Opened, Seen, Changes]:
+    """Look at a folder, and decide what a save changes there; nothing is written.
+
+    Raises:
+        LoraTreeError: the folder has problems, or as `decide`.
+    """
+    # A folder that is not there yet has nothing to look at.
+    opened = inspect(place) if os.path.lexists(place.folder) else Opened(place)
+    seen = recall(tree, place)
+    raise_any(opened.problems, but=("stale", "unlocked", "leftover"))
+    return opened, seen, decide(tree, opened, seen, copy=copy, note=note)
 
 
 def _nodes(changes: Changes, written: Mapping[str, Stamp]) -> Iterator[Node]:

@@ -14,6 +14,7 @@ Law: what can be refused is refused before the first byte is staged.
 
 from __future__ import annotations
 
+import errno
 import os
 import uuid
 from collections.abc import Iterable, Iterator
@@ -40,7 +41,7 @@ from .record import (
 )
 from .writer import only_writer
 
-__all__ = ["Transaction", "writing"]
+__all__ = ["Transaction", "check_writing", "writing"]
 
 
 @contextmanager
@@ -71,6 +72,30 @@ def writing(folder: Path) -> Iterator[Transaction]:
             raise
 
 
+def check_writing(folder: Path) -> None:
+    """Refuse a folder in which `writing` would fail, as far as that shows without writing.
+
+    Another writer is not kept out, and a disk that is full is not foreseen.
+
+    Args:
+        folder: it need not exist.
+
+    Raises:
+        FolderError: a file is in the way, or there is no permission.
+    """
+    nearest = missing = folder
+    while not os.path.lexists(nearest):
+        missing, nearest = nearest, nearest.parent
+    if not is_folder(nearest):
+        raise FolderError(f"{missing}: can't make the folder: {os.strerror(errno.ENOTDIR)}")
+    hidden = folder / HIDDEN
+    if os.path.lexists(hidden) and not is_folder(hidden, follow=False):
+        text = f"{hidden}: a file or a link lies where a folder belongs"
+        raise FolderError(text, "move it away")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise FolderError(f"{nearest}: can't be written: no permission")
+
+
 class Transaction:
     """Changes that happen together, or not at all.
 
@@ -99,7 +124,7 @@ class Transaction:
         """
         if changes.is_empty:
             return
-        self._check(changes)
+        self.check(changes)
         # The folders come before the decision: after it nothing should be able to fail.
         for place in changes.writes:
             self._make_folders(place)
@@ -131,8 +156,14 @@ class Transaction:
                 disk.drop(folder)
 
     # ------------------------------------------------------------------ checks before writing
-    def _check(self, changes: Changes) -> None:
-        """Refuse places that can't be written, or that no save may write."""
+    def check(self, changes: Changes) -> None:
+        """Refuse places that can't be written, or that no save may write; nothing is written.
+
+        Raises:
+            SpecError, FolderError: there is one.
+        """
+        if changes.is_empty:
+            return
         writes = list(changes.writes)
         check_places(self.folder, writes, sorted(changes.deletes))
         for place in [*writes, *changes.deletes]:
@@ -152,7 +183,8 @@ class Transaction:
             if not is_folder(folder, follow=False):
                 text = f"{folder}: a file or a link lies where a folder belongs"
                 raise FolderError(text, "move it away")
-        if not os.access(folder, os.W_OK | os.X_OK):
+        # A dry run may be of a folder that is not there yet.
+        if os.path.lexists(folder) and not os.access(folder, os.W_OK | os.X_OK):
             raise FolderError(f"{folder}: can't be written: no permission")
 
     # ------------------------------------------------------------------ staging

@@ -23,11 +23,11 @@ from ..reading.opening import inspect
 from ..reading.tree_place import TreePlace
 from ..saving.single_adapter import finish_nodes
 from ..transactions.changes import Changes, NewFile
-from ..transactions.commit import writing
+from ..transactions.commit import Transaction, check_writing, writing
 from .hub_origin import HubOrigin, write_origin
 from .tree_files import PLACE, files_of_tree
 
-__all__ = ["Arrival", "arrive", "planned"]
+__all__ = ["Arrival", "arrive", "check_arrival", "planned"]
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,22 @@ def arrive(
         _set_times(folder, times)
         write_origin(folder, origin)
     return arrival
+
+
+def check_arrival(folder: Path, arrival: Arrival) -> None:
+    """Refuse what `arrive` would refuse of a folder; nothing is written.
+
+    Raises:
+        FolderError: as `arrive`.
+    """
+    is_free = _is_free(folder)
+    check_writing(folder.parent if is_free else folder)
+    if not is_free:
+        places = (*arrival.new, *arrival.replaced)
+        _refuse_single(places, folder)
+        # Without their bytes: only the places are looked at.
+        files = tuple(NewFile.of(place, b"") for place in places)
+        Transaction(folder).check(Changes(files, frozenset(arrival.deleted)))
 
 
 def _is_free(folder: Path) -> bool:

@@ -15,18 +15,27 @@ import posixpath
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from ...formats.peft import FILES
+from ...formats.peft import CONFIG, FILES
 from ...formats.recognise import DIFFUSERS_WEIGHTS, MLX_WEIGHTS
 from ...spec import TreeSpec
 from ..adapters.scan import SINGLE
 from ..bounds import is_in_folders
+from ..hub_name import is_on_hub
 from ..lockfile import TreeLock
 from ..reading.opening import Opened
 from ..reading.training_steps import step_of
 from ..reading.tree_place import TreePlace
 from ..yamlfile import walk
 
-__all__ = ["PLACE", "TreeFiles", "files_of_tree", "locked_times", "missing_among", "places_among"]
+__all__ = [
+    "PLACE",
+    "TreeFiles",
+    "files_of_tree",
+    "locked_times",
+    "mismatched",
+    "missing_among",
+    "places_among",
+]
 
 PLACE = TreePlace("")
 _FOLDERS = (DIFFUSERS_WEIGHTS, MLX_WEIGHTS)
@@ -132,6 +141,53 @@ def missing_among(names: Collection[str], spec: TreeSpec | None, lock: TreeLock)
         if not is_there:
             missing.append(path)
     return missing
+
+
+def mismatched(
+    sizes: Mapping[str, int], places: Iterable[str], spec: TreeSpec | None, lock: TreeLock | None
+) -> list[str]:
+    """Return the nodes that a tree.yaml or tree.lock describes otherwise than the files show.
+
+    Judged by names and sizes, before any file of a node is fetched. Which folders of a tree.yaml
+    are no nodes is not known then, so an error may be missed, and none is invented.
+
+    Args:
+        sizes: every file, relative to the tree's folder → its bytes.
+        places: the files of the tree among them.
+        spec: what its tree.yaml says; None if there is none.
+        lock: its tree.lock; None if there is none.
+    """
+    homes = _homes(spec)
+    wrong: set[str] = set()
+    for path, node, _ in walk(spec) if spec is not None else ():
+        if node.adapter is None or is_on_hub(node.adapter):
+            continue
+        home = homes[path]
+        ends = [home, *(f"{home}/{name}" for name in (CONFIG, *_FOLDERS))]
+        if is_hidden(home) or not any(name in sizes for name in ends):
+            wrong.add(path)
+    if lock is None:
+        return sorted(wrong)
+    wrong.update(missing_among(sizes, spec, lock))
+    known = {PLACE.yaml, PLACE.lock}
+    for path, node_lock in lock.nodes.items():
+        home = homes.get(path, path)
+        names = [home, *(f"{home}/{name}" for name in _FOLDERS)]
+        if node_lock.file is None:
+            names = [f"{home}/{name}" for name in FILES]
+        there = [name for name in names if name in sizes]
+        known.update(there)
+        locked_sizes = [one.size for one in node_lock.files]
+        # A file that is missing was found above.
+        if len(there) == len(locked_sizes) and [sizes[name] for name in there] != locked_sizes:
+            wrong.add(path)
+    # The nodes in tree.yaml are not judged here: there a folder may be no node's.
+    listed = {*homes.keys(), *homes.values()}
+    for place in places:
+        above = place.rpartition("/")[0]
+        if place not in known and above not in listed and place not in listed:
+            wrong.add(above)
+    return sorted(wrong)
 
 
 def _homes(spec: TreeSpec | None) -> dict[str, str]:

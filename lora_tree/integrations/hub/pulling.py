@@ -16,17 +16,18 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from ...errors import FolderError, listing
+from ...errors import FolderError, UnlockedError, listing
 from ...folder import disk
 from ...folder.problem import raise_any
 from ...folder.reading.opening import inspect
 from ...folder.reading.tree_place import TreePlace
 from ...folder.transfer.hub_origin import HubOrigin, read_origin
-from ...folder.transfer.incoming import Arrival, arrive, planned
+from ...folder.transfer.incoming import Arrival, arrive, check_arrival, planned
 from ...folder.transfer.tree_files import (
     PLACE,
     files_of_tree,
     locked_times,
+    mismatched,
     missing_among,
     places_among,
 )
@@ -78,7 +79,7 @@ def pull(
         folder: made if it is missing. Files in it that are not the tree's stay as they are.
         revision: a branch, tag or commit; None: the default branch.
         dry_run: say what would happen. tree.yaml and tree.lock are fetched, and nothing is written
-            into the folder.
+            into the folder. The other files are compared with the lock by their sizes alone.
         progress: let huggingface_hub draw its bars on stderr.
 
     Raises:
@@ -100,14 +101,16 @@ def pull(
     known = partial(_is_on_the_hub, client, origin)
     endpoints = (repository, revision or MAIN, tree_files.commit, str(target))
     if dry_run:
+        _check_lock(client, tree_files, files, names, spec)
         same = {place: files[place].holds for place in names}
-        return _pulled(endpoints, planned(target, same, known), files, names)
+        arrival = planned(target, same, known)
+        check_arrival(target, arrival)
+        return _pulled(endpoints, arrival, files, names)
     snapshot = client.fetch(tree_files.commit, names)
     opened = inspect(TreePlace(str(snapshot.folder)), outside=False)
     raise_any(
         opened.problems,
-        f"{repository} was pushed with files that differ from its {PLACE.lock}: "
-        "its owners have to push it again",
+        _push_again(repository),
         # Adapters that nodes name on the hub are not part of a pull; opening the tree fetches them.
         but=("stale", "leftover", "hub"),
     )
@@ -137,6 +140,36 @@ def _pulled(
 ) -> Pulled:
     size = sum(files[place].size for place in places if place in files)
     return Pulled(*endpoints, arrival.new, arrival.replaced, arrival.deleted, size)
+
+
+def _push_again(repository: str) -> str:
+    return (
+        f"{repository} was pushed with files that differ from its {PLACE.lock}: its owners have to "
+        "push it again"
+    )
+
+
+def _check_lock(
+    client: HubClient,
+    fetched: Snapshot,
+    files: Mapping[str, HubFile],
+    names: Sequence[str],
+    spec: TreeSpec | None,
+) -> None:
+    """Refuse a tree whose files are not those of its lock, as it shows before they are fetched.
+
+    Raises:
+        SpecError: the tree.lock is broken.
+        UnlockedError: they are not; names the nodes.
+    """
+    sizes = {name: file.size for name, file in files.items()}
+    wrong = mismatched(sizes, names, spec, lock_in(fetched.folder))
+    if wrong:
+        raise UnlockedError(
+            f"{client.repository}: {listing(wrong)}: files that are missing, hidden or outside, of "
+            f"another size than {PLACE.lock} says, or not in it",
+            _push_again(client.repository),
+        )
 
 
 def _listed(client: HubClient, folder: Path, commit: str) -> dict[str, HubFile]:
