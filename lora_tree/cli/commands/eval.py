@@ -92,6 +92,7 @@ def evaluation(
         print_json(_plain(matrix))
     else:
         out().print(_table(matrix))
+        out().print("rows: the active path; columns: the path of the rows", soft_wrap=True)
 
 
 def _chosen(
@@ -129,7 +130,6 @@ def _table(matrix: LossMatrix) -> Table:
     table = Table(
         title=matrix.unit,
         title_justify="left",
-        caption="rows: the active path; columns: the path of the rows",
     )
     table.add_column("active path")
     best = []
