@@ -125,6 +125,11 @@ def test_all_mistakes_are_listed_in_the_order_of_the_lines() -> None:
             "\n  look at the indentation: keys of one node begin in the same column",
         ),
         ("version: 1\ntree:\n\tfr: {}\n", "\n  indent with spaces: YAML allows no tabs there"),
+        (
+            "version: 1\ntree:\n  'fr: {}\n  de: {}\n",
+            ":3:3: not YAML: a quote that is never closed",
+        ),
+        ("version: 1\ntree: {fr: {r: 4}\n", ":2:7: not YAML: a bracket that is never closed"),
         ("version: 1\ntree: {a b: {}}", ":2:8: 'a b' is not a valid node name"),
         (
             "version: 1\ntree: {con: {}}",
