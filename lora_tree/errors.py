@@ -122,9 +122,11 @@ class LoraTreeError(Exception):
 
     def within(self, where: str) -> LoraTreeError:
         """Return the same error with ``where`` (a node, a file) put before its first line."""
+        # Callers on the way out add what they know, and two of them may know the same.
+        what = self.what if self.what.startswith(f"{where}: ") else f"{where}: {self.what}"
         # The same type, so that a caller who catches it still does. Every subclass is made of
         # these two arguments alone.
-        return type(self)(f"{where}: {self.what}", *self.todo)
+        return type(self)(what, *self.todo)
 
     def advised(self, *todo: str) -> LoraTreeError:
         """Return the same error with further lines of advice at its end."""

@@ -55,8 +55,8 @@ def check_name(name: str) -> str:
     if not is_spelled_right or name.endswith(".") or _RESERVED.match(name):
         raise PathError(
             f"{name!r} is not a valid node name",
-            "letters, digits, '-', '_' and '.', not first or last a dot, at most 128, and no "
-            "device name like 'con'",
+            "a name has letters from a to z and A to Z, digits, '-', '_' and '.', at most 128 of "
+            "them; a dot is not first or last, and it is no device name like 'con'",
         )
     if name.lower() in _OF_A_NODE:  # many file systems do not tell capitals apart
         raise PathError(

@@ -101,7 +101,7 @@ def _message_parts(detail: Mapping[str, Any], loc: Loc, value: Any, hint: str) -
             head = f"{str(loc[-1])!r} is not a valid node name"
             if "/" in str(loc[-1]):
                 return head, "; write fr/legal as {fr: {children: {legal: {}}}}"
-            return head, ": letters, digits, '-', '_' and '.', at most 128, no leading dot"
+            return head, ": a-z, A-Z, digits, '-', '_' and '.', at most 128, no leading dot"
         case kind, _:
             return f"{_place(loc)}: got {_short(value)}, which ", _mismatch_text(
                 kind, detail, value

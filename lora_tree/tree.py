@@ -254,7 +254,10 @@ class AdapterTree:
             # A node of exactly that name comes first, then the pattern is tried.
             hits = {pattern} if pattern in self else set(fnmatch.filter(self.paths(), pattern))
             if not hits:
-                raise PathError(f"{pattern!r} matches no node{suggest_path(pattern, self.paths())}")
+                raise PathError(
+                    f"{pattern!r} matches no node{suggest_path(pattern, self.paths())}",
+                    self._has(),
+                )
             chosen |= hits
         return [path for path in self.paths() if path in chosen]
 
@@ -661,12 +664,19 @@ class AdapterTree:
                 hint = ": one path is wanted here, and this is a pattern"
             raise PathError(
                 f"no node {path!r} in the tree{hint}",
-                f"the tree has: {listing(self.paths()) or 'no nodes yet'}",
+                self._has(),
             )
+
+    def _has(self) -> str:
+        """Say in an error which nodes there are."""
+        return f"the tree has: {listing(self.paths()) or 'no nodes yet'}"
 
     def _parent_of(self, path: str, parent: str) -> None:
         """Raise if the node above a new one is missing, and say how to make it."""
         if parent not in self._graph:
+            above = parent.rpartition("/")[0]
+            while above not in self._graph:  # the root is always there
+                parent, above = above, above.rpartition("/")[0]
             raise PathError(
                 f"no node {parent!r} in the tree, below which {path} would lie"
                 f"{suggest_path(parent, self._graph)}",

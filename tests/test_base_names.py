@@ -13,6 +13,7 @@ import peft
 import pytest
 import torch
 import transformers
+from shell import Shell
 
 import lora_tree as lt
 from lora_tree.base_names import other_base
@@ -184,3 +185,16 @@ def test_attaching_to_another_model_than_the_tree_or_an_adapter_names_is_said(
         for name in ("/models/model-8b", ""):
             model = lt.attach(lt.load(tmp_path / "zoo"), small_llama(name))
             model.activate("fr")
+
+
+def test_a_line_about_a_node_names_no_base_that_is_the_tree_s_own(
+    shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").mkdir()
+    value = lt.LowRank(torch.ones(2, 4), torch.ones(4, 2))
+    for name, base in (("same", "base"), ("other", "org/else")):
+        lt.Adapter({"q": value}, base=base).save(f"new/{name}")
+    lt.AdapterTree(base=str(tmp_path / "base")).save("zoo")
+    assert "made for" not in shell("add", "zoo", "same", "new/same")[1]
+    assert ", made for org/else\n" in shell("add", "zoo", "other", "new/other")[1]

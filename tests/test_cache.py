@@ -249,6 +249,24 @@ def test_a_budget_smaller_than_one_lineage_says_how_much_is_needed(folder: Path)
     assert enough.state is lt.State.MERGED
 
 
+def test_a_batch_without_room_says_that_more_than_one_site_needs_it(folder: Path) -> None:
+    model = attached(folder, need("a/b/c", "e/f"))
+    with pytest.raises(BudgetError) as told, model.route(["a/b/c", "e/f", "a/b/c"]):
+        model.base(inputs()[:3])
+    first, *todo = str(told.value).splitlines()
+    assert first.startswith("a batch of paths, laid out beside the weights: ")
+    assert "more are needed, and" in first
+    # Nothing else is active, so there is nothing that deactivate() would free.
+    assert "deactivate" not in str(told.value)
+    assert todo[1:] == [
+        "  that is for one site, and the sites after it need room as well: count three times the "
+        "bytes of each path's lineage",
+        '  or take less room: route(…, strategy="nodes"), or fewer paths in a batch',
+    ]
+    with model.route(["a/b/c", "e/f", "a/b/c"], strategy="nodes"):
+        model.base(inputs()[:3])
+
+
 def test_what_a_with_goes_back_to_stays(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     poison(monkeypatch)
     model = attached(folder, need("a/b/c") * 2 + need("e/g") * 2)

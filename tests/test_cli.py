@@ -859,6 +859,29 @@ def test_a_missing_folder_is_one_clear_message(shell: Shell, tmp_path: Path) -> 
     assert err == f"error: {tmp_path}/nowhere: no such folder or tree.yaml\n"
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("show", ""),
+        ("lock", ""),
+        ("rm", "", "fr"),
+        ("init", "new", "--from", ""),
+        ("add", "zoo", "x", ""),
+        ("diff", "zoo", "--with", ""),
+        ("train", "zoo", "--data", "rows.jsonl", "--run", ""),
+    ],
+)
+def test_a_variable_of_the_shell_that_is_not_set_is_not_the_current_folder(
+    shell: Shell, zoo: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(zoo.parent)
+    before = listing(zoo.parent)
+    code, out, err = shell(*words)
+    assert (code, out) == (2, "")
+    assert "'' is not the name of a folder or a file" in " ".join(err.replace("│", " ").split())
+    assert listing(zoo.parent) == before
+
+
 def test_a_missing_extra_is_told_with_its_pip_line(
     shell: Shell, zoo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -34,7 +34,7 @@ from lora_tree.errors import (
     LoraTreeError,
     SpecError,
 )
-from lora_tree.folder import notes
+from lora_tree.folder import notes, survey
 
 
 # ---------------------------------------------------------------------- what is a node
@@ -598,6 +598,44 @@ def test_a_wrong_path(zoo: Path, name: str, message: str) -> None:
     with pytest.raises(FolderError) as caught:
         lt.load(f"{zoo.parent}/{name}")
     assert message in str(caught.value)
+
+
+def test_a_node_that_was_removed_while_it_is_served_says_so(zoo: Path) -> None:
+    served, other = lt.load(zoo), lt.load(zoo)
+    path = other.paths()[-1]
+    other.remove(path)
+    shutil.rmtree(zoo / path)
+    with pytest.raises(FormatError, match="no adapter there") as caught:
+        served.adapter(path)
+    assert str(caught.value).endswith(
+        "\n  it was there when the tree was opened: if a save has removed it since, "
+        "open the tree again"
+    )
+
+
+@pytest.mark.parametrize("weights", ["absent", "a folder"])
+def test_a_folder_whose_only_adapter_is_broken_is_not_called_empty(
+    tmp_path: Path, weights: str
+) -> None:
+    adapter(1).save(tmp_path / "fr")
+    (tmp_path / "fr/adapter_model.safetensors").unlink()
+    if weights == "a folder":
+        (tmp_path / "fr/adapter_model.safetensors").mkdir()
+    assert "half an adapter" in refused(tmp_path, FormatError)
+    tree, problems = survey(tmp_path)
+    assert (len(tree), [problem.node for problem in problems]) == (0, ["fr"])
+    with pytest.warns(lt.SkippedWarning, match="half an adapter"):
+        assert lt.load(tmp_path, skip_broken=True).paths() == []
+
+
+@pytest.mark.parametrize("name", ["mlp head", "ünïcode", "n" * 129])
+def test_a_folder_with_another_name_can_be_named_in_tree_yaml(tmp_path: Path, name: str) -> None:
+    adapter(1).save(tmp_path / name)
+    text = refused(tmp_path, FolderError)
+    assert "letters from a to z and A to Z" in text
+    assert f"rename the folder, or name it in tree.yaml ({{adapter: {name}}})" in text
+    write(tmp_path / "tree.yaml", f"version: 1\ntree: {{head: {{adapter: '{name}'}}}}\n")
+    assert lt.load(tmp_path).paths() == ["head"]
 
 
 def test_a_home_that_nobody_has(zoo: Path) -> None:

@@ -1426,7 +1426,7 @@ def test_a_sum_that_fp16_can_not_hold_is_refused_before_the_first_write(
     ):
         model.activate("fr")
     assert weight[3, 5] == 60000.0
-    with pytest.raises(BaseMismatch, match=rf"^fr: fr: {name}: its scale .* goes over 65504"):
+    with pytest.raises(BaseMismatch, match=rf"^fr: {name}: its scale .* goes over 65504"):
         lt.export_model(tree, "fr", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     model.activate("fr", mode="unmerged")  # nothing is written there

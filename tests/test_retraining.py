@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -300,6 +301,21 @@ def test_what_nobody_noted_is_said(project: Path) -> None:
     assert "trained as fr/legal, fr/medical" in plan.left["fr/doctors"]
     with pytest.raises(SpecError, match="was not opened from a folder"):
         plan_retraining(lt.AdapterTree())
+
+
+def test_a_node_below_that_never_trained_is_left_alone(project: Path) -> None:
+    zoo = project / "zoo"
+    tree = opened(zoo)
+    fresh = tree.adapter("fr/legal")
+    assert fresh is not None
+    zeros = {n: replace(v, B=torch.zeros_like(v.B)) for n, v in fresh.modules.items()}
+    tree.add("fr/legal/next", adapter=lt.Adapter(zeros))
+    tree.save(zoo)
+    plan = plan_retraining(opened(zoo), ["fr/legal"])
+    assert (plan.nodes, dict(plan.left)) == (["fr/legal"], {})
+    # It is told about if it is named.
+    plan = plan_retraining(opened(zoo), ["fr/legal/next"])
+    assert plan.left == {"fr/legal/next": "no save recorded how it was trained"}
 
 
 # ---------------------------------------------------------------------- promoted if it is better

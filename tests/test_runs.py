@@ -984,7 +984,7 @@ def test_train_says_before_the_first_step_what_trains_and_what_becomes_stale_and
     said = capsys.readouterr()
     assert "this run has finished, and the tree has its nodes" in said.err
     assert "what trains" not in said.err
-    assert said.out.splitlines()[-1].startswith("trained before de, fr/legal")
+    assert said.out.splitlines()[-1].startswith("trained before: de, fr/legal")
 
     lora_tree("train", zoo, "fr", "--data", rows, "--steps", 2, "--lr", 0.01)
     said = capsys.readouterr()
@@ -1001,6 +1001,26 @@ def test_train_says_before_the_first_step_what_trains_and_what_becomes_stale_and
             if node.stale
         ]
     assert stale == ["fr/legal"]
+
+
+def test_train_says_whether_the_rows_held_back_judge_a_leaf(
+    zoo: Path, rows: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lora_tree("train", zoo, "--data", rows, "--steps", 1, "--hold-back", 0.25)
+    assert "held back: 3 rows, to judge the leaves\n" in capsys.readouterr().err
+    lora_tree("train", zoo, "fr", "--data", rows, "--steps", 1, "--hold-back", 0.25)
+    assert (
+        "held back: 2 rows; they judge leaves, and no leaf trains here: --hold-back 0 trains on "
+        "all rows\n" in capsys.readouterr().err
+    )
+
+
+def test_the_legend_of_the_losses_is_one_line(
+    zoo: Path, rows: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lora_tree("eval", zoo, "de", "--data", rows)
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "rows: the active path; columns: the path of the rows"
 
 
 def test_a_run_that_diverges_stops_with_the_node_the_step_and_the_loss_and_saves_nothing(

@@ -344,6 +344,12 @@ def test_changes_that_can_not_be_made_are_refused_and_change_nothing() -> None:
         (lambda: tree.add("FR"), "only by case"),
         (lambda: tree.add("it/legal"), r"no node 'it'.*\n  add it first, .*FOLDER it --group"),
         (lambda: tree.move("de", "law/de"), r"no node 'law' in the tree, below which law/de would"),
+        # the topmost of several that are missing: it has to be added first
+        (
+            lambda: tree.add("it/law/tax"),
+            r"no node 'it' in the tree, below which(.|\n)*R it --group",
+        ),
+        (lambda: tree.matching(["zz*"]), r"'zz\*' matches no node\n  the tree has: de, fr"),
         (lambda: tree.add("it", weight=float("nan")), "finite"),
         (lambda: tree.add("it", rank=8), "unknown key 'rank'"),
         (

@@ -125,10 +125,15 @@ def test_all_mistakes_are_listed_in_the_order_of_the_lines() -> None:
             "\n  look at the indentation: keys of one node begin in the same column",
         ),
         ("version: 1\ntree:\n\tfr: {}\n", "\n  indent with spaces: YAML allows no tabs there"),
+        (
+            "version: 1\ntree:\n  'fr: {}\n  de: {}\n",
+            ":3:3: not YAML: a quote that is never closed",
+        ),
+        ("version: 1\ntree: {fr: {r: 4}\n", ":2:7: not YAML: a bracket that is never closed"),
         ("version: 1\ntree: {a b: {}}", ":2:8: 'a b' is not a valid node name"),
         (
             "version: 1\ntree: {con: {}}",
-            ":2:8: node 'con' is not a valid node name; letters, digits, '-', '_' and '.', not",
+            ":2:8: node 'con' is not a valid node name; a name has letters from a to z and A to Z",
         ),
         ("version: 1\n\x00", "not YAML: unacceptable character #x0000: special characters are"),
         ("version: 1\ntree: {fr: {}, FR: {}}", ":2:16: node FR differs from fr only by case"),

@@ -29,7 +29,7 @@ from ..adapter import Adapter
 from ..budget import Budgets
 from ..engine.behaviour import Ahead
 from ..engine.last_used import LastUsed
-from ..engine.ledger import Lender, ordinary
+from ..engine.ledger import FREE_FIRST, Lender, ordinary
 from ..errors import BudgetError
 from ..storage import Source
 from ..tree import AdapterTree, Node
@@ -150,7 +150,10 @@ class Cache:
                 the node.
             BudgetError: it does not fit in beside what is in use.
         """
-        return self._loader.load(0, path, source).arrived.adapter
+        try:
+            return self._loader.load(0, path, source).arrived.adapter
+        except BudgetError as error:
+            raise error.advised(FREE_FIRST) from error
 
     def prefetch(self, paths: Iterable[str]) -> None:
         """Load some nodes in the background, in this order."""

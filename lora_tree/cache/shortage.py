@@ -6,6 +6,7 @@ import threading
 from collections.abc import Mapping, Sequence
 
 from ..budget import format_bytes
+from ..engine.ledger import FREE_FIRST
 from ..errors import BudgetError, LoraTreeError, listing
 from ..storage import Source
 from .copies import TreeSource, cache_key
@@ -61,7 +62,7 @@ def _too_small(tier: Tier, sizes: dict[str, int], least: int, others: int) -> Bu
     ]
     if others:
         in_use = f" beside {format_bytes(others)} that are in use"
-        todo.append("or free what is in use first: model.deactivate()")
+        todo.append(FREE_FIRST)
     leaf = next(reversed(sizes))
     return BudgetError(
         f"{leaf}: {format_bytes(least - others)} have to be in memory at once ({parts}){in_use}; "

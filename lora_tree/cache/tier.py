@@ -292,7 +292,6 @@ class Tier:
             f"{format_bytes(nbytes)} more are needed, and {format_bytes(stays)} are in use; "
             f"{self.budget_name} is {format_bytes(budget)}",
             f"set {enough} or more",
-            "or free what is in use first: model.deactivate()",
         )
 
     def _trim_shelf(self) -> None:

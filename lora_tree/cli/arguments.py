@@ -29,6 +29,7 @@ __all__ = [
     "TrustRemoteCode",
     "WeightText",
     "advise_skip",
+    "file_name",
     "parse_weight_option",
 ]
 
@@ -40,6 +41,20 @@ def _only_json(context: typer.Context, wanted: bool) -> bool:
     if wanted:
         context.with_resource(stdout_is_json())
     return wanted
+
+
+def file_name(text: str) -> Path:
+    """Return the path that a word of the command line names.
+
+    An empty word is wrong usage. A shell passes one where a variable is not set (``lora-tree rm
+    "$ZOO" fr``), and ``Path("")`` would be the current folder.
+    """
+    if not text:
+        raise typer.BadParameter(
+            "'' is not the name of a folder or a file; is a variable of your shell not set? "
+            "the current folder is '.'"
+        )
+    return Path(text)
 
 
 def parse_weight_option(texts: Sequence[str] | None, option: str = "--weight") -> Weight | None:
@@ -105,7 +120,10 @@ Quiet = Annotated[
     typer.Option("--quiet", help="Print no progress and no notes.", callback=_no_progress),
 ]
 Folder = Annotated[
-    Path, typer.Argument(help="A folder of adapters, or a tree.yaml.", metavar="FOLDER")
+    Path,
+    typer.Argument(
+        help="A folder of adapters, or a tree.yaml.", metavar="FOLDER", parser=file_name
+    ),
 ]
 Nodes = Annotated[
     list[str] | None,
@@ -122,7 +140,9 @@ On = Annotated[
 Data = Annotated[
     list[Path],
     typer.Option(
-        help="Read rows from this file of JSON lines; see lora-tree help data.", metavar="FILE"
+        help="Read rows from this file of JSON lines; see lora-tree help data.",
+        metavar="FILE",
+        parser=file_name,
     ),
 ]
 Base = Annotated[

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from ..algebra import Edited, made_stale
+from ..base_names import other_base
 from ..errors import SpecError, listing, plural
 from ..tree import AdapterTree
 from .command_notes import command_note
@@ -110,7 +111,7 @@ def adapter_text(tree: AdapterTree, path: str) -> str:
         kind = "a group" if node.fresh is None else "fresh, made when the tree is attached"
         return kind + weight
     ranks = "/".join(map(str, sorted(set(adapter.ranks.values()))))
-    of = f", made for {adapter.base}" if adapter.base and adapter.base != tree.base else ""
+    of = f", made for {adapter.base}" if other_base(adapter.base, tree.base) else ""
     size = f"{plural(len(adapter), 'module')}, r={ranks}, {plural(adapter.nbytes, 'byte')}"
     return f"an adapter of {size}{weight}{of}"
 

@@ -51,13 +51,24 @@ def tell_plan(running: Run, rows: int) -> None:
     if running.prefers:
         note(f"DPO, beta {running.settings.beta:g}: each node against its frozen parent")
     if running.held_back:
-        note(f"held back: {plural(len(running.held_back), 'row')}, to judge the leaves")
+        note(f"held back: {plural(len(running.held_back), 'row')}{_judged(running)}")
     if running.watched_on:
         note(f"measured during training: {plural(running.watched_on, 'held-out row')}")
     if running.outdated:
         note(f"becomes stale: {', '.join(running.outdated)}")
     if running.done:
         note(f"going on after step {running.done}")
+
+
+def _judged(running: Run) -> str:
+    """Say what the rows held back are for."""
+    tree = running.model.tree
+    for path in {row.path for row in running.held_back}:
+        has_children = any(tree[below].has_adapter for below in tree.paths(path))
+        if path in running.nodes and not has_children:
+            return ", to judge the leaves"
+    # As in `judge`: the children of a node were trained on it as it is.
+    return "; they judge leaves, and no leaf trains here: --hold-back 0 trains on all rows"
 
 
 def tell_outcome(
@@ -106,14 +117,15 @@ def tell_outcome(
     for verdict in verdicts:
         out().print(str(verdict))
     # A second call of a finished run must not read as if it had trained once more.
-    done = "trained before" if running.was_over else "trained"
+    done = "trained before:" if running.was_over else "trained"
     out().print(
-        f"{done} {', '.join(running.nodes)}: {plural(running.taken, 'step')}, saved in {folder}"
+        f"{done} {', '.join(running.nodes)}: {plural(running.taken, 'step')}, saved in {folder}",
+        soft_wrap=True,
     )
     for line in _checkpoint_lines(running):
         out().print(line, soft_wrap=True)
     if stale:
-        out().print(f"stale now: {', '.join(stale)}")
+        out().print(f"stale now: {', '.join(stale)}", soft_wrap=True)
 
 
 def draw_run(running: Run, file: Path) -> None:

@@ -15,7 +15,10 @@ from torch import Tensor
 
 from .last_used import LastUsed
 
-__all__ = ["Ledger", "Lender", "Unbounded", "ordinary"]
+__all__ = ["FREE_FIRST", "Ledger", "Lender", "Unbounded", "ordinary"]
+
+FREE_FIRST = "or free what is in use first: model.deactivate()"
+"""The advice of a `BudgetError` where another path may be active beside the one that needs room."""
 
 Lender: TypeAlias = Callable[[int, torch.device], Tensor]
 """(bytes, device) → uninitialised memory there, (bytes,) uint8."""

@@ -33,7 +33,7 @@ from .finite import check_side_paths
 from .hook import Hook
 from .kernels import routes
 from .last_used import LastUsed
-from .ledger import Ledger, Unbounded
+from .ledger import FREE_FIRST, Ledger, Unbounded
 from .plan import EMPTY_PLAN, PlacedPlan, Plan, WeightDtypes
 from .routing.factor_tables import FactorTables
 from .routing.path_form import read_in_place
@@ -283,7 +283,8 @@ class Unmerged:
             # `laid` is collected.
             lend = self._ledger.lend(laid, total)
         except BudgetError as error:
-            raise error.within(f"{_nodes(plan)}: laid out beside the weights") from error
+            where = f"{_nodes(plan)}: laid out beside the weights"
+            raise error.within(where).advised(FREE_FIRST) from error
         laid.nbytes = total
         portions = _portions(stacked)
         sides: dict[str, PathSide] = {}

@@ -200,8 +200,13 @@ def _events(text: str, file: str) -> Iterator[Any]:
             event = next(stream, None)
         except MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
-            place = f"{file}:{mark.line + 1}:{mark.column + 1}" if mark else file
             problem = str(error.problem or error.context)
+            at_end = "end of stream" in problem or "<stream end>" in problem
+            if at_end and error.context_mark is not None:
+                # The mistake is not at the end of the file, but where something was opened.
+                opened = "bracket" if "<stream end>" in problem else "quote"
+                mark, problem = error.context_mark, f"a {opened} that is never closed"
+            place = f"{file}:{mark.line + 1}:{mark.column + 1}" if mark else file
             raise SpecError(f"{place}: not YAML: {problem}", *_advice(problem)) from error
         # Any other error of the YAML package's parser is a mistake in the text as well.
         except Exception as error:

@@ -348,9 +348,11 @@ def _head(
                 f"{where}: not a safetensors file, it begins like a web page",
                 "a login or an error was saved in its place: look into it, and download it again",
             )
+        header = f"{plural(size, 'byte')}, of which the header should take {length:,}"
+        if size < 8:
+            header = f"{plural(size, 'byte')}, and the length of the header alone takes 8"
         raise FormatError(
-            f"{where}: not a whole safetensors file: {plural(size, 'byte')}, of which the header "
-            f"should take {length:,}",
+            f"{where}: not a whole safetensors file: {header}",
             "download or save it again: an unfinished download looks like this",
         )
     head = stream.read(length)

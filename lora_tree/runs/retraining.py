@@ -19,7 +19,7 @@ from typing import Any
 
 from ..errors import LoraTreeError, SpecError, listing, plural
 from ..folder import disk
-from ..folder.reading.nodes import made_of_node
+from ..folder.reading.nodes import is_untrained, made_of_node
 from ..provenance import DataFile, TrainedWith
 from ..system.reading import is_file
 from ..tree import AdapterTree
@@ -80,7 +80,8 @@ def plan_retraining(
 ) -> Retraining:
     """Return the jobs that train nodes again with their data and settings, from the root down.
 
-    The nodes below them become stale by that, so they are in the plan as well.
+    The nodes below them become stale by that, so they are in the plan as well, except those that
+    never trained.
 
     Args:
         tree: opened from a folder; it is not changed.
@@ -104,7 +105,12 @@ def plan_retraining(
         named = tree.matching(nodes)
     selected: set[str] = set()
     for path in named:
-        selected.update(below for below in (path, *tree.paths(path)) if tree[below].has_adapter)
+        if tree[path].has_adapter:
+            selected.add(path)
+        for below in tree.paths(path):
+            # A node that never trained adds nothing, so no other lineage makes it stale.
+            if tree[below].has_adapter and not is_untrained(tree[below]):
+                selected.add(below)
     files = _DataFiles(tree.home.parent)
     left: dict[str, str] = {}
     able: dict[str, TrainedWith] = {}

@@ -11,7 +11,7 @@ import typer
 from ...adapter import Adapter
 from ...algebra import absorb
 from ...folder import load
-from ..arguments import AsJson, Folder
+from ..arguments import AsJson, Folder, file_name
 from ..editing import DryRun, MaxError, Rank, Work
 from .export import DTYPES, Dtype
 
@@ -23,7 +23,9 @@ _MOST_SHOWN = 3  # of the compared nodes, the nearest first
 def absorb_adapter(
     folder: Folder,
     name: Annotated[str, typer.Argument(help="The new node's own name.")],
-    adapter: Annotated[Path, typer.Argument(help="A flat adapter of the tree's base.")],
+    adapter: Annotated[
+        Path, typer.Argument(help="A flat adapter of the tree's base.", parser=file_name)
+    ],
     under: Annotated[str, typer.Option(help="Consider only this node and those below it.")] = "",
     rank: Rank = None,
     max_error: MaxError = None,

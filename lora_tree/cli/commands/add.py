@@ -16,7 +16,7 @@ from ...formats.peft import WEIGHTS, adapter_name_of
 from ...formats.recognise import recognise
 from ...tree import AdapterTree
 from ...weights import Weight
-from ..arguments import AsJson, Folder, WeightText, parse_weight_option
+from ..arguments import AsJson, Folder, WeightText, file_name, parse_weight_option
 from ..editing import DryRun, Work
 
 __all__ = ["add_node"]
@@ -26,7 +26,8 @@ def add_node(
     folder: Folder,
     path: Annotated[str, typer.Argument(help="The new node; its parent has to exist.")],
     adapter: Annotated[
-        Path | None, typer.Argument(help="An adapter, or a tree to hang below PATH.")
+        Path | None,
+        typer.Argument(help="An adapter, or a tree to hang below PATH.", parser=file_name),
     ] = None,
     weight: WeightText = None,
     group: Annotated[bool, typer.Option("--group", help="A node without an adapter.")] = False,

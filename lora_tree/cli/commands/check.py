@@ -20,7 +20,7 @@ from ...fit import clashes, dropped, misfits
 from ...folder import StaleWarning, check, load, moved_branches, notes
 from ...folder.problem import HARMLESS
 from ...tree import AdapterTree
-from ..arguments import AsJson, TrustRemoteCode
+from ..arguments import AsJson, TrustRemoteCode, file_name
 from ..check_output import tell_comparison
 from ..console import out, print_json
 from ..open_base import skeleton_of
@@ -30,7 +30,10 @@ __all__ = ["list_problems"]
 
 def list_problems(
     folder: Annotated[
-        Path, typer.Argument(help="A folder of adapters, or a tree.yaml.", metavar="FOLDER_OR_YAML")
+        Path,
+        typer.Argument(
+            help="A folder of adapters, or a tree.yaml.", metavar="FOLDER_OR_YAML", parser=file_name
+        ),
     ],
     path: Annotated[
         str | None, typer.Argument(help="With --merged: a path or a blend.", metavar="PATH")

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ...demo import FULL, QUICK, run
-from ..arguments import Quiet
+from ..arguments import Quiet, file_name
 from ..console import err, is_quiet, out
 
 __all__ = ["demo"]
@@ -21,6 +21,7 @@ def demo(
             help="Write this folder; the base goes beside it as FOLDER-base, an export as "
             "FOLDER-export.",
             metavar="FOLDER",
+            parser=file_name,
         ),
     ] = Path("demo-zoo"),
     quick: Annotated[

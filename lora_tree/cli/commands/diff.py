@@ -12,7 +12,7 @@ from rich.table import Table
 from ...algebra import Diff, TreeDiff, diff, diff_paths, diff_trees
 from ...errors import SpecError, listing, plural, printable
 from ...folder import load, load_versions
-from ..arguments import AsJson, Folder, On
+from ..arguments import AsJson, Folder, On, file_name
 from ..console import out, print_json
 
 __all__ = ["difference"]
@@ -29,7 +29,9 @@ def difference(
     ] = None,
     other: Annotated[
         Path | None,
-        typer.Option("--with", help="A second tree: compare node by node, or A in both."),
+        typer.Option(
+            "--with", help="A second tree: compare node by node, or A in both.", parser=file_name
+        ),
     ] = None,
     on: On = None,
     most: Annotated[int, typer.Option(min=1, help="Modules to list, most moved first.")] = 20,

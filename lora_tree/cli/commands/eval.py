@@ -29,6 +29,7 @@ from ..arguments import (
     SkipBroken,
     TrustRemoteCode,
     advise_skip,
+    file_name,
 )
 from ..console import out, print_json
 from ..open_measured import open_measured
@@ -55,7 +56,10 @@ def evaluation(
     beta: MeasuredBeta = 0.1,
     max_length: Length = 1024,
     picture: Annotated[
-        Path | None, typer.Option(help="Write a heat map into this file, as SVG.", metavar="FILE")
+        Path | None,
+        typer.Option(
+            help="Write a heat map into this file, as SVG.", metavar="FILE", parser=file_name
+        ),
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
     skip_broken: SkipBroken = False,
@@ -88,6 +92,7 @@ def evaluation(
         print_json(_plain(matrix))
     else:
         out().print(_table(matrix))
+        out().print("rows: the active path; columns: the path of the rows", soft_wrap=True)
 
 
 def _chosen(
@@ -125,7 +130,6 @@ def _table(matrix: LossMatrix) -> Table:
     table = Table(
         title=matrix.unit,
         title_justify="left",
-        caption="rows: the active path; columns: the path of the rows",
     )
     table.add_column("active path")
     best = []

@@ -15,7 +15,7 @@ from ...explore.facts import explore_facts, read_evaluation
 from ...explore.page import explore_page
 from ...explore.server import PLAYGROUND_PATH, serving
 from ...folder import disk, load
-from ..arguments import Folder, Quiet, SkipBroken, TrustRemoteCode
+from ..arguments import Folder, Quiet, SkipBroken, TrustRemoteCode, file_name
 from ..console import out
 from ..interrupts import noted_interrupts
 from ..open_playground import open_playground
@@ -29,12 +29,15 @@ def explore(
     html: Annotated[
         Path | None,
         typer.Option(
-            help="Write the page into this one file, which loads nothing, and start no server."
+            help="Write the page into this one file, which loads nothing, and start no server.",
+            parser=file_name,
         ),
     ] = None,
     evaluation: Annotated[
         Path | None,
-        typer.Option("--eval", help="Losses to show, as lora-tree eval --json prints them."),
+        typer.Option(
+            "--eval", help="Losses to show, as lora-tree eval --json prints them.", parser=file_name
+        ),
     ] = None,
     similar_nodes: Annotated[
         list[str] | None,

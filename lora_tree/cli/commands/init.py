@@ -10,7 +10,7 @@ import typer
 from ...errors import FolderError, SpecError, plural
 from ...folder import load
 from ...tree import AdapterTree
-from ..arguments import AsJson, SkipBroken, advise_skip
+from ..arguments import AsJson, SkipBroken, advise_skip, file_name
 from ..command_notes import command_note
 from ..console import out, print_json
 from ..editing import DryRun
@@ -20,11 +20,18 @@ __all__ = ["new_tree"]
 
 def new_tree(
     folder: Annotated[
-        Path, typer.Argument(help="The tree's folder, made if missing.", metavar="FOLDER")
+        Path,
+        typer.Argument(
+            help="The tree's folder, made if missing.", metavar="FOLDER", parser=file_name
+        ),
     ],
     source: Annotated[
         Path | None,
-        typer.Option("--from", help="Begin with copies of the adapters in this folder or tree."),
+        typer.Option(
+            "--from",
+            help="Begin with copies of the adapters in this folder or tree.",
+            parser=file_name,
+        ),
     ] = None,
     base: Annotated[str | None, typer.Option(help="Folder or hub id of the base.")] = None,
     r: Annotated[int | None, typer.Option("--r", help="Rank of fresh adapters.")] = None,

@@ -23,6 +23,7 @@ from ..arguments import (
     MeasuredBeta,
     Quiet,
     TrustRemoteCode,
+    file_name,
 )
 from ..command_notes import command_note
 from ..console import err, out, print_json
@@ -43,6 +44,7 @@ def promotion(
             "--from",
             help="Take it from this checkpoint-N of a run or of a TreeTrainer.",
             metavar="FOLDER",
+            parser=file_name,
         ),
     ],
     node: Annotated[
@@ -59,7 +61,11 @@ def promotion(
     ] = False,
     data: Annotated[
         list[Path] | None,
-        typer.Option(help="Compare on these rows, which it was not trained on.", metavar="FILE"),
+        typer.Option(
+            help="Compare on these rows, which it was not trained on.",
+            metavar="FILE",
+            parser=file_name,
+        ),
     ] = None,
     slice_by: Annotated[
         str | None,

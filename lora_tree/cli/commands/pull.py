@@ -11,7 +11,7 @@ from rich.filesize import decimal
 
 from ...errors import plural
 from ...integrations.hub import pull
-from ..arguments import AsJson, Quiet
+from ..arguments import AsJson, Quiet, file_name
 from ..console import out, print_json
 from ..editing import DryRun
 from ..hub_output import tell_changes
@@ -24,7 +24,10 @@ def pull_tree(
     repository: Annotated[
         str, typer.Argument(help="A repository of the model hub, org/zoo.", metavar="REPOSITORY")
     ],
-    folder: Annotated[Path, typer.Argument(help="Write the tree into this folder.", metavar="DIR")],
+    folder: Annotated[
+        Path,
+        typer.Argument(help="Write the tree into this folder.", metavar="DIR", parser=file_name),
+    ],
     revision: Annotated[
         str | None, typer.Option(help="A branch, tag or commit.", metavar="REVISION")
     ] = None,

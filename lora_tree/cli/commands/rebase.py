@@ -14,7 +14,7 @@ import typer
 from ...adapter import Adapter
 from ...algebra import rebase_all
 from ...folder import load
-from ..arguments import AsJson, Folder, parse_weight_option
+from ..arguments import AsJson, Folder, file_name, parse_weight_option
 from ..editing import DryRun, MaxError, Rank, Work
 
 __all__ = ["rebase_children"]
@@ -24,7 +24,8 @@ def rebase_children(
     folder: Folder,
     path: Annotated[str, typer.Option("--all", help="The node that has changed.")],
     was: Annotated[
-        Path | None, typer.Option(help="The folder of the adapter that it had before.")
+        Path | None,
+        typer.Option(help="The folder of the adapter that it had before.", parser=file_name),
     ] = None,
     was_weight: Annotated[
         str | None, typer.Option(help="The weight that it had before.", metavar="WEIGHT")

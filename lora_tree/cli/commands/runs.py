@@ -13,7 +13,7 @@ from ...drawn.curves import curves_picture
 from ...errors import PathError, listing, plural, printable
 from ...folder import NodeOutcome, RunRecord, disk, run_records
 from ...runs import RunComparison, compare_runs
-from ..arguments import AsJson, Folder
+from ..arguments import AsJson, Folder, file_name
 from ..console import out, print_json
 from ..outcome_table import outcome_table
 from ..picture_place import check_picture_place
@@ -30,7 +30,9 @@ def list_runs(
     picture: Annotated[
         Path | None,
         typer.Option(
-            help="Draw the losses of the named runs into this file, as SVG.", metavar="FILE"
+            help="Draw the losses of the named runs into this file, as SVG.",
+            metavar="FILE",
+            parser=file_name,
         ),
     ] = None,
     as_json: AsJson = False,

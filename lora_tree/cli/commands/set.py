@@ -13,7 +13,7 @@ from ...errors import SpecError
 from ...folder import load
 from ...formats.block_weights import block_weights
 from ...weights import as_weight
-from ..arguments import AsJson, Folder, WeightText, parse_weight_option
+from ..arguments import AsJson, Folder, WeightText, file_name, parse_weight_option
 from ..editing import DryRun, MaxError, Rank, Work, check_only_with_keep_effective
 
 __all__ = ["set_node"]
@@ -30,7 +30,9 @@ def set_node(
             metavar="NUMBERS",
         ),
     ] = None,
-    adapter: Annotated[Path | None, typer.Option(help="The folder of its new adapter.")] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="The folder of its new adapter.", parser=file_name)
+    ] = None,
     keep_effective: Annotated[
         bool,
         typer.Option("--keep-effective", help="Change its children so that their models stay."),

@@ -24,7 +24,7 @@ from ...errors import LoraTreeError, plural
 from ...folder import Problem, StaleWarning, disk, load, load_versions, notes, survey
 from ...tree import AdapterTree
 from ...weights import Weight, plain_weight
-from ..arguments import AsJson, Folder, On
+from ..arguments import AsJson, Folder, On, file_name
 from ..console import out, print_json
 from ..picture_place import check_picture_place
 from ..tree_table import print_table
@@ -79,7 +79,9 @@ def show(
     ] = None,
     svg: Annotated[
         Path | None,
-        typer.Option(help="Write the tree as a picture into this file.", metavar="FILE"),
+        typer.Option(
+            help="Write the tree as a picture into this file.", metavar="FILE", parser=file_name
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -11,7 +11,7 @@ import typer
 from ...algebra import similar
 from ...errors import plural
 from ...folder import disk, load
-from ..arguments import AsJson, Folder, Nodes, SkipBroken, advise_skip
+from ..arguments import AsJson, Folder, Nodes, SkipBroken, advise_skip, file_name
 from ..console import out, print_json
 from ..picture_place import check_picture_place
 
@@ -43,7 +43,7 @@ def similar_nodes(
         ),
     ] = None,
     picture: Annotated[
-        Path | None, typer.Option(help="Write a heat map into this file, as SVG.")
+        Path | None, typer.Option(help="Write a heat map into this file, as SVG.", parser=file_name)
     ] = None,
     most: Annotated[int, typer.Option(min=0, help="Pairs to list, most alike first.")] = 10,
     skip_broken: SkipBroken = False,

@@ -13,7 +13,18 @@ from ...folder import load
 from ...model import attach
 from ...provenance import data_files
 from ...runs import Run, Settings
-from ..arguments import AsJson, Base, BatchSize, Data, Folder, Length, Nodes, Quiet, TrustRemoteCode
+from ..arguments import (
+    AsJson,
+    Base,
+    BatchSize,
+    Data,
+    Folder,
+    Length,
+    Nodes,
+    Quiet,
+    TrustRemoteCode,
+    file_name,
+)
 from ..command_notes import command_note
 from ..open_base import open_model, open_tokenizer
 from ..open_rows import open_rows
@@ -58,7 +69,10 @@ def train(
     ] = False,
     base: Base = None,
     run: Annotated[
-        Path | None, typer.Option(help="Keep checkpoints here; in FOLDER/.training without it.")
+        Path | None,
+        typer.Option(
+            help="Keep checkpoints here; in FOLDER/.training without it.", parser=file_name
+        ),
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Take this many steps of the optimiser.")] = 200,
     batch: BatchSize = 8,
@@ -133,6 +147,7 @@ def train(
             help="Measure every path on these rows during the training. Without it, --eval-every "
             "and --patience measure on the rows held back.",
             metavar="FILE",
+            parser=file_name,
         ),
     ] = None,
     eval_every: Annotated[
@@ -150,7 +165,9 @@ def train(
     picture: Annotated[
         Path | None,
         typer.Option(
-            help="Draw every node's losses into this file at the end, as SVG.", metavar="FILE"
+            help="Draw every node's losses into this file at the end, as SVG.",
+            metavar="FILE",
+            parser=file_name,
         ),
     ] = None,
     report_to: Annotated[

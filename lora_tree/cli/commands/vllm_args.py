@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ...integrations.vllm.settings import DEFAULT_ERROR, server_args
-from ..arguments import AsJson, Folder
+from ..arguments import AsJson, Folder, file_name
 from ..console import err, out, print_json
 
 __all__ = ["vllm_args"]
@@ -23,7 +23,10 @@ def vllm_args(
     folder: Folder,
     cache: Annotated[
         Path,
-        typer.Option(help="Keep flattened adapters there, on a disk of the machine that serves."),
+        typer.Option(
+            help="Keep flattened adapters there, on a disk of the machine that serves.",
+            parser=file_name,
+        ),
     ] = Path("vllm-cache"),
     max_rank: Annotated[
         int | None,

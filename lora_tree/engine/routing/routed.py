@@ -9,7 +9,8 @@ A site at which all rows owe the same is one product, and its first axis may be 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import TypeAlias
@@ -17,6 +18,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from ...errors import BudgetError
 from ...lowrank import LowRank
 from ...sites import Site
 from ..arithmetic import exact_mode
@@ -81,7 +83,7 @@ class Route:
         # because forms hold the token through `_charge` and may outlive the route. If they held the
         # route, it would never be collected.
         token = _LifetimeToken()
-        self._charge = partial(ledger.charge, token)
+        self._charge = partial(_charged, ledger, token)
         self._lend = partial(_lent, ledger, token)
         self._batches: dict[Hashable, Batch] = {}
         self._owed: dict[Hashable, list[Owed]] = {}
@@ -351,9 +353,34 @@ def _known_terms(plan: Plan, requested_dtype: torch.dtype | None) -> dict[str, _
     return found
 
 
+def _charged(ledger: Ledger, owner: object, nbytes: int) -> None:
+    """Make the ledger count bytes until ``owner`` is collected."""
+    with _batch_named():
+        ledger.charge(owner, nbytes)
+
+
 def _lent(ledger: Ledger, owner: object, nbytes: int, device: torch.device) -> Tensor:
     """Return memory that the ledger counts until ``owner`` is collected."""
-    return ledger.lend(owner, nbytes)(nbytes, device)
+    with _batch_named():
+        lend = ledger.lend(owner, nbytes)
+    return lend(nbytes, device)
+
+
+@contextmanager
+def _batch_named() -> Iterator[None]:
+    """Say that it is a batch which has no room, and how much a batch needs.
+
+    Sites lay out their factors one after the other, as the forward reaches them. So the ledger's
+    error knows the bytes of one site alone, and the budget that it names is only the next step.
+    """
+    try:
+        yield
+    except BudgetError as error:
+        raise error.within("a batch of paths, laid out beside the weights").advised(
+            "that is for one site, and the sites after it need room as well: count three times "
+            "the bytes of each path's lineage",
+            'or take less room: route(…, strategy="nodes"), or fewer paths in a batch',
+        ) from error
 
 
 class _LifetimeToken:

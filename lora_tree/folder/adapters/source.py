@@ -82,7 +82,13 @@ class FolderSource:
         while files.flaw is not None:
             again = find_files(self.folder, self.root)
             if again == files:
-                raise FormatError(files.flaw)
+                todo = []
+                if self.stamps and not files.now:
+                    todo = [
+                        "it was there when the tree was opened: "
+                        "if a save has removed it since, open the tree again"
+                    ]
+                raise FormatError(files.flaw, *todo)
             files = again
         if self.within is not None:
             _check_inside(files, self.within)

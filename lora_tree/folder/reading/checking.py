@@ -205,6 +205,8 @@ def _passed_over_notes(opened: Opened) -> list[str]:
 
 def _not_added(opened: Opened) -> list[str]:
     """Return a note about adapters in single files that are no nodes, since nothing names them."""
+    if not opened.scan.single:
+        return []  # in nearly every tree: no link of ten thousand nodes has to be followed
     folder = opened.place.folder
     used: set[str] = set()
     for entry in opened.entries.values():

@@ -7,7 +7,7 @@ from ...tree import Node
 from ..adapters.source import FolderSource
 from .opening import Opened
 
-__all__ = ["made_of_node", "node_of"]
+__all__ = ["is_untrained", "made_of_node", "node_of"]
 
 
 def made_of_node(node: Node) -> Made | None:
@@ -16,6 +16,14 @@ def made_of_node(node: Node) -> Made | None:
     if not isinstance(source, FolderSource) or source.trained is None:
         return None
     return source.trained.made
+
+
+def is_untrained(node: Node) -> bool:
+    """Return whether a node was saved fresh and never trained: its increments are zero."""
+    source = node.source
+    if not isinstance(source, FolderSource) or source.trained is None:
+        return False
+    return source.trained.untrained
 
 
 def node_of(opened: Opened, path: str) -> Node:

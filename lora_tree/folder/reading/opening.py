@@ -96,8 +96,9 @@ class Opened:
 
     @property
     def is_empty(self) -> bool:
-        """True if there is no tree: no tree.yaml, no lock, no adapter."""
-        return self.spec is None and self.lock is None and not self.entries
+        """True if there is no tree: no tree.yaml, no lock, no adapter, whole or broken."""
+        has_own_files = self.spec is not None or self.lock is not None
+        return not (has_own_files or self.entries or self.problems)
 
 
 def inspect(place: TreePlace, *, outside: bool = True, repin: bool = False) -> Opened:

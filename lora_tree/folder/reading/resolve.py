@@ -285,7 +285,8 @@ class _Resolving:
         try:
             check_path(path)
         except PathError as error:
-            return Problem(path, "folder", f"{files.folder}: {error}")
+            todo = f"rename the folder, or name it in tree.yaml ({{adapter: {path}}})"
+            return Problem(path, "folder", f"{files.folder}: {error}\n  {todo}")
         if self._is_mlx(path, files):
             text = f"{files.folder}: mlx-lm wrote this adapter, and only PEFT folders are nodes"
             todo = f"name it in tree.yaml ({{adapter: {path}}}), or move it away"
