@@ -100,7 +100,7 @@ def measured(batch: tuple[int, int, int, int], shape: tuple[int, int], seconds: 
             start = time.process_time()
             forms[name].add(target, x, spare=True)
             rounds[name].append(time.process_time() - start)
-    timed = {name: quantiles(took, n=10)[0] for name, took in rounds.items()}
+    timed = {name: quantiles(took, n=10, method="inclusive")[0] for name, took in rounds.items()}
     a_row = f"{plural(tokens, 'token')} a row"
     title = f"{rows} rows over {paths} paths, {a_row}, {into} → {out}"
     return FormTimes(title, timed, laid_out)

@@ -72,7 +72,7 @@ def listed_broken(broken: Sequence[BrokenTensor]) -> str:
     """Return broken tensors as text.
 
     >>> listed_broken([("q", "lora_A"), ("q", "lora_B"), ("head.weight", "override")])
-    'q (lora_A, lora_B) and head.weight (override)'
+    'q (lora_A, lora_B), head.weight (override)'
     """
     of_each: dict[str, list[str]] = {}
     for module, name in broken:

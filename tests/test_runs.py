@@ -1010,8 +1010,8 @@ def test_train_says_whether_the_rows_held_back_judge_a_leaf(
     assert "held back: 3 rows, to judge the leaves\n" in capsys.readouterr().err
     lora_tree("train", zoo, "fr", "--data", rows, "--steps", 1, "--hold-back", 0.25)
     assert (
-        "held back: 2 rows; they judge leaves, and no leaf trains here: --hold-back 0 trains on "
-        "all rows\n" in capsys.readouterr().err
+        "held back: 2 rows, to judge leaves; none trains here, so --hold-back 0 would lose "
+        "nothing\n" in capsys.readouterr().err
     )
 
 

@@ -68,7 +68,10 @@ def _judged(running: Run) -> str:
         if path in running.nodes and not has_children:
             return ", to judge the leaves"
     # As in `judge`: the children of a node were trained on it as it is.
-    return "; they judge leaves, and no leaf trains here: --hold-back 0 trains on all rows"
+    purpose = ", to judge leaves; none trains here"
+    if running.watched_on or running.compares_checkpoints:
+        return purpose
+    return f"{purpose}, so --hold-back 0 would lose nothing"
 
 
 def tell_outcome(

@@ -259,9 +259,14 @@ class Run:
         """Return the checkpoints in the run's folder with their losses on the rows held back."""
         return self._checkpoints.kept()
 
+    @property
+    def compares_checkpoints(self) -> bool:
+        """True if the best checkpoint stays, which the rows held back decide."""
+        return self._checkpoints.are_compared
+
     def _measure(self) -> float | None:
         """Return the loss on the rows held back, if a checkpoint is to be chosen by it."""
-        if not self._checkpoints.are_compared or not self.held_back:
+        if not self.compares_checkpoints or not self.held_back:
             return None
         settings = self.settings
         return loss_of_rows(self.model, self.held_back, batch=settings.batch, beta=settings.beta)

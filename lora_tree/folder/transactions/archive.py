@@ -91,7 +91,8 @@ def archive(folder: Path, leaving: Iterable[Archived]) -> None:
 
 def _keep(source: str, place: Path) -> None:
     """Give a file its name in the archive: by a link if it has no other name, else as a copy."""
-    seen = os.lstat(source)
+    with disk.named("look at it", source):
+        seen = os.lstat(source)
     if stat.S_ISREG(seen.st_mode) and seen.st_nlink == 1 and disk.link(source, place):
         return
     # Under another name first: a copy that is cut off must not look like a whole file.
