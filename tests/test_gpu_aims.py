@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from sampling import slow
 
 from benchmarks import gpu, training
 from benchmarks.sizes import SMALL
@@ -67,6 +68,7 @@ def test_an_unmerged_forward_has_the_aim_of_the_document() -> None:
     assert f'(("1 token", {aim})' in Path(gpu.__file__).read_text()
 
 
+@slow
 def test_a_joint_step_on_a_gpu_has_the_aims_of_the_document() -> None:
     aims = aims_of(JOINT)
     assert aims == [4.0, 3.0, 2.4]
@@ -80,6 +82,7 @@ def test_a_joint_step_on_a_gpu_has_the_aims_of_the_document() -> None:
     assert [micro.split(" / ")[1] in table.timings for table in tables] == [False, True, True]
 
 
+@slow
 def test_a_joint_step_on_a_cpu_has_its_own_aims() -> None:
     size = replace(SMALL, hidden=32, layers=1)
     tables = training.joint(size, torch.float32, torch.device("cpu"))[:3]
