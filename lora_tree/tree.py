@@ -71,6 +71,8 @@ class AdapterTree:
         # With the root in the graph, a node at the top has a parent like any other, and walks need
         # no case of their own for it. It has no `Node`, so lookups leave it out.
         self._graph.add_node("")
+        self._of_path: dict[str, dict[str, Weight]] = {}
+        """Path → its coefficients, as far as they were asked for since a weight has changed."""
 
     # ------------------------------------------------------------------ looking
     @property
@@ -107,7 +109,8 @@ class AdapterTree:
         """Return the state for a copy or a pickle, to which no model is attached."""
         # Weak references to models can't be pickled. A deep copy would keep them, and would ask a
         # model that knows nothing of the copy before its nodes are changed.
-        return vars(self) | {"_graph": self._graph.copy(), "_models": AttachedModels()}
+        own = {"_graph": self._graph.copy(), "_models": AttachedModels(), "_of_path": {}}
+        return vars(self) | own
 
     def paths(self, under: str = "") -> list[str]:
         """Return every path below ``under``, depth-first, children by name: the order of every sum.
@@ -191,14 +194,15 @@ class AdapterTree:
         >>> tree.coefficients("fr/legal:0.5+fr/medical:0.5")
         {'fr': 1.0, 'fr/legal': 0.5, 'fr/medical': 0.5}
         """
-        # The nodes of one path have their own weights.
-        if isinstance(blend, str) and blend in self._graph:
-            weights = {}
-            for node in self.lineage(blend):
-                weight = self._graph.nodes[node]["node"].weight
-                if weight != 0.0:
-                    weights[node] = weight
-            return weights
+        if isinstance(blend, str):
+            # Taken before the nodes are read. If one is changed meanwhile, the tree has another
+            # dictionary by then, and what was read here gets lost with this one.
+            of_path = self._of_path
+            known = of_path.get(blend)
+            if known is None and blend in self._graph:
+                known = of_path[blend] = self._own_weights(blend)
+            if known is not None:
+                return dict(known)
         coefficients = {}
         for path, shares in self._shares(blend).items():
             coefficient = blended(path, shares, self[path].weight)
@@ -206,6 +210,15 @@ class AdapterTree:
             if coefficient != 0.0:
                 coefficients[path] = coefficient
         return coefficients
+
+    def _own_weights(self, path: str) -> dict[str, Weight]:
+        """Return the coefficients of one path: the weights of its nodes, without zeros."""
+        weights = {}
+        for node in self.lineage(path):
+            weight = self._graph.nodes[node]["node"].weight
+            if weight != 0.0:
+                weights[node] = weight
+        return weights
 
     def shares(self, blend: Blend) -> dict[str, Weight]:
         """Return node → the total weight of the entries through it, without the node's own weight.
@@ -349,6 +362,7 @@ class AdapterTree:
             )
         self._models.check_unused([path, *below], "removed")
         self._graph.remove_nodes_from([path, *below])
+        self._of_path = {}
 
     def move(self, path: str, to: str) -> None:
         """Give a node another path, its children with it.
@@ -647,12 +661,16 @@ class AdapterTree:
             was: the value that it was made from. If the tree holds another one by now, nothing
                 happens: the node was changed, or removed, while its files were read.
         """
-        if was is not None and self._graph.nodes.get(node.path, {}).get("node") is not was:
+        before = self._graph.nodes.get(node.path, {}).get("node")
+        if was is not None and before is not was:
             return
         # networkx adds a missing end of an edge by itself, and that node would have no `Node`. So
         # callers replace parents before children.
         self._graph.add_node(node.path, node=node)
         self._graph.add_edge(node.path.rpartition("/")[0], node.path)
+        # A node that was read, or that a model has sent away, weighs what it did.
+        if before is None or before.weight != node.weight:
+            self._of_path = {}
 
     # ------------------------------------------------------------------ private
     def _known(self, path: str) -> None:

@@ -476,6 +476,34 @@ def test_a_node_keeps_what_it_says_wherever_it_goes() -> None:
     assert before["fr"].path == "fr"  # a node is a value: the one held before has not moved
 
 
+def test_coefficients_follow_every_change_of_the_tree() -> None:
+    tree = lt.AdapterTree()
+    for path in ("fr", "fr/legal", "de"):
+        tree.add(path, group=True)
+
+    def at(path: str) -> dict[str, Any]:
+        return tree.coefficients(path)
+
+    assert at("fr/legal") == {"fr": 1.0, "fr/legal": 1.0}
+    at("fr/legal").clear()  # the caller's own
+    assert at("fr/legal") == {"fr": 1.0, "fr/legal": 1.0}
+    copied = copy.deepcopy(tree)
+    tree.update("fr", weight=0.5)
+    assert at("fr/legal") == {"fr": 0.5, "fr/legal": 1.0}
+    assert copied.coefficients("fr/legal") == {"fr": 1.0, "fr/legal": 1.0}
+    tree.move("fr/legal", "de/legal")
+    assert at("de/legal") == {"de": 1.0, "de/legal": 1.0}
+    with pytest.raises(PathError):
+        at("fr/legal")
+    tree.remove("de", recursive=True)
+    with pytest.raises(PathError):
+        at("de/legal")
+    tree.add("de", group=True, weight=3.0)
+    tree.add("de/legal", group=True)
+    assert at("de/legal") == {"de": 3.0, "de/legal": 1.0}
+    assert at("") == {}
+
+
 def test_another_adapter_or_weight_changes_that_node_and_no_other() -> None:
     tree = family()
     before = {path: tree[path] for path in tree}

@@ -14,8 +14,8 @@ Law: what a row owes depends on its own path alone.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import compress
 
@@ -96,10 +96,8 @@ class Batch:
                 "any number of rows",
             )
         known: dict[object, int] = {}
-        owed: list[dict[_Column, float]] = []
-        lineages: list[Lineages] = []
-        of_row: list[int] = []
-        weights: dict[_Column, Weight] = {}
+        found: list[tuple[dict[str, Weight], Lineages]] = []
+        places: list[int] = []
         # A batch of thousands of rows has a few paths, and each is looked up once.
         for row, blend in enumerate(paths):
             try:
@@ -108,47 +106,52 @@ class Batch:
                 if not isinstance(blend, str):
                     key = tuple(sorted(parse_blend(blend).items()))
                 if key not in known:
-                    known[key] = len(owed)
-                    owed.append({})
                     coefficients = tree.coefficients(blend)
-                    for node, weight in coefficients.items():
-                        # Rows whose weight is a number share the node's column, with that number
-                        # in it. A weight per module goes into the factors' scales, so each such
-                        # weight has a column of its own.
-                        if isinstance(weight, float):
-                            owed[-1][node, ""] = weight
-                            weights[node, ""] = 1.0
-                        else:
-                            column = node, weight_digest(weight)
-                            owed[-1][column] = 1.0
-                            weights[column] = weight
                     if isinstance(blend, str) and (blend in tree or not blend):
                         # The nodes that a path owes to are those of its lineage that count.
-                        lineages.append((tuple(coefficients),))
+                        lineages: Lineages = (tuple(coefficients),)
                     else:
-                        lineages.append(tuple(map(tuple, tree.counting_lineages(blend))))
+                        lineages = tuple(map(tuple, tree.counting_lineages(blend)))
+                    known[key] = len(found)
+                    found.append((coefficients, lineages))
             except LoraTreeError as error:
                 raise error.within(f"row {row}") from error
-            of_row.append(known[key])
-        if not of_row:
+            places.append(known[key])
+        if not places:
             raise SpecError("route needs at least one row, got an empty list of paths")
+        nodes: set[str] = set()
+        for coefficients, _ in found:
+            nodes.update(coefficients)
         # The tree's own order, so that a row's sum does not depend on the rows around it.
+        nodes_in_order = sorted(nodes, key=depth_first)
+        weights: dict[_Column, Weight] = {}
+        kind_of: dict[tuple[_Debts, Lineages], int] = {}
+        """What a kind of row owes, and its lineages → the index of the kind."""
+        kinds_found: list[int] = []
+        for coefficients, lineages in found:
+            owed = _debts(coefficients, weights), lineages
+            kinds_found.append(kind_of.setdefault(owed, len(kind_of)))
         digests: dict[str, list[str]] = {}
         for node, digest in weights:
             digests.setdefault(node, []).append(digest)
         in_order: list[_Column] = []
-        for node in sorted(digests, key=depth_first):
+        for node in nodes_in_order:
             for digest in sorted(digests[node]):
                 in_order.append((node, digest))
-        places = {column: place for place, column in enumerate(in_order)}
-        kinds = []
-        for by_column in owed:
-            kind = [0.0] * len(in_order)
-            for column, coefficient in by_column.items():
-                kind[places[column]] = coefficient
-            kinds.append(tuple(kind))
-        batch = _distinct(_labels([node for node, _ in in_order]), kinds, of_row, lineages)
-        return replace(batch, weights=tuple([weights[column] for column in in_order]))
+        columns = {column: place for place, column in enumerate(in_order)}
+        kinds: list[Kind] = []
+        for debts, _ in kind_of:
+            numbers = [0.0] * len(in_order)
+            for column, coefficient in debts:
+                numbers[columns[column]] = coefficient
+            kinds.append(tuple(numbers))
+        return Batch(
+            _labels([node for node, _ in in_order]),
+            tuple(kinds),
+            tuple([kinds_found[place] for place in places]),
+            tuple([weights[column] for column in in_order]),
+            tuple([lineages for _, lineages in kind_of]),
+        )
 
     def __len__(self) -> int:
         return len(self.of_row)
@@ -173,8 +176,10 @@ class Batch:
                 for j, node in enumerate(nodes):
                     owed[j] = 0.0 if node in without[i] else owed[j]
             kinds.append(tuple(owed))
-        # Kinds that differ in other nodes only are one kind here.
-        return _distinct(tuple(nodes), kinds, self.of_row)
+        # Kinds that differ in other nodes only are one kind here, at its first place.
+        distinct: dict[Kind, int] = {}
+        of_row = [distinct.setdefault(kinds[kind], len(distinct)) for kind in self.of_row]
+        return Batch(tuple(nodes), tuple(distinct), tuple(of_row))
 
     def spread(self, repeat: int, tile: int) -> Batch:
         """Return every row ``repeat`` times in succession, and that whole batch ``tile`` times."""
@@ -354,8 +359,35 @@ _Column = tuple[str, str]
 """(node, digest of the weight per module with which rows owe it); ``""``: that is a number."""
 
 
+_Debts = tuple[tuple[_Column, float], ...]
+"""(column, coefficient), in the order of the sum."""
+
+
+def _debts(coefficients: Mapping[str, Weight], weights: dict[_Column, Weight]) -> _Debts:
+    """Return what a row owes.
+
+    Args:
+        coefficients: of the row's nodes.
+        weights: gets the weight of each column.
+    """
+    debts: list[tuple[_Column, float]] = []
+    for node, weight in coefficients.items():
+        # Rows whose weight is a number share the node's column, with that number in it. A weight
+        # per module goes into the factors' scales, so each such weight has a column of its own.
+        if isinstance(weight, float):
+            debts.append(((node, ""), weight))
+            weights[node, ""] = 1.0
+        else:
+            column = node, weight_digest(weight)
+            debts.append((column, 1.0))
+            weights[column] = weight
+    return tuple(debts)
+
+
 def _labels(nodes: Sequence[str]) -> tuple[str, ...]:
     """Return the nodes, with a number appended to every occurrence of a node after its first."""
+    if len(set(nodes)) == len(nodes):
+        return tuple(nodes)
     found: list[str] = []
     seen: dict[str, int] = {}
     for node in nodes:
@@ -368,21 +400,3 @@ def _labels(nodes: Sequence[str]) -> tuple[str, ...]:
 def tree_node(name: str) -> str:
     """Return the tree's node for a name in a batch."""
     return name.partition("#")[0]  # no node's name contains a "#"
-
-
-def _distinct(
-    nodes: tuple[str, ...],
-    owed: Sequence[Kind],
-    of_row: Sequence[int],
-    lineages: Sequence[Lineages] = (),
-) -> Batch:
-    """Return a batch that has only the kinds that rows use, each once."""
-    kinds: dict[tuple[Kind, Lineages], int] = {}
-    new_of_row = []
-    for kind in of_row:
-        key = owed[kind], lineages[kind] if lineages else ()
-        new_of_row.append(kinds.setdefault(key, len(kinds)))
-    distinct_lineages = tuple([paths for _, paths in kinds]) if lineages else ()
-    return Batch(
-        nodes, tuple([kind for kind, _ in kinds]), tuple(new_of_row), lineages=distinct_lineages
-    )
