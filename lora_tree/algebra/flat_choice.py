@@ -10,9 +10,10 @@ is no part of the tree that the caller means.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from ..adapter import Adapter
 from ..errors import LoraTreeError, PathError, SpecError, TreeError, listing
 from ..override import tensor_owner
 from ..tree import AdapterTree
@@ -86,18 +87,19 @@ def choose_flat(tree: AdapterTree, paths: Iterable[str] | None) -> FlatChoice:
         if tree[path].weight == 0.0:
             raise SpecError(f"{path}: its weight is 0, so it shares nothing", "name the others")
     choice = FlatChoice(tuple(chosen), are_named=paths is not None)
-    choice = choice.without(_empty(tree, choice.names))
-    choice = choice.without(_replacing(tree, choice.names))
+    # Each header is read once.
+    outlines = {name: tree.outline(name) or Adapter({}) for name in choice.names}
+    choice = choice.without(_empty(outlines))
+    choice = choice.without(_replacing(tree, {name: outlines[name] for name in choice.names}))
     check_changeable(tree, choice.names)
     return choice
 
 
-def _empty(tree: AdapterTree, names: Sequence[str]) -> dict[str, LoraTreeError]:
+def _empty(outlines: Mapping[str, Adapter]) -> dict[str, LoraTreeError]:
     """Return the adapters without factors, each with its error."""
     errors: dict[str, LoraTreeError] = {}
-    for name in names:
-        outline = tree.outline(name)
-        if outline is not None and not outline.modules:
+    for name, outline in outlines.items():
+        if not outline.modules:
             errors[name] = SpecError(
                 f"{name}: has factors of no module, so it shares nothing with the others",
                 "name the other adapters, and leave this one out",
@@ -105,21 +107,19 @@ def _empty(tree: AdapterTree, names: Sequence[str]) -> dict[str, LoraTreeError]:
     return errors
 
 
-def _replacing(tree: AdapterTree, names: Sequence[str]) -> dict[str, LoraTreeError]:
+def _replacing(tree: AdapterTree, outlines: Mapping[str, Adapter]) -> dict[str, LoraTreeError]:
     """Return the adapters that replace a tensor of a module that others change, with the error.
 
     Such an override would hide the shared part above it.
     """
     changed: set[str] = set()
-    for name in names:
-        outline, weight = tree.outline(name), tree[name].weight
-        for module in outline.modules if outline is not None else ():
-            if weight_at(weight, module) != 0.0:
+    for name, outline in outlines.items():
+        for module in outline.modules:
+            if weight_at(tree[name].weight, module) != 0.0:
                 changed.add(module)
     errors: dict[str, LoraTreeError] = {}
-    for name in names:
-        outline = tree.outline(name)
-        for tensor in outline.overrides if outline is not None else ():
+    for name, outline in outlines.items():
+        for tensor in outline.overrides:
             if tensor_owner(tensor)[0] in changed:
                 errors[name] = SpecError(
                     f"{name}: replaces {tensor}, so nothing above it counts there",

@@ -276,13 +276,12 @@ def _add_gap(
     kept = read_terms(tree, {path: 1.0}, base=base)
     if not gap and short.is_noop:
         return None, Deviation()
-    read_finite(tree, path)
+    current = read_finite(tree, path)
     terms = list(kept)
     # An override that the weight switches off hides no increments above it (`own` lacks it), but it
     # stays in the node (`replaced` has it).
-    own = _overrides_of(tree, path)
-    current = tree.adapter(path)
-    replaced: dict[str, Override] = {} if current is None else dict(current.overrides)
+    own = _effective_overrides(weight, current)
+    replaced = dict(current.overrides)
     for node, coefficient, adapter in gap:
         # The node's own override wins over one of the old lineage, which fills in missing rows.
         for name, above in adapter.overrides.items():
@@ -352,12 +351,11 @@ def _given_or_own(
 ) -> tuple[Weight, Adapter]:
     """Return a weight and an adapter as given, or the node's own where None."""
     if adapter is None:
-        known: Adapter | None = read_finite(tree, path)
+        adapter = read_finite(tree, path)
     else:
         refuse_broken(path, adapter)
-        known = adapter
     own_weight = tree[path].weight if weight is None else as_weight(weight, f"{path}: weight")
-    return own_weight, Adapter({}) if known is None else known
+    return own_weight, adapter
 
 
 def _nearest(tree: AdapterTree, path: str) -> tuple[list[str], tuple[str, ...]]:

@@ -26,7 +26,7 @@ Sources: PEFT 0.21, tuners/adalora/layer.py, tuners/vera/layer.py, tuners/vblora
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,10 +51,12 @@ _PARTS = {
 }
 _RANKNUM = "ranknum"
 """AdaLoRA's count of ranks, by which PEFT divides; its save leaves it out, a state dict has it."""
-_TOPK = tuple(
-    f"vblora_logits_{half}_topk_{what}" for half in "AB" for what in ("indices", "weights")
+_TOPK = (
+    *("vblora_logits_A_topk_indices", "vblora_logits_A_topk_weights"),
+    *("vblora_logits_B_topk_indices", "vblora_logits_B_topk_weights"),
 )
 """The parts of a VB-LoRA that was saved with ``save_only_topk_weights``."""
+_OPTIONAL: dict[str, tuple[str, ...]] = {"ADALORA": (_RANKNUM,), "VERA": (), "VBLORA": _TOPK}
 _SHARED: dict[str, tuple[str, ...]] = {
     "ADALORA": (),
     "VERA": ("vera_A", "vera_B"),
@@ -140,10 +142,10 @@ def read_composed(config: ComposedConfig, tensors: Mapping[str, Tensor], where: 
         UnsupportedAdapter: VeRA without its projections.
     """
     parts, shared = _PARTS[config.kind], _SHARED[config.kind]
+    known = (*parts, *_OPTIONAL[config.kind])
     groups: dict[str, dict[str, Tensor]] = {}
-    # Of the tensors that all modules share: name → key in a module → the tensor there.
+    # A state dict repeats a shared tensor in every module: its name → the key of a copy → the copy.
     copies: dict[str, dict[str, Tensor]] = {}
-    ranknums: dict[str, Tensor] = {}
     for key in sorted(tensors):
         if key.removeprefix(_ROOT) in shared and key.startswith(_ROOT):
             continue
@@ -151,10 +153,6 @@ def read_composed(config: ComposedConfig, tensors: Mapping[str, Tensor], where: 
         if key.startswith(PREFIX) and module and part in shared:
             copies.setdefault(part, {})[key] = tensors[key]
             continue
-        if config.kind == "ADALORA" and part == _RANKNUM:
-            ranknums[module] = tensors[key]
-            continue
-        known = (*parts, *_TOPK) if config.kind == "VBLORA" else parts
         if not key.startswith(PREFIX) or part not in known or "" in module.split("."):
             raise FormatError(
                 f"{where}: unexpected key {key[:200]!r}, expected {PREFIX}<module>.{parts[0]}"
@@ -164,13 +162,10 @@ def read_composed(config: ComposedConfig, tensors: Mapping[str, Tensor], where: 
     if not groups:
         raise FormatError(f"{where}: no {parts[0]} of any module")
     common = _common(config.kind, tensors, copies, where)
-    for module, ranknum in ranknums.items():
-        if module in groups:
-            groups[module][_RANKNUM] = ranknum
     modules: dict[str, LowRank] = {}
     for module, own in groups.items():
         # Either form of a part of VB-LoRA's is enough here; `_vblora_of_topk` looks at both halves.
-        missing = [part for part in parts if not any(name.startswith(part) for name in own)]
+        missing = [part for part in parts if not _has_part(own, part)]
         if missing:
             raise FormatError(f"{where}: {module}: no {missing[0]} beside {next(iter(own))}")
         try:
@@ -180,6 +175,10 @@ def read_composed(config: ComposedConfig, tensors: Mapping[str, Tensor], where: 
         if value is not None:
             modules[module] = value
     return Adapter(modules, base=config.base)
+
+
+def _has_part(own: Iterable[str], part: str) -> bool:
+    return any(name.startswith(part) for name in own)
 
 
 def _common(

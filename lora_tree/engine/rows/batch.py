@@ -95,9 +95,9 @@ class Batch:
                 "route([path] * rows) sends every row the same way; activate(path) does too, for "
                 "any number of rows",
             )
-        known: dict[object, int] = {}
-        found: list[tuple[dict[str, Weight], Lineages]] = []
-        places: list[int] = []
+        found: dict[object, tuple[dict[str, Weight], Lineages]] = {}
+        keys: list[object] = []
+        nodes: set[str] = set()
         # A batch of thousands of rows has a few paths, and each is looked up once.
         for row, blend in enumerate(paths):
             try:
@@ -105,42 +105,37 @@ class Batch:
                 key: object = blend
                 if not isinstance(blend, str):
                     key = tuple(sorted(parse_blend(blend).items()))
-                if key not in known:
+                if key not in found:
                     coefficients = tree.coefficients(blend)
                     if isinstance(blend, str) and (blend in tree or not blend):
                         # The nodes that a path owes to are those of its lineage that count.
                         lineages: Lineages = (tuple(coefficients),)
                     else:
                         lineages = tuple(map(tuple, tree.counting_lineages(blend)))
-                    known[key] = len(found)
-                    found.append((coefficients, lineages))
+                    found[key] = coefficients, lineages
+                    nodes.update(coefficients)
             except LoraTreeError as error:
                 raise error.within(f"row {row}") from error
-            places.append(known[key])
-        if not places:
+            keys.append(key)
+        if not keys:
             raise SpecError("route needs at least one row, got an empty list of paths")
-        nodes: set[str] = set()
-        for coefficients, _ in found:
-            nodes.update(coefficients)
         # The tree's own order, so that a row's sum does not depend on the rows around it.
-        nodes_in_order = sorted(nodes, key=depth_first)
-        weights: dict[_Column, Weight] = {}
-        kind_of: dict[tuple[_Debts, Lineages], int] = {}
-        """What a kind of row owes, and its lineages → the index of the kind."""
-        kinds_found: list[int] = []
-        for coefficients, lineages in found:
+        weights: dict[str, dict[str, Weight]] = {}
+        for node in sorted(nodes, key=depth_first):
+            weights[node] = {}
+        # Rows that owe the same on the same lineages are of one kind.
+        numbered: dict[tuple[_Debts, Lineages], int] = {}
+        kind_of: dict[object, int] = {}
+        for key, (coefficients, lineages) in found.items():
             owed = _debts(coefficients, weights), lineages
-            kinds_found.append(kind_of.setdefault(owed, len(kind_of)))
-        digests: dict[str, list[str]] = {}
-        for node, digest in weights:
-            digests.setdefault(node, []).append(digest)
+            kind_of[key] = numbered.setdefault(owed, len(numbered))
         in_order: list[_Column] = []
-        for node in nodes_in_order:
-            for digest in sorted(digests[node]):
+        for node, of_digest in weights.items():
+            for digest in sorted(of_digest):
                 in_order.append((node, digest))
         columns = {column: place for place, column in enumerate(in_order)}
         kinds: list[Kind] = []
-        for debts, _ in kind_of:
+        for debts, _ in numbered:
             numbers = [0.0] * len(in_order)
             for column, coefficient in debts:
                 numbers[columns[column]] = coefficient
@@ -148,9 +143,9 @@ class Batch:
         return Batch(
             _labels([node for node, _ in in_order]),
             tuple(kinds),
-            tuple([kinds_found[place] for place in places]),
-            tuple([weights[column] for column in in_order]),
-            tuple([lineages for _, lineages in kind_of]),
+            tuple([kind_of[key] for key in keys]),
+            tuple([weights[node][digest] for node, digest in in_order]),
+            tuple([lineages for _, lineages in numbered]),
         )
 
     def __len__(self) -> int:
@@ -363,12 +358,12 @@ _Debts = tuple[tuple[_Column, float], ...]
 """(column, coefficient), in the order of the sum."""
 
 
-def _debts(coefficients: Mapping[str, Weight], weights: dict[_Column, Weight]) -> _Debts:
+def _debts(coefficients: Mapping[str, Weight], weights: Mapping[str, dict[str, Weight]]) -> _Debts:
     """Return what a row owes.
 
     Args:
         coefficients: of the row's nodes.
-        weights: gets the weight of each column.
+        weights: node → digest → the weight of that column; gets those of the row.
     """
     debts: list[tuple[_Column, float]] = []
     for node, weight in coefficients.items():
@@ -376,11 +371,11 @@ def _debts(coefficients: Mapping[str, Weight], weights: dict[_Column, Weight]) -
         # per module goes into the factors' scales, so each such weight has a column of its own.
         if isinstance(weight, float):
             debts.append(((node, ""), weight))
-            weights[node, ""] = 1.0
+            weights[node][""] = 1.0
         else:
-            column = node, weight_digest(weight)
-            debts.append((column, 1.0))
-            weights[column] = weight
+            digest = weight_digest(weight)
+            debts.append(((node, digest), 1.0))
+            weights[node][digest] = weight
     return tuple(debts)
 
 

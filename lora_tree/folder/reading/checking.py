@@ -51,7 +51,7 @@ def check(path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32) -
     if any(problem.kind == "newer" for problem in problems):
         return problems  # advice about anything else would be a guess
     problems += _adapters(opened, dtype)
-    if opened.is_empty and not problems:
+    if opened.is_empty:
         text = f"{place.folder}: no tree.yaml, and no folder below with an adapter"
         problems.append(Problem("", "folder", text))
     problems += _leftovers(opened)
